@@ -1,0 +1,145 @@
+"""From what an engine sends to what its client gets: an event stream, passed on in whole frames.
+
+The usual case decides the cost. Engines put one frame into one chunk and one chunk into one write, so what a read brings
+is a run of whole chunks, each ending where a frame ends. Such a run goes on untouched, chunk headers and all, as one view
+of the receive buffer: no byte is copied, and nothing is allocated but the view. Everything else (frames over several
+chunks, several in one, a body without chunks, a client without them) is decoded, and what is complete of it goes out as
+one new chunk, still as views of the buffer; only an unfinished frame is kept, in `pending`.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+from relay.core.dialect import Meter
+from relay.core.framing import BodyDecoder, Buffer, ChunkDecoder
+from relay.core.sse import FrameFinder, missing_blank_line, split_frames
+
+LAST_CHUNK: Final = b"0\r\n\r\n"
+_CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})\r\n")
+
+Pieces = list[bytes | memoryview]
+
+
+class FrameRelay:
+    """One event stream on its way: decoder, frame finder and meter around an unfinished rest.
+
+    `is_done` and `error` are the decoder's: how the engine's body ended. After the end, `finish` gives what is due.
+    """
+
+    __slots__ = ("_chunks", "_is_unaligned", "decoder", "finder", "is_chunked", "max_frame_bytes", "meter", "pending")
+
+    def __init__(self, decoder: BodyDecoder, meter: Meter, *, is_chunked: bool, max_frame_bytes: int) -> None:
+        self.decoder = decoder
+        self.meter = meter
+        self.finder = FrameFinder()
+        self.is_chunked = is_chunked  #: the client takes chunks (HTTP/1.1)
+        self.max_frame_bytes = max_frame_bytes
+        self.pending = bytearray()  #: the unfinished frame, never longer than `max_frame_bytes` and one read
+        self._is_unaligned = False  # the frame being read outgrew the limit; its beginning has gone out
+        self._chunks = decoder if is_chunked and isinstance(decoder, ChunkDecoder) else None
+
+    def feed(self, buffer: Buffer, view: memoryview, stop: int, out: Pieces) -> None:
+        """Reads ``buffer[:stop]`` and appends to `out` what can be sent. `view` is a view of `buffer`."""
+        decoder = self.decoder
+        payload: Pieces = []
+        position = 0
+        while position < stop and not decoder.is_done and decoder.error is None:
+            if self._chunks is not None and not self.pending and self._chunks.is_between_chunks:
+                end = self._whole_chunks(buffer, position, stop)
+                if end > position:
+                    self._emit(payload, out)
+                    out.append(view[position:end])
+                    position = end
+                    continue
+            begin, end, position = decoder.next(buffer, position, stop)
+            if begin < end:
+                self._take(buffer, view, begin, end, payload)
+        self._emit(payload, out)
+
+    def finish(self, out: Pieces) -> None:
+        """After a clean end of the body: the rest, with the blank line it may lack, and the last chunk."""
+        if self.pending:
+            rest = bytes(self.pending)
+            rest += b"" if self._is_unaligned else missing_blank_line(rest)
+            self._inspect(rest, 0, len(rest))
+            self.pending.clear()
+            self._emit([rest], out)
+        if self.is_chunked:
+            out.append(LAST_CHUNK)
+
+    def _whole_chunks(self, buffer: Buffer, start: int, stop: int) -> int:
+        """How far from `start` there are only whole chunks of one frame each; meters those."""
+        finder, meter = self.finder, self.meter
+        if not finder.at_boundary:
+            return start
+        prefix = meter.ordinary_prefix
+        if prefix:
+            for marker in meter.markers:
+                if buffer.find(marker, start, stop) >= 0:
+                    prefix = b""
+                    break
+        frames = ordinary = 0
+        position = start
+        while (header := _CHUNK_SIZE.match(buffer, position, stop)) is not None:
+            begin = header.end()
+            end = begin + int(header[1], 16)
+            if end + 2 > stop or buffer.find(b"\n\n", begin, end) != end - 2 or buffer[end : end + 2] != b"\r\n":
+                break
+            if prefix and buffer.startswith(prefix, begin, end):
+                ordinary += 1
+            else:
+                meter.inspect(bytes(buffer[begin:end]))
+            frames += 1
+            position = end + 2
+        meter.count_ordinary(ordinary)
+        finder.frames += frames
+        if self._chunks is not None:
+            self._chunks.skip(position - start)
+        return position
+
+    def _take(self, buffer: Buffer, view: memoryview, begin: int, end: int, payload: Pieces) -> None:
+        """Takes a run of payload: what completes frames goes to `payload`, the rest to `pending`."""
+        boundary = self.finder.feed(buffer, begin, end)
+        if boundary < 0:
+            if self._is_unaligned:
+                payload.append(view[begin:end])
+                return
+            self.pending += view[begin:end]
+            if len(self.pending) > self.max_frame_bytes:
+                payload.append(bytes(self.pending))
+                self.pending.clear()
+                self._is_unaligned = True
+            return
+        if self.pending:
+            # A frame begun in earlier pieces is complete: its first end is where the frame finder would find it alone.
+            first = next(split_frames(self.pending + buffer[begin:boundary], 0, len(self.pending) + boundary - begin))[1]
+            split = begin + max(0, first - len(self.pending))
+            frame = bytes(self.pending) + view[begin:split]
+            self.pending.clear()
+            if not self._is_unaligned:
+                self.meter.inspect(frame)
+            payload.append(frame)
+            begin = split
+        self._is_unaligned = False
+        if begin < boundary:
+            self._inspect(buffer, begin, boundary)
+            payload.append(view[begin:boundary])
+        self.pending += view[boundary:end]
+
+    def _inspect(self, buffer: Buffer, begin: int, end: int) -> None:
+        for frame_begin, frame_end in split_frames(buffer, begin, end):
+            self.meter.inspect(bytes(buffer[frame_begin:frame_end]))
+
+    def _emit(self, payload: Pieces, out: Pieces) -> None:
+        """Moves payload to `out`, as one chunk where the client takes chunks."""
+        if not payload:
+            return
+        if self.is_chunked:
+            out.append(b"%x\r\n" % sum(map(len, payload)))
+            out.extend(payload)
+            out.append(b"\r\n")
+        else:
+            out.extend(payload)
+        payload.clear()

@@ -1,0 +1,261 @@
+"""A client's connection: requests in, one after the other, and what its socket needs around an answer.
+
+h11 parses each request with a fresh `h11.Connection`, after `relay.core.strict` has refused what h11 is too kind to;
+bytes behind a request stay here for the next, so pipelined requests are answered in order. Answers are written by the
+exchange, head and body, as their framing is decided there.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final
+
+import h11
+import trio
+
+from relay.config import LimitsConfig, TimeoutsConfig
+from relay.core import headers, strict
+from relay.errors import ClientGone, ExchangeError, Phase, RequestRefused, RequestTimeout
+from relay.net import sockets
+
+#: After an answer to a request not read to its end: how long, and how much, is read and dropped so that the answer is
+#: not lost to a reset (RFC 9112 §9.6; nginx's lingering_timeout).
+LINGER_S: Final = 5.0
+LINGER_BYTES: Final = 16_777_216
+
+_CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
+_HEAD_END: Final = b"\r\n\r\n"
+
+
+class Request:
+    """One request, read whole."""
+
+    __slots__ = ("body", "headers", "host", "is_keep_alive", "method", "target", "version")
+
+    def __init__(self, event: h11.Request, fields: headers.Headers, destination: strict.Destination) -> None:
+        self.method = event.method
+        self.target, self.host = destination  #: in origin form, and the authority it was sent to
+        self.version = event.http_version
+        self.headers = fields
+        self.body = b""
+        self.is_keep_alive = self.version >= b"1.1" and not headers.wants_close(self.version, self.headers)
+
+    def __repr__(self) -> str:
+        return f"<Request {self.method!r} {self.target!r} body={len(self.body)}>"
+
+
+class BodyBudget:
+    """How many bytes of request bodies a worker holds at once; beyond that, readers wait."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.used = 0
+        self._waiting = trio.lowlevel.ParkingLot()
+
+    def __repr__(self) -> str:
+        return f"<BodyBudget {self.used} of {self.limit}>"
+
+    async def take(self, size: int) -> None:
+        """Waits until `size` more bytes may be held; the caller bounds the wait."""
+        while self.used and self.used + size > self.limit:
+            await self._waiting.park()
+        self.used += size
+
+    def give_back(self, size: int) -> None:
+        """Bytes taken before are no longer held."""
+        self.used -= size
+        self._waiting.unpark_all()
+
+
+class ClientConnection:
+    """A client's connection. `next_request` until it answers None or raises; then `close` or `linger`."""
+
+    def __init__(
+        self, sock: socket.socket, peer: str, timeouts: TimeoutsConfig, limits: LimitsConfig, budget: BodyBudget
+    ) -> None:
+        self.sock = sock
+        self.peer = peer  #: the client's address, without port
+        self.timeouts = timeouts
+        self.limits = limits
+        self.request_started = 0.0  #: when the current request's first byte came (monotonic clock)
+        self.is_waiting = False  #: between two requests
+        self._budget = budget
+        self._held = 0
+        self._awaits_budget = False
+        self._buffer = bytearray()
+        self._scope = trio.CancelScope()
+
+    def __repr__(self) -> str:
+        return f"<ClientConnection {self.peer} {'waiting' if self.is_waiting else 'busy'}>"
+
+    def stop_waiting(self) -> None:
+        """Ends the connection if it is between two requests: draining."""
+        if self.is_waiting:
+            self._scope.cancel()
+
+    async def next_request(self) -> Request | None:
+        """The next request; None when the client is done or has idled too long.
+
+        Raises RequestRefused, RequestTimeout or ClientGone; the connection can then take one answer and no more.
+        The body counts against the worker's budget until `release`.
+        """
+        timeouts = self.timeouts
+        self.is_waiting = not self._buffer
+        with _deadline(timeouts.client_idle_s if self.is_waiting else timeouts.client_head_s) as self._scope:
+            if self.is_waiting and not await self._more():
+                return None
+            self.is_waiting = False
+            self.request_started = time.monotonic()
+            self._scope.deadline = _at(timeouts.client_head_s)
+            head = await self._head()
+            if head is None:
+                return None
+            connection, request = self._parse(head)
+            self._scope.deadline = _at(timeouts.client_body_s)
+            await self._body(connection, request)
+            return request
+        if self.is_waiting:
+            return None
+        if self._awaits_budget:
+            # Too many bodies are held: not this client's fault, so no 408.
+            message = "too many request bodies are waiting to be served; try again"
+            raise RequestRefused(503, "no_upstream", message, phase=Phase.QUEUE)
+        raise RequestTimeout("the request did not arrive in time", phase=Phase.REQUEST)
+
+    def release(self) -> None:
+        """The current request's body is no longer held."""
+        if self._held:
+            self._budget.give_back(self._held)
+            self._held = 0
+
+    def close(self) -> None:
+        """Closes at once."""
+        self.release()
+        self.sock.close()
+
+    async def linger(self) -> None:
+        """Closes so that an answer already sent is not lost, although the client may still be sending."""
+        with trio.move_on_after(LINGER_S, shield=True):
+            try:
+                self.sock.shutdown(socket.SHUT_WR)
+                left = LINGER_BYTES
+                while left > 0 and (data := await sockets.receive(self.sock)):
+                    left -= len(data)
+            except OSError:
+                pass
+        self.close()
+
+    async def _more(self) -> bool:
+        """Reads on; False at the client's end."""
+        try:
+            data = await sockets.receive(self.sock)
+        except OSError:
+            data = b""
+        self._buffer += data
+        return bool(data)
+
+    async def _head(self) -> bytes | None:
+        """The next head, with its blank line; None when the client ended between two requests."""
+        buffer = self._buffer
+        searched = 0
+        while True:
+            if not searched and (skip := strict.leading_crlf(buffer)):
+                del buffer[:skip]
+            end = strict.head_end(buffer, searched, max_head_bytes=self.limits.max_head_bytes)
+            if end:
+                head = bytes(buffer[:end])
+                del buffer[:end]
+                return head
+            searched = len(buffer) if len(buffer) > 2 else 0
+            if not await self._more():
+                if not buffer.strip(b"\r\n"):
+                    return None
+                raise ClientGone("the client left in the middle of a request's head", phase=Phase.REQUEST)
+
+    def _parse(self, head: bytes) -> tuple[h11.Connection, Request]:
+        strict.check_raw_head(head)
+        connection = h11.Connection(h11.SERVER, max_incomplete_event_size=self.limits.max_head_bytes)
+        try:
+            connection.receive_data(head)
+            event = connection.next_event()
+        except h11.RemoteProtocolError as exc:
+            raise strict.refusal_of(exc) from None
+        assert isinstance(event, h11.Request)
+        fields = list(event.headers)
+        destination = strict.check_request(event.method, event.target, event.http_version, fields)
+        return connection, Request(event, fields, destination)
+
+    async def _body(self, connection: h11.Connection, request: Request) -> None:
+        limit = self.limits.max_body_bytes
+        length = headers.find(request.headers, b"content-length")
+        if length is not None:
+            if int(length) > limit:
+                raise _too_large(limit)
+            await self._hold(int(length))
+        elif headers.find(request.headers, b"transfer-encoding") is None:
+            return
+        if connection.they_are_waiting_for_100_continue and not self._buffer:
+            await self._send_continue()
+        parts: list[bytes] = []
+        size = 0
+        data = self._take_buffer()
+        try:
+            while True:
+                if data:
+                    connection.receive_data(data)
+                    data = b""
+                event = connection.next_event()
+                if isinstance(event, h11.Data):
+                    parts.append(bytes(event.data))
+                    size += len(event.data)
+                    if size > limit:
+                        raise _too_large(limit)
+                    if size > self._held:
+                        await self._hold(size - self._held)
+                elif isinstance(event, h11.EndOfMessage):
+                    strict.check_trailers(list(event.headers))
+                    break
+                elif not await self._more():
+                    raise ClientGone("the client left in the middle of a request's body", phase=Phase.REQUEST)
+                else:
+                    data = self._take_buffer()
+        except h11.RemoteProtocolError as exc:
+            raise strict.refusal_of(exc) from None
+        self._buffer += connection.trailing_data[0]
+        request.body = parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _take_buffer(self) -> bytes:
+        data = bytes(self._buffer)
+        self._buffer.clear()
+        return data
+
+    async def _hold(self, size: int) -> None:
+        """Counts body bytes against the worker's budget, waiting for room; the scope bounds the wait."""
+        self._awaits_budget = True
+        await self._budget.take(size)
+        self._awaits_budget = False
+        self._held += size
+
+    async def _send_continue(self) -> None:
+        try:
+            await sockets.send_all(self.sock, _CONTINUE)
+        except OSError:
+            raise ClientGone("the client left before it sent the request's body", phase=Phase.REQUEST) from None
+
+
+def _too_large(limit: int) -> ExchangeError:
+    return RequestRefused(413, "body_too_large", f"the request's body is over {limit} bytes (limits.max_body_bytes)")
+
+
+def _at(limit_s: float) -> float:
+    """The moment `limit_s` from now on trio's clock; 0 means no limit."""
+    return trio.current_time() + limit_s if limit_s else float("inf")
+
+
+@contextmanager
+def _deadline(limit_s: float) -> Iterator[trio.CancelScope]:
+    with trio.CancelScope(deadline=_at(limit_s)) as scope:
+        yield scope

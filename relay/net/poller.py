@@ -1,0 +1,84 @@
+"""Where a worker sleeps: trio's poller and the pump's, in one wait.
+
+trio sleeps in ``poll(timeout, maxevents)`` of its epoll object. `NestedPoller` stands in that object's place: it sleeps
+in the pump's epoll instead, in which trio's own descriptor is registered, serves frames until trio has something to do,
+and then answers with trio's real ``poll(0)``. No frame passes through trio's scheduler, and trio's deadlines and
+wake-ups work as ever. Measured beside the alternatives (a task on a nested epoll, an instrument hook): half the CPU of
+the first at low load, the same as the second without its traps.
+
+trio has no public way to its epoll object, so `install` looks before it leaps: on a trio whose insides it does not
+recognise it changes nothing, and the worker runs the pump as a task (`Pump.run_as_task`), with the same code serving.
+"""
+
+from __future__ import annotations
+
+import select
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+import trio
+
+
+class Turner(Protocol):
+    """What a poller serves while trio sleeps: the pump."""
+
+    epoll: select.epoll
+
+    def turn(self, timeout: float) -> bool:
+        """Waits up to `timeout` seconds, serves what is ready once; True when trio has to run now."""
+        ...
+
+
+class NestedPoller:
+    """Takes the place of trio's epoll object; everything but the waiting goes to the real one."""
+
+    def __init__(self, real: select.epoll, pump: Turner) -> None:
+        self.real = real
+        self._pump = pump
+        self.register = real.register
+        self.modify = real.modify
+        self.unregister = real.unregister
+        self.fileno = real.fileno
+        self.close = real.close
+
+    def poll(self, timeout: float = -1, maxevents: int = -1) -> list[tuple[int, int]]:
+        """As `select.epoll.poll`; may come back empty before the timeout, which trio takes as a spurious wake-up."""
+        turn = self._pump.turn
+        if timeout <= 0:
+            # Tasks are runnable: serve what is ready all the same, or a busy trio would starve the streams.
+            turn(0)
+        else:
+            wake_at = time.monotonic() + timeout
+            while not turn(timeout):
+                timeout = wake_at - time.monotonic()
+                if timeout <= 0:
+                    break
+        return self.real.poll(0, maxevents)
+
+
+def _io_manager() -> object | None:
+    """trio's epoll holder for the current run, if it looks as in trio 0.30 to 0.35."""
+    try:
+        manager: object = trio._core._run.GLOBAL_RUN_CONTEXT.runner.io_manager  # type: ignore[attr-defined]
+    except AttributeError:
+        return None
+    return manager if isinstance(getattr(manager, "_epoll", None), select.epoll) else None
+
+
+@contextmanager
+def install(pump: Turner) -> Iterator[bool]:
+    """Makes the current trio run sleep in the pump; yields False, and does nothing, where that is not possible."""
+    manager = _io_manager()
+    if manager is None:
+        yield False
+        return
+    real: select.epoll = manager._epoll  # type: ignore[attr-defined]
+    pump.epoll.register(real.fileno(), select.EPOLLIN)
+    manager._epoll = NestedPoller(real, pump)  # type: ignore[attr-defined]
+    try:
+        yield True
+    finally:
+        manager._epoll = real  # type: ignore[attr-defined]
+        pump.epoll.unregister(real.fileno())

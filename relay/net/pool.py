@@ -1,0 +1,182 @@
+"""The engines a request may go to, their idle connections, and what is outstanding at each.
+
+Deciding is synchronous: `Pool.pick` reads and changes counts without an await in between; dialling comes after.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections import deque
+from collections.abc import Container, Iterator
+from contextlib import contextmanager
+
+import trio
+
+from relay.config import PoolConfig, UpstreamConfig
+from relay.errors import Phase, UpstreamTimeout, UpstreamUnreachable
+from relay.net import sockets
+
+#: Idle connections kept per upstream at most; more are closed when they come back.
+MOST_IDLE = 1024
+
+
+class UpstreamConnection:
+    """An open connection to an engine."""
+
+    __slots__ = ("exchanges", "idle_since", "sock", "upstream")
+
+    def __init__(self, upstream: Upstream, sock: socket.socket) -> None:
+        self.upstream = upstream
+        self.sock = sock
+        self.exchanges = 0  #: requests sent over it so far
+        self.idle_since = 0.0
+
+    @property
+    def is_reused(self) -> bool:
+        """Whether it has carried an exchange before: the engine may have closed it meanwhile."""
+        return self.exchanges > 1
+
+    def is_silent(self) -> bool:
+        """Whether it is open, as far as the kernel knows, and nothing is there to be read."""
+        try:
+            self.sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        return False  # closed, or bytes nobody asked for
+
+    def close(self) -> None:
+        """Closes at once: the engine sees its client gone and stops generating."""
+        self.sock.close()
+
+
+class Upstream:
+    """An engine that may be used."""
+
+    def __init__(self, config: UpstreamConfig) -> None:
+        self.config = config
+        self.outstanding = 0  #: exchanges that hold a load on it
+        self._idle: deque[UpstreamConnection] = deque()
+
+    def __repr__(self) -> str:
+        return f"<Upstream {self.config.url} outstanding={self.outstanding} idle={len(self._idle)}>"
+
+    @property
+    def idle(self) -> int:
+        """Connections waiting for an exchange."""
+        return len(self._idle)
+
+    @contextmanager
+    def load(self) -> Iterator[None]:
+        """Counts one exchange for as long as the block lasts, however it ends."""
+        self.outstanding += 1
+        try:
+            yield
+        finally:
+            self.outstanding -= 1
+
+    def take_idle(self, max_idle_s: float) -> UpstreamConnection | None:
+        """The idle connection used last, if one is still usable. The last used is the least likely to have expired."""
+        expired = time.monotonic() - max_idle_s
+        while self._idle:
+            connection = self._idle.pop()
+            if (not max_idle_s or connection.idle_since > expired) and connection.is_silent():
+                connection.exchanges += 1
+                return connection
+            connection.close()
+        return None
+
+    def give_back(self, connection: UpstreamConnection, max_idle_s: float) -> None:
+        """Keeps a connection whose exchange ended cleanly; drops from the other end those that have expired."""
+        connection.idle_since = now = time.monotonic()
+        self._idle.append(connection)
+        while self._idle and (
+            len(self._idle) > MOST_IDLE or (max_idle_s and self._idle[0].idle_since <= now - max_idle_s)
+        ):
+            self._idle.popleft().close()
+
+    def close_idle(self) -> None:
+        """Closes what is not in use."""
+        while self._idle:
+            self._idle.pop().close()
+
+    async def dial(self, connect_s: float) -> UpstreamConnection:
+        """A new connection within `connect_s` seconds (0: no limit).
+
+        Raises UpstreamUnreachable, or UpstreamTimeout where nobody answered.
+        """
+        try:
+            with trio.fail_after(connect_s or float("inf")):
+                sock = await self._connect()
+        except trio.TooSlowError:
+            message = f"no connection to {self.config.url} within connect_s = {connect_s:g} s"
+            raise UpstreamTimeout(message, phase=Phase.CONNECT) from None
+        except OSError as exc:
+            message = f"cannot connect to {self.config.url}: {exc.strerror or exc}"
+            raise UpstreamUnreachable(message, phase=Phase.CONNECT) from None
+        connection = UpstreamConnection(self, sock)
+        connection.exchanges = 1
+        return connection
+
+    async def _connect(self) -> socket.socket:
+        config = self.config
+        if config.unix_path is not None:
+            return await _connect_to(socket.AF_UNIX, config.unix_path)
+        addresses = await trio.socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)
+        failure: OSError | None = None
+        for family, _, _, _, address in addresses:
+            try:
+                return await _connect_to(family, address)
+            except OSError as exc:
+                failure = exc
+        raise failure or OSError("the name has no address")
+
+
+async def _connect_to(family: int, address: object) -> socket.socket:
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setblocking(False)
+        sockets.set_no_delay(sock)
+        try:
+            sock.connect(address)  # type: ignore[arg-type]
+        except BlockingIOError:
+            await trio.lowlevel.wait_writable(sock)
+            error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            if error:
+                raise OSError(error, os.strerror(error)) from None
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+class Pool:
+    """Upstreams that serve the same models."""
+
+    def __init__(self, config: PoolConfig) -> None:
+        self.config = config
+        self.name = config.name
+        self.upstreams = [Upstream(upstream) for upstream in config.upstreams]
+        self._turn = 0
+
+    def pick(self, tried: Container[Upstream]) -> Upstream | None:
+        """The upstream with the least outstanding among those not `tried`; equals take turns."""
+        self._turn += 1
+        count = len(self.upstreams)
+        best: Upstream | None = None
+        for offset in range(count):
+            upstream = self.upstreams[(self._turn + offset) % count]
+            if upstream in tried:
+                continue
+            if self.config.balance == "round_robin":
+                return upstream
+            if best is None or upstream.outstanding < best.outstanding:
+                best = upstream
+        return best
+
+    def has_other(self, tried: Container[Upstream]) -> bool:
+        """Whether an upstream is left that has not been tried."""
+        return any(upstream not in tried for upstream in self.upstreams)

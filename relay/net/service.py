@@ -1,0 +1,38 @@
+"""What the exchanges of a worker share, and the few paths a worker answers itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from relay.config import Config
+from relay.core.timeline import Record
+from relay.net.pool import Pool
+from relay.net.pump import Pump
+
+if TYPE_CHECKING:
+    from relay.net.exchange import Exchange
+
+
+class Service:
+    """Configuration, pool, pump and the exchanges in flight."""
+
+    def __init__(self, config: Config, pump: Pump, write_record: Callable[[Record], None]) -> None:
+        self.config = config
+        self.pump = pump
+        self.pool = Pool(config.pools[0])
+        self.write_record = write_record
+        self.is_draining = False
+        self.active: set[Exchange] = set()
+
+    def __repr__(self) -> str:
+        return f"<Service active={len(self.active)} {'draining' if self.is_draining else 'serving'}>"
+
+
+def local_answer(service: Service, path: bytes) -> tuple[int, bytes] | None:
+    """Status and JSON body of a path that the relay answers on every listener; None for all others."""
+    if path == b"/-/live":
+        return 200, b'{"status":"live"}\n'
+    if path == b"/-/ready":
+        return (503, b'{"status":"draining"}\n') if service.is_draining else (200, b'{"status":"ready"}\n')
+    return None

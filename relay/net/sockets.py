@@ -1,0 +1,40 @@
+"""Non-blocking sockets, tried first and waited for second.
+
+trio's own sockets checkpoint after every operation that succeeds at once: a turn of the scheduler for each send of a
+request that fits the kernel's buffer. These helpers only enter trio when they have to wait, so callers must wait
+somewhere on every path (they do: for the next request, and for the engine's answer).
+"""
+
+from __future__ import annotations
+
+import socket
+
+import trio
+
+#: Bytes asked of a socket at once where no shared buffer is at hand.
+READ_BYTES = 65536
+
+
+async def receive(sock: socket.socket) -> bytes:
+    """The next bytes, waiting for them; empty at the peer's end. Raises OSError where the connection broke."""
+    while True:
+        try:
+            return sock.recv(READ_BYTES)
+        except BlockingIOError:
+            await trio.lowlevel.wait_readable(sock)
+
+
+async def send_all(sock: socket.socket, data: bytes | memoryview) -> None:
+    """Sends all of `data`. A cancelled call may have sent a part: that connection is finished."""
+    view = memoryview(data)
+    while view:
+        try:
+            view = view[sock.send(view) :]
+        except BlockingIOError:
+            await trio.lowlevel.wait_writable(sock)
+
+
+def set_no_delay(sock: socket.socket) -> None:
+    """Sends small writes at once: with Nagle's algorithm a token can wait 40 ms for an acknowledgement."""
+    if sock.family in (socket.AF_INET, socket.AF_INET6):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

@@ -1,0 +1,127 @@
+"""Asking an engine: a request out, the head of its answer in, and the rest of the bytes handed over raw.
+
+h11 parses the head of the answer, in a fresh `h11.Connection` per exchange. The request's head was written by
+`relay.core.headers`, so h11 is only told that one went out.
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import Final
+
+import h11
+
+from relay.core import headers
+from relay.core.framing import BodyDecoder, BodyKind, FramingError, decoder_for, response_body_kind
+from relay.errors import Phase, UpstreamDisconnected, UpstreamProtocolError
+from relay.net.pool import UpstreamConnection
+from relay.net.pump import Pair
+from relay.net.sockets import READ_BYTES
+
+#: Largest head of an answer.
+MAX_ANSWER_HEAD_BYTES: Final = 65536
+#: Up to this size head and body leave in one write.
+_JOIN_BYTES: Final = 65536
+
+_REQUEST: Final = h11.Request(method=b"GET", target=b"/", headers=[(b"host", b"-")])
+_END: Final = h11.EndOfMessage()
+
+
+class Answer:
+    """The head of an engine's answer, and what came behind it."""
+
+    __slots__ = ("decoder", "fields", "is_reusable", "kind", "reason", "rest", "status", "version")
+
+    def __init__(self, method: bytes, event: h11.Response, rest: bytes, *, is_request_sent: bool) -> None:
+        self.status = event.status_code
+        self.reason = event.reason
+        self.fields: headers.Headers = list(event.headers)
+        self.version = event.http_version
+        self.rest = rest  #: bytes of the body that came with the head
+        self.kind = response_body_kind(method, self.status, self.version, self.fields)
+        self.decoder: BodyDecoder = decoder_for(self.kind, self.fields)
+        #: whether, after its body, the connection can carry another exchange
+        self.is_reusable = (
+            is_request_sent
+            and self.kind is not BodyKind.CLOSE
+            and self.version >= b"1.1"
+            and not headers.wants_close(self.version, self.fields)
+        )
+
+    def __repr__(self) -> str:
+        return f"<Answer {self.status} {self.kind.value}>"
+
+    @property
+    def length(self) -> int:
+        """``Content-Length``, where the body has one."""
+        return int(headers.find(self.fields, b"content-length") or 0)
+
+
+class ConnectionDied(UpstreamDisconnected):
+    """The connection ended before a single byte of an answer: on a reused one, the engine may just have closed it."""
+
+
+async def ask(
+    pair: Pair, connection: UpstreamConnection, method: bytes, head: bytes, body: bytes
+) -> tuple[Answer, list[h11.InformationalResponse]]:
+    """Sends a request and waits for the head of the final answer; also the interim ones that came before it.
+
+    Raises ConnectionDied, UpstreamDisconnected or UpstreamProtocolError. Limits are the caller's.
+    """
+    is_sent = await _send(pair, connection, head, body)
+    parser = h11.Connection(h11.CLIENT, max_incomplete_event_size=MAX_ANSWER_HEAD_BYTES)
+    parser.send(_REQUEST)
+    parser.send(_END)
+    interim: list[h11.InformationalResponse] = []
+    received = 0
+    try:
+        while True:
+            event = parser.next_event()
+            if isinstance(event, h11.Response):
+                return Answer(method, event, bytes(parser.trailing_data[0]), is_request_sent=is_sent), interim
+            if isinstance(event, h11.InformationalResponse):
+                if event.status_code != 100:  # nobody asked the engine for that one
+                    interim.append(event)
+            else:
+                data = await receive(pair, connection)
+                if not data:
+                    raise UpstreamDisconnected("the engine closed the connection before its answer", phase=Phase.HEAD)
+                received += len(data)
+                parser.receive_data(data)
+    except UpstreamDisconnected as exc:
+        if received:
+            raise
+        raise ConnectionDied(exc.message, phase=Phase.HEAD) from None
+    except (h11.RemoteProtocolError, FramingError) as exc:
+        raise UpstreamProtocolError(f"the engine's answer is not HTTP/1.1: {exc}", phase=Phase.HEAD) from None
+
+
+async def receive(pair: Pair, connection: UpstreamConnection) -> bytes:
+    """The next bytes from the engine; empty at its end. Raises UpstreamDisconnected (phase H)."""
+    while True:
+        try:
+            return connection.sock.recv(READ_BYTES)
+        except BlockingIOError:
+            await pair.wait_upstream()
+        except OSError as exc:
+            raise UpstreamDisconnected(f"the engine's connection broke: {exc.strerror}", phase=Phase.HEAD) from None
+
+
+async def _send(pair: Pair, connection: UpstreamConnection, head: bytes, body: bytes) -> bool:
+    """Sends the request; False where the engine answered, or hung up, before it had read all of it."""
+    sock = connection.sock
+    parts = [head + body] if len(body) < _JOIN_BYTES else [head, body]
+    for part in parts:
+        view = memoryview(part)
+        while view:
+            try:
+                view = view[sock.send(view) :]
+            except BlockingIOError:
+                await pair.wait_upstream(or_writable=True)
+                if not connection.is_silent():
+                    return False
+            except OSError as exc:
+                if exc.errno in (errno.EPIPE, errno.ECONNRESET):
+                    return False  # an answer may have come before; reading tells
+                raise UpstreamDisconnected(f"sending to the engine failed: {exc.strerror}", phase=Phase.HEAD) from None
+    return True
