@@ -28,7 +28,7 @@ class FrameRelay:
     `is_done` and `error` are the decoder's: how the engine's body ended. After the end, `finish` gives what is due.
     """
 
-    __slots__ = ("_chunks", "_is_unaligned", "decoder", "finder", "is_chunked", "max_frame_bytes", "meter", "pending")
+    __slots__ = ("_chunks", "decoder", "finder", "is_chunked", "is_unaligned", "max_frame_bytes", "meter", "pending")
 
     def __init__(self, decoder: BodyDecoder, meter: Meter, *, is_chunked: bool, max_frame_bytes: int) -> None:
         self.decoder = decoder
@@ -37,7 +37,7 @@ class FrameRelay:
         self.is_chunked = is_chunked  #: the client takes chunks (HTTP/1.1)
         self.max_frame_bytes = max_frame_bytes
         self.pending = bytearray()  #: the unfinished frame, never longer than `max_frame_bytes` and one read
-        self._is_unaligned = False  # the frame being read outgrew the limit; its beginning has gone out
+        self.is_unaligned = False  #: the frame being read outgrew the limit; its beginning has gone out
         self._chunks = decoder if is_chunked and isinstance(decoder, ChunkDecoder) else None
 
     def feed(self, buffer: Buffer, view: memoryview, stop: int, out: Pieces) -> None:
@@ -62,8 +62,10 @@ class FrameRelay:
         """After a clean end of the body: the rest, with the blank line it may lack, and the last chunk."""
         if self.pending:
             rest = bytes(self.pending)
-            rest += b"" if self._is_unaligned else missing_blank_line(rest)
-            self._inspect(rest, 0, len(rest))
+            if not self.is_unaligned:
+                rest += missing_blank_line(rest)
+                self.finder.frames += 1
+                self.meter.inspect(rest)
             self.pending.clear()
             self._emit([rest], out)
         if self.is_chunked:
@@ -103,26 +105,28 @@ class FrameRelay:
         """Takes a run of payload: what completes frames goes to `payload`, the rest to `pending`."""
         boundary = self.finder.feed(buffer, begin, end)
         if boundary < 0:
-            if self._is_unaligned:
+            if self.is_unaligned:
                 payload.append(view[begin:end])
                 return
             self.pending += view[begin:end]
             if len(self.pending) > self.max_frame_bytes:
                 payload.append(bytes(self.pending))
                 self.pending.clear()
-                self._is_unaligned = True
+                self.is_unaligned = True
             return
         if self.pending:
             # A frame begun in earlier pieces is complete: its first end is where the frame finder would find it alone.
-            first = next(split_frames(self.pending + buffer[begin:boundary], 0, len(self.pending) + boundary - begin))[1]
+            first = next(split_frames(self.pending + buffer[begin:boundary], 0, len(self.pending) + boundary - begin))[
+                1
+            ]
             split = begin + max(0, first - len(self.pending))
             frame = bytes(self.pending) + view[begin:split]
             self.pending.clear()
-            if not self._is_unaligned:
+            if not self.is_unaligned:
                 self.meter.inspect(frame)
             payload.append(frame)
             begin = split
-        self._is_unaligned = False
+        self.is_unaligned = False
         if begin < boundary:
             self._inspect(buffer, begin, boundary)
             payload.append(view[begin:boundary])

@@ -115,7 +115,9 @@ class LengthDecoder:
     def at_close(self) -> None:
         """See `BodyDecoder.at_close`."""
         if not self.is_done:
-            self.error = FramingError(f"closed with {self.left} of {self.length} bytes missing", self.length - self.left)
+            self.error = FramingError(
+                f"closed with {self.left} of {self.length} bytes missing", self.length - self.left
+            )
 
 
 class CloseDecoder:

@@ -11,7 +11,7 @@ import msgspec
 import trio
 
 from relay.net import sockets
-from relay.net.exchange import Service, local_answer
+from relay.net.service import Service, local_answer
 
 #: How long an admin client may take altogether.
 ADMIN_S: Final = 10.0
@@ -40,7 +40,11 @@ async def _answer(sock: socket.socket, service: Service) -> None:
                 connection.receive_data(await sockets.receive(sock))
             if isinstance(event, h11.Request):
                 status, body = answer(service, event.method, event.target)
-                fields = [("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close")]
+                fields = [
+                    ("content-type", "application/json"),
+                    ("content-length", str(len(body))),
+                    ("connection", "close"),
+                ]
                 head = connection.send(h11.Response(status_code=status, headers=fields)) or b""
                 await sockets.send_all(sock, head + (b"" if event.method == b"HEAD" else body))
         except (OSError, h11.ProtocolError):

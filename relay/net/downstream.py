@@ -91,6 +91,16 @@ class ClientConnection:
     def __repr__(self) -> str:
         return f"<ClientConnection {self.peer} {'waiting' if self.is_waiting else 'busy'}>"
 
+    @property
+    def has_unread(self) -> bool:
+        """Whether the client has sent bytes nobody has read: closing now would reset, and could lose an answer."""
+        if self._buffer:
+            return True
+        try:
+            return bool(self.sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+        except OSError:
+            return False
+
     def stop_waiting(self) -> None:
         """Ends the connection if it is between two requests: draining."""
         if self.is_waiting:

@@ -11,13 +11,11 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable
 from email.utils import formatdate
 from typing import Final
 
 import trio
 
-from relay.config import Config
 from relay.core import dialect, headers
 from relay.core.frames import FrameRelay, Pieces
 from relay.core.framing import BodyDecoder, BodyKind, decoder_for
@@ -33,7 +31,7 @@ from relay.errors import (
     ExchangeError,
     NoUpstream,
     Phase,
-    RequestRefused,
+    Side,
     UpstreamDisconnected,
     UpstreamProtocolError,
     UpstreamRefused,
@@ -41,28 +39,14 @@ from relay.errors import (
 )
 from relay.net import sockets, upstream
 from relay.net.downstream import ClientConnection, Request
-from relay.net.pool import Pool, Upstream, UpstreamConnection
-from relay.net.pump import Pair, Pump, Stop
+from relay.net.pool import Upstream, UpstreamConnection
+from relay.net.pump import Pair, Stop
+from relay.net.service import Service, local_answer
 
 #: How long a client may take for an error answer or frame before the connection is closed all the same.
 FAREWELL_S: Final = 2.0
 #: Of a JSON answer, at most this much is kept for its usage.
 MOST_METERED_BYTES: Final = 1_048_576
-
-
-class Service:
-    """What the exchanges of a worker share."""
-
-    def __init__(self, config: Config, pump: Pump, write_record: Callable[[object], None]) -> None:
-        self.config = config
-        self.pump = pump
-        self.pool = Pool(config.pools[0])
-        self.write_record = write_record
-        self.is_draining = False
-        self.active: set[Exchange] = set()
-
-    def __repr__(self) -> str:
-        return f"<Service active={len(self.active)} {'draining' if self.is_draining else 'serving'}>"
 
 
 class Opening:
@@ -99,6 +83,8 @@ class Exchange:
         self.bytes_out = 0
         self.keep_alive = request.is_keep_alive
         self.failure: ExchangeError | None = None
+        self.is_complete = False  #: the answer went out to its end
+        self.frames = 0
         self._is_cut = False
         self._is_torn = False  # the client holds half a frame: nothing can be said behind it
         self._scope = trio.CancelScope()
@@ -118,7 +104,12 @@ class Exchange:
         try:
             with self._scope:
                 try:
-                    await self._serve()
+                    local = local_answer(service, self.request.target.partition(b"?")[0])
+                    if local is None:
+                        await self._serve()
+                    else:
+                        await self._answer_locally(*local)
+                    self.is_complete = True
                 except ExchangeError as failure:
                     self.failure = failure
             if self._scope.cancelled_caught:
@@ -137,6 +128,11 @@ class Exchange:
         """Ends the exchange now: the worker has no more time to drain."""
         self._is_cut = True
         self._scope.cancel()
+
+    async def _answer_locally(self, status: int, body: bytes) -> None:
+        self.status = status
+        head = self._response_head(status, b"", [(b"content-type", b"application/json")], len(body))
+        await self._send(head if self.request.method == b"HEAD" else head + body)
 
     # -- before the commit point
 
@@ -167,13 +163,11 @@ class Exchange:
         """Asks one engine, and waits until there is something to commit to."""
         self.phase = Phase.CONNECT
         timeouts = self.config.timeouts
-        self.timeline.connect_started = time.monotonic()
-        connection = chosen.take_idle(timeouts.upstream_idle_s) or await chosen.dial(timeouts.connect_s)
+        connection = chosen.take_idle(timeouts.upstream_idle_s) or await self._dial(chosen)
         limit_s = timeouts.first_token_s
         try:
             with trio.CancelScope() as limit:
                 self.pair.attach(connection.sock)
-                self.timeline.connected = time.monotonic()
                 self.phase = Phase.HEAD
                 limit.deadline = trio.current_time() + (limit_s or float("inf"))
                 try:
@@ -184,7 +178,7 @@ class Exchange:
                     # The engine closed an idle connection just then: no failure of this attempt, so once more.
                     self.pair.detach()
                     connection.close()
-                    connection = await chosen.dial(timeouts.connect_s)
+                    connection = await self._dial(chosen)
                     self.pair.attach(connection.sock)
                     limit.deadline = trio.current_time() + (limit_s or float("inf"))
                     answer = await self._ask(connection)
@@ -201,6 +195,13 @@ class Exchange:
             connection.close()
             raise
 
+    async def _dial(self, chosen: Upstream) -> UpstreamConnection:
+        began = time.monotonic()
+        try:
+            return await chosen.dial(self.config.timeouts.connect_s)
+        finally:
+            self.timeline.add_connect(time.monotonic() - began)
+
     async def _ask(self, connection: UpstreamConnection) -> upstream.Answer:
         request = self.request
         head = headers.request_head(
@@ -216,6 +217,7 @@ class Exchange:
             request_id=self.id if self.attempts == 1 else f"{self.id}-{self.attempts}",
             identity=self.route is not Route.OTHER,
         )
+        self.timeline.request_sent = time.monotonic()
         answer, interim = await upstream.ask(self.pair, connection, request.method, head, request.body)
         self.timeline.head = time.monotonic()
         for event in interim:
@@ -287,26 +289,34 @@ class Exchange:
 
     async def _relay_stream(self, opening: Opening, relay: FrameRelay) -> None:
         answer = opening.answer
-        timeline = self.timeline
         now_ns = time.monotonic_ns()
-        timeline.first_frame = now_ns / 1e9
         framing: headers.Framing = "chunked" if relay.is_chunked else "close"
         self.keep_alive = self.keep_alive and relay.is_chunked
         head = self._response_head(answer.status, answer.reason, answer.fields, framing, event_stream=True)
         self.phase = Phase.DATA
         self.status = answer.status
+        self._is_torn = True
         await self._send(head + opening.first)
+        self._is_torn = False
         self.service.pump.frames += relay.finder.frames
         self.pair.last_read_ns = self.pair.last_frame_ns = now_ns
         if self.meter.saw_content:
             self.pair.content_read_ns, self.pair.content_sent_ns = now_ns, time.monotonic_ns()
         idle_s = self.config.timeouts.between_tokens_s
+        try:
+            await self._pump(relay, idle_s)
+        finally:
+            self.frames = relay.finder.frames
+            self._is_torn = relay.is_unaligned or bool(self.pair.unsent)
+
+    async def _pump(self, relay: FrameRelay, idle_s: float) -> None:
+        """Lets the pump stream until the engine's body has ended, waiting for a full client in between."""
         while not relay.decoder.is_done:
             _check_body(relay, Phase.DATA)
             stop = await self.pair.stream(relay, self.gaps, idle_limit_s=idle_s)
             if stop is Stop.CLIENT_BLOCKED:
-                unsent, self.pair.unsent = self.pair.unsent, b""
-                await self._send(unsent)
+                await self._send(self.pair.unsent)
+                self.pair.unsent = b""
             elif stop is not Stop.DONE:
                 raise _failure_of(stop, relay, idle_s)
 
@@ -409,7 +419,6 @@ class Exchange:
         if isinstance(failure, ClientGone):
             return
         code, message, retry_after_s = failure.code, failure.message, failure.retry_after_s
-        unsent = self.pair.unsent
         if self.status is None:
             self.status = failure.status
             await self._try_send(self.error_answer(failure.status, code, message, retry_after_s))
@@ -417,7 +426,7 @@ class Exchange:
             frame = dialect.error_frame(self.route, failure.status, code, message)
             if self.request.version >= b"1.1":
                 frame = b"%x\r\n%b\r\n" % (len(frame), frame)
-            await self._try_send(unsent + frame)
+            await self._try_send(frame)
 
     def error_answer(self, status: int, code: str, message: str, retry_after_s: int | None = None) -> bytes:
         """A whole answer of the relay's own, after which the connection is closed."""
@@ -452,7 +461,47 @@ class Exchange:
         if pair.content_sent_ns:
             timeline.first_content_read = pair.content_read_ns / 1e9
             timeline.first_content_sent = pair.content_sent_ns / 1e9
-        self.service.write_record(self)
+        failure = self.failure
+        status = self.status
+        if status is None and failure is not None:
+            status = failure.status
+        self.service.write_record(
+            make_record(
+                now=time.time(),
+                id=self.id,
+                client=self.client.peer,
+                method=self.request.method.decode("ascii"),
+                path=self.request.target.decode("ascii", "replace"),
+                model=self.facts.model,
+                pool=self.service.pool.name if self.upstream else None,
+                upstream=self.upstream.config.url if self.upstream else None,
+                status=status,
+                outcome=failure.outcome if failure else NORMAL if self.is_complete else self._abandoned(),
+                is_stream=self.is_stream,
+                attempts=self.attempts,
+                frames=self.frames,
+                bytes_in=len(self.request.body),
+                bytes_out=self.bytes_out + pair.bytes_out,
+                error=self._error(),
+                timeline=timeline,
+                meter=self.meter,
+                gaps=self.gaps,
+            )
+        )
+
+    def _abandoned(self) -> str:
+        """The outcome where the worker was stopped in the middle of the exchange."""
+        return Side.RELAY.value + self.phase.value
+
+    def _error(self) -> str | None:
+        """What the record says went wrong, beyond the engine's own error."""
+        if self.failure is not None:
+            return self.failure.message
+        if not self.is_complete:
+            return "the relay was stopped"
+        if self.is_stream and self.meter.expects_end_mark and not self.meter.saw_end and self.meter.error is None:
+            return "the stream ended without its end mark"
+        return None
 
 
 def _has_body(request: Request) -> bool:
@@ -507,3 +556,48 @@ def _http_date() -> bytes:
     if _date[0] != now:
         _date = (now, formatdate(now, usegmt=True).encode("ascii"))
     return _date[1]
+
+
+async def refuse(service: Service, client: ClientConnection, failure: ExchangeError) -> None:
+    """Answers a request that could not be read, and records it."""
+    now = time.time()
+    if not isinstance(failure, ClientGone):
+        body = dialect.error_body(Route.OTHER, failure.status, failure.code, failure.message)
+        fields = [(b"content-type", b"application/json")]
+        head = headers.response_head(
+            failure.status,
+            b"",
+            fields,
+            framing=len(body),
+            keep_alive=False,
+            date=_http_date(),
+            request_id=_new_id(),
+        )
+        with trio.move_on_after(FAREWELL_S):
+            try:
+                await sockets.send_all(client.sock, head + body)
+            except OSError:
+                pass
+    service.write_record(
+        make_record(
+            now=now,
+            id=None,
+            client=client.peer,
+            method=None,
+            path=None,
+            model=None,
+            pool=None,
+            upstream=None,
+            status=failure.status,
+            outcome=failure.outcome,
+            is_stream=False,
+            attempts=0,
+            frames=0,
+            bytes_in=0,
+            bytes_out=0,
+            error=failure.message,
+            timeline=None,
+            meter=None,
+            gaps=None,
+        )
+    )

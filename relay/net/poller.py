@@ -61,7 +61,7 @@ class NestedPoller:
 def _io_manager() -> object | None:
     """trio's epoll holder for the current run, if it looks as in trio 0.30 to 0.35."""
     try:
-        manager: object = trio._core._run.GLOBAL_RUN_CONTEXT.runner.io_manager  # type: ignore[attr-defined]
+        manager: object = trio._core._run.GLOBAL_RUN_CONTEXT.runner.io_manager
     except AttributeError:
         return None
     return manager if isinstance(getattr(manager, "_epoll", None), select.epoll) else None

@@ -14,7 +14,8 @@ from contextlib import contextmanager
 
 import trio
 
-from relay.config import PoolConfig, UpstreamConfig
+from relay.address import UpstreamConfig
+from relay.config import PoolConfig
 from relay.errors import Phase, UpstreamTimeout, UpstreamUnreachable
 from relay.net import sockets
 
@@ -180,3 +181,8 @@ class Pool:
     def has_other(self, tried: Container[Upstream]) -> bool:
         """Whether an upstream is left that has not been tried."""
         return any(upstream not in tried for upstream in self.upstreams)
+
+    def close_idle(self) -> None:
+        """Closes every connection that is not in use."""
+        for upstream in self.upstreams:
+            upstream.close_idle()

@@ -1,0 +1,90 @@
+"""``relay-bench engine``: an engine from the command line."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from typing import TYPE_CHECKING
+
+import trio
+
+from relay_bench.engine.config import EngineConfig
+from relay_bench.engine.server import serve_engine
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags, one for each field of `EngineConfig`."""
+    default = EngineConfig()
+    parser.add_argument("--listen", metavar="ADDR", help="HOST:PORT, [::1]:PORT or unix:/path (127.0.0.1:8000)")
+    parser.add_argument("--host", default="127.0.0.1", help="with --port, instead of --listen")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--model", default=default.model, help="the model served (%(default)s)")
+    parser.add_argument("--ttft-ms", type=float, default=default.ttft_ms, help="time to the first token (%(default)s)")
+    parser.add_argument("--step-ms", type=float, default=default.step_ms, help="a decode step; 0: as fast as it goes")
+    parser.add_argument("--jitter", type=float, default=default.jitter, help="share by which steps vary, 0 to 1")
+    parser.add_argument("--max-seqs", type=int, default=default.max_seqs, help="requests decoded at once (%(default)s)")
+    parser.add_argument("--max-tokens-default", type=int, default=default.max_tokens_default, metavar="N")
+    parser.add_argument(
+        "--keep-alive-s", type=float, default=default.keep_alive_s, help="idle connections (%(default)s)"
+    )
+    parser.add_argument("--captures", default="", metavar="DIR", help="recordings for x-sim-play")
+    parser.add_argument("--usage", default="", help="usage for every request, as x-sim-usage (force, details, …)")
+    parser.add_argument("--stamp", action="store_true", help="tokens are their number and the monotonic clock in µs")
+    parser.add_argument("--log", action="store_true", help="a line per finished request on standard error")
+
+
+def config_of(options: argparse.Namespace) -> EngineConfig:
+    """The settings the flags give; raises `ValueError` with what is wrong."""
+    if not 0 <= options.jitter <= 1:
+        raise ValueError("--jitter: wanted a number from 0 to 1")
+    for name in ("ttft_ms", "step_ms", "keep_alive_s"):
+        if getattr(options, name) < 0:
+            raise ValueError(f"--{name.replace('_', '-')}: wanted 0 or more")
+    for name in ("max_seqs", "max_tokens_default"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')}: wanted 1 or more")
+    host = f"[{options.host}]" if ":" in options.host else options.host
+    fields = set(EngineConfig.__struct_fields__) - {"listen"}
+    return EngineConfig(
+        listen=options.listen or f"{host}:{options.port}", **{name: getattr(options, name) for name in fields}
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Serve until SIGINT or SIGTERM; the exit status."""
+    status = 0
+    try:
+        trio.run(_serve, config_of(options))
+    except* (OSError, ValueError) as errors:
+        print(f"relay-bench engine: {_leaf(errors)}", file=sys.stderr)
+        status = 2
+    return status
+
+
+def _leaf(error: BaseException) -> BaseException:
+    """The error itself: nurseries wrap each in a group."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+async def _serve(config: EngineConfig) -> None:
+    # the receiver is there before the address is printed: whoever waits for that line may signal at once
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        async with trio.open_nursery() as nursery:
+            engine = await nursery.start(serve_engine, config)
+            print(f"relay-bench engine: listening on {engine.url}", file=sys.stderr, flush=True)
+            async for _ in signals:
+                nursery.cancel_scope.cancel()
+                break
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """``relay-bench engine`` by itself."""
+    parser = argparse.ArgumentParser(prog="relay-bench engine")
+    add_arguments(parser)
+    return run(parser.parse_args(argv))

@@ -1,0 +1,205 @@
+"""One client connection: requests in (h11), answers out, keep-alive, and the watch for a client that leaves.
+
+h11 reads requests, a fresh instance for each, so that whatever answer a fault makes needs no agreement with its state
+machine; answers are written as bytes. Sockets are the standard library's, non-blocking, since the decode loop writes to
+them outside any task's turn.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+import sys
+import time
+from typing import TYPE_CHECKING, Final
+
+import h11
+import trio
+
+from relay_bench.engine import routes
+from relay_bench.engine.ledger import State
+from relay_bench.engine.plain import Refusal, response_head
+from relay_bench.engine.scheduler import Sequence
+from relay_bench.engine.wire import Cut
+
+if TYPE_CHECKING:
+    from relay_bench.engine.config import EngineConfig
+    from relay_bench.engine.ledger import Ledger
+    from relay_bench.engine.scheduler import Scheduler
+
+#: Bytes of a request head; h11's own limit is 16 KiB, uvicorn's 64.
+_MAX_HEAD_BYTES: Final = 1 << 16
+_RECEIVE_BYTES: Final = 1 << 16
+#: Bytes of pipelined requests kept while an answer is under way.
+_MAX_PIPELINED_BYTES: Final = 1 << 20
+#: Seconds for which an early answer's connection still reads, so that a reset does not overtake the answer.
+_LINGER_S: Final = 2.0
+
+
+class _ClientLeft(Exception):
+    """The connection has ended from the other side."""
+
+
+class Connection:
+    """The server's side of one accepted socket, until it closes."""
+
+    def __init__(self, sock: socket.socket, config: EngineConfig, ledger: Ledger, scheduler: Scheduler) -> None:
+        self._sock = sock
+        self._config = config
+        self._ledger = ledger
+        self._scheduler = scheduler
+        self._received = bytearray()  # of the request being read, and what came behind it
+
+    async def serve(self) -> None:
+        """Answer requests until either side is done; nothing but `Cancelled` leaves."""
+        self._ledger.connections_open += 1
+        try:
+            is_first = True
+            while await self._serve_one(is_first=is_first):
+                is_first = False
+        except (_ClientLeft, OSError):
+            pass
+        finally:
+            self._ledger.connections_open -= 1
+            trio.lowlevel.notify_closing(self._sock)
+            self._sock.close()
+
+    async def _serve_one(self, *, is_first: bool) -> bool:
+        """One request and its answer; whether the connection goes on."""
+        # uvicorn's limit runs between requests only: a fresh connection may stay silent
+        limit_s = 0.0 if is_first else self._config.keep_alive_s
+        with trio.move_on_after(limit_s) if limit_s > 0 else trio.CancelScope() as idle:
+            if not self._received:
+                await self._receive()
+        if idle.cancelled_caught:
+            return False
+        try:
+            request = await self._read_request()
+        except h11.RemoteProtocolError:
+            await self._refuse_http()
+            return False
+        if request is None:
+            return False
+        if request.is_report:
+            await self._send(routes.report(request, self._config, self._ledger))
+            return request.keep_alive
+        return await self._generate(request)
+
+    # --- requests ---
+
+    async def _receive(self) -> bytes:
+        while True:
+            try:
+                data = self._sock.recv(_RECEIVE_BYTES)
+            except BlockingIOError:
+                await trio.lowlevel.wait_readable(self._sock)
+                continue
+            if not data:
+                raise _ClientLeft
+            self._received += data
+            return data
+
+    async def _read_request(self) -> routes.Request | None:
+        """The next request, or none if a fault has answered it before its body was there."""
+        parser = h11.Connection(h11.SERVER, max_incomplete_event_size=_MAX_HEAD_BYTES)
+        parser.receive_data(bytes(self._received))
+        request: routes.Request | None = None
+        body = bytearray()
+        while True:
+            event = parser.next_event()
+            if event is h11.NEED_DATA:
+                if request is not None and parser.they_are_waiting_for_100_continue:
+                    await self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
+                parser.receive_data(await self._receive())
+            elif isinstance(event, h11.Request):
+                request = routes.Request.of(event)
+                if "early-answer" in request.headers.get("x-sim-fault", ""):
+                    await self._answer_early(request)
+                    return None
+            elif isinstance(event, h11.Data):
+                body += event.data
+            elif isinstance(event, h11.EndOfMessage) and request is not None:
+                break
+            else:  # the client closed: _receive has said so before
+                raise _ClientLeft
+        request.body = bytes(body)
+        self._note(request, len(self._received) - len(parser.trailing_data[0]))
+        return request
+
+    def _note(self, request: routes.Request, size: int) -> None:
+        """Keep the request's raw bytes, of which there are `size`, for ``/sim/last``; what is behind stays received."""
+        head, blank, raw_body = bytes(self._received[:size]).partition(b"\r\n\r\n")
+        del self._received[:size]
+        if not request.path.startswith("/sim/"):
+            self._ledger.keep_last(request.path, head + blank, request.body, raw_body)
+
+    # --- answers ---
+
+    async def _generate(self, request: routes.Request) -> bool:
+        """Queue the request's sequence and wait for its end, or for the client's."""
+        now_s = int(time.time())
+        record = self._ledger.open_record(request.headers.get("x-request-id", ""), request.path, State.QUEUED)
+        try:
+            work = routes.plan(request, self._config, now_s)
+        except Refusal as refusal:
+            self._ledger.move(record, State.FAILED)
+            await self._send(routes.refusal_answer(request, refusal, now_s))
+            return request.keep_alive
+        sequence = Sequence(
+            self._sock, work.steps, record, width=work.width, ttft_s=work.ttft_ms / 1000, step_s=work.step_ms / 1000
+        )
+        try:
+            self._scheduler.submit(sequence)
+            await self._watch(sequence)
+        finally:
+            self._scheduler.abort(sequence)  # does nothing to one that has ended
+            if self._config.log:
+                print(f"relay-bench engine: {record}", file=sys.stderr)
+        if sequence.cut is Cut.RST:
+            self._reset()
+        return sequence.cut is Cut.END and work.keep_alive
+
+    async def _watch(self, sequence: Sequence) -> None:
+        """Until `sequence` has ended; raises `_ClientLeft` as soon as its client hangs up."""
+        with trio.CancelScope() as scope:
+            sequence.on_end = scope.cancel
+            while not sequence.has_ended:
+                await self._receive()
+                if len(self._received) > _MAX_PIPELINED_BYTES:
+                    raise _ClientLeft
+
+    async def _answer_early(self, request: routes.Request) -> None:
+        """Answer before the body has been read, and close.
+
+        Closing with unread bytes makes the kernel send a reset, which can overtake the answer; ``early-answer:rst``
+        wants just that, otherwise the rest is read and thrown away for a while.
+        """
+        now_s = int(time.time())
+        refusal = Refusal(400, "The engine has seen enough of this request.", "BadRequestError")
+        self._ledger.open_record(request.headers.get("x-request-id", ""), request.path, State.FAILED)
+        request.keep_alive = False
+        await self._send(routes.refusal_answer(request, refusal, now_s))
+        if request.headers["x-sim-fault"].endswith(":rst"):
+            return
+        self._sock.shutdown(socket.SHUT_WR)
+        with trio.move_on_after(_LINGER_S):
+            while True:
+                await self._receive()
+                self._received.clear()
+
+    async def _refuse_http(self) -> None:
+        """What uvicorn says to bytes that are no HTTP."""
+        body = b"Invalid HTTP request received."
+        fields = (b"content-type: text/plain; charset=utf-8", b"content-length: %d" % len(body), b"connection: close")
+        await self._send(response_head(400, int(time.time()), *fields) + body)
+
+    async def _send(self, data: bytes) -> None:
+        while data:
+            try:
+                data = data[self._sock.send(data) :]
+            except BlockingIOError:
+                await trio.lowlevel.wait_writable(self._sock)
+
+    def _reset(self) -> None:
+        """Make the coming close a reset."""
+        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

@@ -1,0 +1,175 @@
+"""Which path does what: reports are answered at once, generating requests become the steps of a sequence."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Final
+from urllib.parse import parse_qs
+
+import msgspec
+
+from relay_bench.engine.ask import Ask, Route, read_ask
+from relay_bench.engine.chat import ChatScript
+from relay_bench.engine.completions import CompletionsScript
+from relay_bench.engine.faults import Controls, read_controls
+from relay_bench.engine.messages import MessagesScript
+from relay_bench.engine.plain import Refusal, empty_answer, json_answer, models_body, response_head
+from relay_bench.engine.recording import load_recording
+from relay_bench.engine.responses import ResponsesScript
+from relay_bench.engine.wire import Cut, Op, framed_stream, json_answer_steps, stream_answer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import h11
+
+    from relay_bench.engine.config import EngineConfig
+    from relay_bench.engine.ledger import Ledger
+    from relay_bench.engine.script import Script
+
+GENERATING: Final = {
+    "/v1/chat/completions": Route.CHAT,
+    "/v1/completions": Route.COMPLETIONS,
+    "/v1/responses": Route.RESPONSES,
+    "/v1/messages": Route.MESSAGES,
+}
+REPORTING: Final = frozenset({"/health", "/ping", "/version", "/v1/models", "/sim/requests", "/sim/last"})
+
+_SCRIPTS: Final[dict[Route, type[Script]]] = {
+    Route.CHAT: ChatScript,
+    Route.COMPLETIONS: CompletionsScript,
+    Route.RESPONSES: ResponsesScript,
+    Route.MESSAGES: MessagesScript,
+}
+
+#: How a request ends that gets no answer at all.
+_SILENT_ENDS: Final = {"die-before-head": Cut.FIN, "rst-before-head": Cut.RST, "stall-before-head": Cut.STALL}
+
+
+class Request:
+    """What the engine reads of a request's head; names in lower case, of repeated fields the last."""
+
+    def __init__(self, method: str, path: str, query: str, headers: dict[str, str], *, keep_alive: bool) -> None:
+        self.method = method
+        self.path = path
+        self.query = query
+        self.headers = headers
+        self.keep_alive = keep_alive
+        self.body = b""
+
+    @classmethod
+    def of(cls, event: h11.Request) -> Request:
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in event.headers}
+        path, _, query = event.target.decode("latin-1").partition("?")
+        # uvicorn keeps no HTTP/1.0 connection, whatever it asks for
+        keep_alive = event.http_version != b"1.0" and headers.get("connection", "").lower() != "close"
+        return cls(event.method.decode("latin-1"), path, query, headers, keep_alive=keep_alive)
+
+    @property
+    def is_report(self) -> bool:
+        """Whether the answer needs no sequence."""
+        return self.method != "POST" or self.path not in GENERATING
+
+    def __repr__(self) -> str:
+        return f"<Request {self.method} {self.path} {len(self.body)} bytes>"
+
+
+class Work(msgspec.Struct, frozen=True):
+    """A generating request made ready for the decode loop."""
+
+    steps: Iterator[list[Op]]
+    width: int  #: tokens per step
+    ttft_ms: float
+    step_ms: float
+    keep_alive: bool
+
+
+def report(request: Request, config: EngineConfig, ledger: Ledger) -> bytes:
+    """The answer to anything that does not generate."""
+    now_s, close = int(time.time()), not request.keep_alive
+    allowed = b"POST" if request.path in GENERATING else b"GET"
+    if request.path not in GENERATING and request.path not in REPORTING:
+        return json_answer(404, b'{"detail":"Not Found"}', now_s, is_head=request.method == "HEAD", close=close)
+    if request.method.encode() != allowed:
+        body, is_head = b'{"detail":"Method Not Allowed"}', request.method == "HEAD"
+        return json_answer(405, body, now_s, b"allow: " + allowed, is_head=is_head, close=close)
+    if request.path in {"/health", "/ping"}:
+        return empty_answer(now_s, close=close)
+    return json_answer(200, _report_body(request, config, ledger, now_s), now_s, close=close)
+
+
+def _report_body(request: Request, config: EngineConfig, ledger: Ledger, now_s: int) -> bytes:
+    if request.path == "/version":
+        return b'{"version":"0.32.0"}'
+    if request.path == "/v1/models":
+        return models_body(config.model, now_s)
+    if request.path == "/sim/last":
+        return msgspec.json.encode(ledger.last(parse_qs(request.query).get("path", [""])[0]))
+    return msgspec.json.encode(ledger.as_dict())
+
+
+def refusal_answer(request: Request, refusal: Refusal, now_s: int) -> bytes:
+    """An error in the form of the request's route."""
+    body = refusal.body(is_anthropic=GENERATING.get(request.path) is Route.MESSAGES)
+    # what engines and gateways send with these, and what clients obey
+    extra = (b"retry-after: 7",) if refusal.status in {429, 503} else ()
+    return json_answer(refusal.status, body, now_s, *extra, close=not request.keep_alive)
+
+
+def plan(request: Request, config: EngineConfig, now_s: int) -> Work:
+    """Turn a generating request into work; raises `Refusal`."""
+    controls = read_controls(request.headers)
+    route = GENERATING[request.path]
+    ask = read_ask(route, request.body, request.headers, config, now_s=now_s, clock_us=_clock_us)
+    _refuse_if_told(controls)
+    return Work(
+        steps=_steps(request, ask, controls, config, now_s),
+        width=ask.choices if ask.tokens else 0,
+        ttft_ms=config.ttft_ms if controls.ttft_ms is None else controls.ttft_ms,
+        step_ms=config.step_ms if controls.step_ms is None else controls.step_ms,
+        keep_alive=request.keep_alive and "close-idle" not in controls.faults and controls.shape.framing != "close",
+    )
+
+
+def _clock_us() -> int:
+    return time.monotonic_ns() // 1000
+
+
+def _refuse_if_told(controls: Controls) -> None:
+    """Faults ``status`` and ``json-error``."""
+    fault = controls.first(frozenset({"status", "json-error"}))
+    if fault:
+        status = controls.number(fault, 500)
+        raise Refusal(status, f"The request asked for a {status}.", "InternalServerError")
+
+
+def _steps(request: Request, ask: Ask, controls: Controls, config: EngineConfig, now_s: int) -> Iterator[list[Op]]:
+    silent = controls.first(frozenset(_SILENT_ENDS))
+    if silent:
+        return iter([[_SILENT_ENDS[silent]]])
+    close = not request.keep_alive
+    if controls.play:
+        return _played(controls, config, now_s, close=close)
+    script = _SCRIPTS[ask.route](ask)
+    if ask.stream and "json-on-stream" not in controls.faults:
+        return stream_answer(script, controls, now_s, close=close)
+    body = script.body()
+    return json_answer_steps(ask.tokens, _json_head(200, len(body), now_s, close=close), body, controls)
+
+
+def _played(controls: Controls, config: EngineConfig, now_s: int, *, close: bool) -> Iterator[list[Op]]:
+    """The steps of a recording: its status, type and payload; framed as the request says."""
+    recording = load_recording(config.captures, controls.play)
+    if recording.is_stream:
+        frames = list(recording.steps())
+        kind = b"content-type: " + recording.content_type
+        return framed_stream(iter(frames), len(frames), controls, now_s, kind, close=close)
+    head = _json_head(recording.status, len(recording.body), now_s, close=close)
+    return json_answer_steps(1, head, recording.body, controls)
+
+
+def _json_head(status: int, length: int, now_s: int, *, close: bool) -> bytes:
+    fields = [b"content-length: %d" % length, b"content-type: application/json", b"vary: Origin"]
+    if close:
+        fields.append(b"connection: close")
+    return response_head(status, now_s, *fields)

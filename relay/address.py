@@ -1,0 +1,181 @@
+"""Where to listen and whom to call: the three forms of an address, read strictly.
+
+A mistake here shows up as traffic that goes nowhere, so everything doubtful is refused, and the message says how to
+write what was probably meant, reading on from the text it refuses ("… has no port"). Names are not resolved, as this
+module does no I/O.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+
+import msgspec
+
+_UNIX_PREFIX = "unix:"
+_HTTP_PREFIX = "http://"
+_HTTP_PORT = 80
+
+#: `sun_path` holds 108 bytes with the closing zero (unix(7)).
+_UNIX_PATH_MAX_BYTES = 107
+
+_EVERY_INTERFACE = frozenset({"0.0.0.0", "::"})
+_LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
+
+_HOST_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9_])?\.?")
+_DIGITS_AND_DOTS = re.compile(r"[0-9.]+")
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+
+
+class Address(msgspec.Struct, frozen=True):
+    """A TCP address, or with `unix_path` set a unix socket; an IPv6 `host` is without its brackets."""
+
+    host: str = ""
+    port: int = 0
+    unix_path: str | None = None
+
+    def __str__(self) -> str:
+        """The address as it stands in a configuration."""
+        if self.unix_path is not None:
+            return _UNIX_PREFIX + self.unix_path
+        return f"{_bracketed(self.host)}:{self.port}"
+
+    @property
+    def url(self) -> str:
+        """The address as log lines and curl have it: ``http://…``, or ``unix:/…``."""
+        return str(self) if self.unix_path is not None else _HTTP_PREFIX + str(self)
+
+    def collides_with(self, other: Address) -> bool:
+        """Whether both cannot be bound by one process: the same, or one is every interface of the other's family."""
+        if self.unix_path is not None or other.unix_path is not None:
+            return self.unix_path == other.unix_path
+        if self.port != other.port or self.port == 0:
+            return False
+        same_family = (":" in self.host) == (":" in other.host)
+        return self.host == other.host or (same_family and bool({self.host, other.host} & _EVERY_INTERFACE))
+
+
+class UpstreamConfig(msgspec.Struct, frozen=True):
+    """An engine as configured.
+
+    `url` is the normal form, the engine's name in records and metrics; `authority` is the ``Host`` field sent to it.
+    For a unix socket `host` is empty and `port` 0.
+    """
+
+    url: str
+    host: str
+    port: int
+    unix_path: str | None
+    authority: str
+
+    def is_served_by(self, address: Address) -> bool:
+        """Whether a listener at `address` on this machine would answer calls to this upstream."""
+        if self.unix_path is not None or address.unix_path is not None:
+            return self.unix_path == address.unix_path
+        if self.port != address.port:
+            return False
+        is_loopback = self.host in _LOOPBACK
+        return self.host == address.host or (is_loopback and address.host in _LOOPBACK | _EVERY_INTERFACE)
+
+
+def parse_address(text: str) -> Address:
+    """Read where to listen; port 0 is allowed. Raises `ValueError` saying what is wrong and what is allowed."""
+    if text.startswith(_UNIX_PREFIX):
+        return Address(unix_path=_unix_path(text))
+    if _SCHEME.match(text):
+        raise ValueError("is a URL; an address has no scheme: HOST:PORT, [::1]:PORT or unix:/path")
+    host, port = _host_and_port(text)
+    if port is None:
+        raise ValueError("has no port; allowed: HOST:PORT, [::1]:PORT or unix:/path")
+    return Address(host, port)
+
+
+def parse_address_or_off(text: str) -> Address | None:
+    """Read an address that may be missing on purpose; otherwise as `parse_address`."""
+    return None if text == "off" else parse_address(text)
+
+
+def parse_upstream(text: str) -> UpstreamConfig:
+    """Read an engine's URL. Raises `ValueError` saying what is wrong and what is allowed."""
+    if text.startswith(_UNIX_PREFIX):
+        path = _unix_path(text)
+        return UpstreamConfig(url=_UNIX_PREFIX + path, host="", port=0, unix_path=path, authority="localhost")
+    scheme = text[: len(_HTTP_PREFIX)].lower()
+    if scheme != _HTTP_PREFIX:
+        if scheme.startswith("https:"):
+            raise ValueError("is https, which this version does not speak; allowed: http://HOST:PORT or unix:/path")
+        raise ValueError("is not an engine's URL; allowed: http://HOST:PORT or unix:/path")
+    rest = text[len(_HTTP_PREFIX) :]
+    end = min((at for at in map(rest.find, "/?#") if at >= 0), default=len(rest))
+    host_and_port, path = rest[:end], rest[end:]
+    if "@" in host_and_port:
+        raise ValueError("holds a user name or password; allowed: http://HOST:PORT, credentials come with each request")
+    if path not in ("", "/"):
+        raise ValueError(f"has a path, and requests keep their own; write http://{host_and_port} without {path}")
+    host, port = _host_and_port(host_and_port)
+    if port is None:
+        port = _HTTP_PORT
+    elif port == 0:
+        raise ValueError("has port 0, which nobody can call; allowed: 1 to 65535")
+    host = host.lower()
+    # A zone (fe80::1%eth0) has a meaning on this machine only, so it is not sent (RFC 6874 §4).
+    name = _bracketed(host.partition("%")[0])
+    authority = name if port == _HTTP_PORT else f"{name}:{port}"
+    return UpstreamConfig(
+        url=f"{_HTTP_PREFIX}{_bracketed(host)}:{port}", host=host, port=port, unix_path=None, authority=authority
+    )
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def _unix_path(text: str) -> str:
+    path = text[len(_UNIX_PREFIX) :]
+    if path.startswith("//"):
+        raise ValueError(f"has too many slashes; write unix:/{path.lstrip('/')}")
+    if not path.startswith("/") or path.endswith("/") or "\0" in path:
+        raise ValueError("is not a unix socket's absolute path; allowed: unix:/path/to/socket")
+    if len(path.encode()) > _UNIX_PATH_MAX_BYTES:
+        raise ValueError(f"is too long for a unix socket; allowed: at most {_UNIX_PATH_MAX_BYTES} bytes")
+    return path
+
+
+def _host_and_port(text: str) -> tuple[str, int | None]:
+    if text.startswith("["):
+        host, bracket, port_part = text[1:].partition("]")
+        if not bracket or (port_part and not port_part.startswith(":")):
+            raise ValueError("is not an address; IPv6 is written [::1]:PORT")
+        try:
+            ipaddress.IPv6Address(host)
+        except ValueError:
+            raise ValueError("has no IPv6 address in its brackets; allowed: [::1]:PORT") from None
+        return host, _port(port_part[1:]) if port_part else None
+    host, colon, port_text = text.rpartition(":")
+    if not colon:
+        if text.isascii() and text.isdigit():
+            raise ValueError(f"has no host; write 127.0.0.1:{text}, or 0.0.0.0:{text} for every interface")
+        return _host(text), None
+    if ":" in host:
+        raise ValueError("has more than one colon; IPv6 is written [::1]:PORT")
+    port = _port(port_text)
+    if host in ("", "*"):
+        raise ValueError(f"has no host; write 127.0.0.1:{port}, or 0.0.0.0:{port} or [::]:{port} for every interface")
+    return _host(host), port
+
+
+def _host(text: str) -> str:
+    if not _HOST_NAME.fullmatch(text):
+        raise ValueError("has no valid host; allowed: a name, an IPv4 address, or an IPv6 address in brackets")
+    if _DIGITS_AND_DOTS.fullmatch(text):
+        try:
+            ipaddress.IPv4Address(text)
+        except ValueError:
+            raise ValueError("has no valid IPv4 address") from None
+    return text
+
+
+def _port(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) <= 5 and int(text) <= 65535):
+        raise ValueError("has no valid port; allowed: 0 to 65535")
+    return int(text)

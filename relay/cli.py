@@ -1,0 +1,196 @@
+"""The command line of relay: reads flags and file into a `Config`, and hands over to the command.
+
+Exit statuses: 0 done, 1 the command failed, 2 the command line or the configuration is wrong. Imports of what a command
+runs are inside it, so that ``relay check`` in a unit's ExecStartPre does not pay for the daemon.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import re
+import sys
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import msgspec
+
+import relay
+from relay import config as settings
+from relay.config import Config, ConfigError, PoolConfig, Problem
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+_DONE, _WRONG_USAGE = 0, 2
+
+#: The flag that a table's settings come from, for what is found once flags and file are one.
+_FLAG_OF_TABLE = {"listen": "listen", "admin": "admin", "pool": "upstream"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return the process's exit status."""
+    arguments = _parser().parse_args(argv)
+    run: Callable[[argparse.Namespace], int] = arguments.run
+    try:
+        return run(arguments)
+    except ConfigError as error:
+        for problem in error.problems:
+            print(_line(problem, error.source, arguments), file=sys.stderr)
+        return _WRONG_USAGE
+    except KeyboardInterrupt:
+        return 130  # as the shell reports a process ended by SIGINT
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    def override(config: Config) -> Config:
+        return _with_flags(config, arguments)
+
+    if arguments.config is None:
+        config = settings.check(override(Config()), source="relay serve")
+    else:
+        config = settings.load(arguments.config, override)
+
+    from relay.daemon import worker
+
+    return worker.run(config)
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    config = settings.load(arguments.config)
+    print(f"{arguments.config}: ok")
+    for line in _summary(config):
+        print(f"  {line}")
+    return _DONE
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from relay import demo
+
+    return demo.run(once=arguments.once)
+
+
+def _version(_: argparse.Namespace) -> int:
+    from importlib import metadata
+
+    print(f"relay {relay.__version__}")
+    print(f"Python {platform.python_version()} ({platform.python_implementation()})")
+    for name in ("trio", "h11", "httpx", "msgspec"):
+        print(f"{name} {metadata.version(name)}")
+    return _DONE
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser that says what is wrong in one line, and where to read more."""
+
+    def error(self, message: str) -> NoReturn:
+        message = message.removeprefix("argument ")
+        self.exit(_WRONG_USAGE, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="relay", description=relay.__doc__, allow_abbrev=False)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_Parser)
+
+    def command(name: str, run: Callable[[argparse.Namespace], int], summary: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
+        sub.set_defaults(run=run)
+        return sub
+
+    serve = command("serve", _serve, "Run the daemon in the foreground. A flag wins over the file.")
+    flag = serve.add_argument
+    flag("--config", metavar="FILE", help="configuration file (TOML)")
+    flag("--listen", metavar="ADDR", action="append", type=_read(settings.Listener),
+         help="HOST:PORT, [::1]:PORT or unix:/path; repeatable; port 0 picks one (default 127.0.0.1:8080)")  # fmt: skip
+    flag("--admin", metavar="ADDR", type=_read(settings.AddressOrOff), default=argparse.SUPPRESS,
+         help="where /metrics and /-/status are, or off (default 127.0.0.1:8081)")  # fmt: skip
+    flag("--upstream", metavar="URL", action="append", type=_read(settings.Upstream),
+         help="an engine: http://HOST:PORT or unix:/path; repeatable")  # fmt: skip
+    flag("--balance", metavar="NAME", type=_read(settings.Balance),
+         help="least_outstanding or round_robin (default least_outstanding)")  # fmt: skip
+    flag("--workers", metavar="N", type=_read(settings.Workers), help="auto or 1 (default auto)")
+    flag("--log-format", metavar="FORMAT", type=_read(settings.LogFormat), help="json, text or off (default json)")
+    flag("--drain-s", metavar="SECONDS", type=_read(settings.Delay),
+         help="time for open streams to finish after SIGTERM (default 30)")  # fmt: skip
+
+    check = command("check", _check, "Validate a configuration, and print what it would do.")
+    check.add_argument("--config", metavar="FILE", required=True, help="configuration file (TOML)")
+
+    demo = command("demo", _demo, "Stream a chat completion from the built-in engine through a relay.")
+    demo.add_argument("--once", action="store_true", help="exit after it, instead of leaving both running")
+
+    command("version", _version, "Print the versions of relay, Python and the dependencies.")
+    return parser
+
+
+def _read(setting: Any) -> Callable[[str], Any]:
+    """A flag's type: reads and refuses what the file's setting does."""
+
+    def read(text: str) -> Any:
+        try:
+            return settings.read_flag(setting, text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return read
+
+
+def _with_flags(config: Config, arguments: argparse.Namespace) -> Config:
+    """Put the flags that were given in the place of the file's settings."""
+    replace = msgspec.structs.replace
+    if arguments.listen is not None:
+        config = replace(config, listen=replace(config.listen, addresses=tuple(arguments.listen)))
+    if "admin" in arguments:  # None is a value here: off
+        config = replace(config, admin=replace(config.admin, address=arguments.admin))
+    if arguments.workers is not None:
+        config = replace(config, daemon=replace(config.daemon, workers=arguments.workers))
+    if arguments.drain_s is not None:
+        config = replace(config, daemon=replace(config.daemon, drain_s=arguments.drain_s))
+    if arguments.log_format is not None:
+        config = replace(config, log=replace(config.log, format=arguments.log_format))
+    first, *others = config.pools or (PoolConfig(),)
+    if arguments.upstream is not None:
+        first = replace(first, upstreams=tuple(arguments.upstream))
+    if arguments.balance is not None:
+        first = replace(first, balance=arguments.balance)
+    return replace(config, pools=(first, *others))
+
+
+def _line(problem: Problem, source: str, arguments: argparse.Namespace) -> str:
+    """The problem under the name of what it comes from: a flag, or the file's key."""
+    if arguments.run is not _serve:
+        return problem.line(source)
+    flag = _FLAG_OF_TABLE.get(re.split(r"[.\[]", problem.key)[0])
+    if flag and (arguments.config is None or getattr(arguments, flag, None)):
+        return f"relay serve: --{flag}: {problem.message}"
+    return problem.line(source)
+
+
+def _summary(config: Config) -> Iterator[str]:
+    """What a relay with this configuration would do, for people."""
+    for address in config.listen.addresses:
+        yield f"listen on {address.url}"
+    yield f"admin on {config.admin.address.url}" if config.admin.address else "admin off"
+    for pool in config.pools:
+        yield f"pool {pool.name}: {', '.join(pool.models) or 'every model'}; {pool.balance} over"
+        for upstream in pool.upstreams:
+            yield f"  {upstream.url}"
+    changed = [*_differences(config)]
+    yield "differs from the defaults:" if changed else "all limits are the defaults"
+    yield from changed
+
+
+def _differences(config: Config) -> Iterator[str]:
+    for table in ("daemon", "stream", "failover", "timeouts", "limits", "log"):
+        mine, default = getattr(config, table), getattr(Config(), table)
+        for name in mine.__struct_fields__:
+            value, usual = getattr(mine, name), getattr(default, name)
+            if value != usual:
+                yield f"  {table}.{name} = {_toml(value)} (default {_toml(usual)})"
+
+
+def _toml(value: Any) -> str:
+    return msgspec.json.encode(value).decode()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

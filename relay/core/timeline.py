@@ -1,0 +1,226 @@
+"""The marks of one exchange, and the record made of them when it has ended.
+
+All marks are seconds of one monotonic clock, None where the exchange never got there. The record's fields and their
+order are the interface; `make_record` is where each is defined.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any, Final
+
+import msgspec
+
+from relay.core.dialect import Meter
+from relay.core.histogram import Histogram
+
+_encode = msgspec.json.Encoder().encode
+
+
+class Timeline:
+    """When an exchange passed which point."""
+
+    __slots__ = (
+        "connect_s", "ended", "first_content_read", "first_content_sent", "head", "queue_s", "request_read",
+        "request_sent", "request_started",
+    )  # fmt: skip
+
+    def __init__(self, request_started: float, request_read: float) -> None:
+        self.request_started = request_started  #: the request's first byte was read
+        self.request_read = request_read  #: its last byte was
+        self.queue_s = 0.0  #: waited for a place, in all attempts
+        self.connect_s: float | None = None  #: spent dialling, in all attempts
+        self.request_sent: float | None = None  #: the last attempt's request was on its way
+        self.head: float | None = None  #: the answer's head was read
+        self.first_content_read: float | None = None  #: the first content frame came off the engine's socket
+        self.first_content_sent: float | None = None  #: it was handed to the kernel for the client
+        self.ended: float | None = None
+
+    def add_connect(self, seconds: float) -> None:
+        """Counts time spent until a connection was there."""
+        self.connect_s = (self.connect_s or 0.0) + seconds
+
+    @property
+    def ttft_s(self) -> float | None:
+        """True time to first token: from the request's last byte read to the first content frame sent."""
+        return None if self.first_content_sent is None else self.first_content_sent - self.request_read
+
+    def relay_s(self, until: float | None, answered: float | None) -> float | None:
+        """The relay's own part of the time to `until`: less queueing, dialling, and the engine's time to `answered`."""
+        if until is None or answered is None or self.request_sent is None:
+            return None
+        others = self.queue_s + (self.connect_s or 0.0) + (answered - self.request_sent)
+        return max(0.0, until - self.request_read - others)
+
+
+class Record(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """One exchange, as it is written: one JSON object, times in milliseconds."""
+
+    ts: str
+    id: str | None
+    client: str
+    key: str | None = None
+    method: str | None
+    path: str | None
+    model: str | None = None
+    pool: str | None = None
+    upstream: str | None = None
+    prefill_upstream: str | None = None
+    status: int | None = None
+    outcome: str
+    stream: bool = False
+    streamed_upstream: bool = False
+    attempts: int = 0
+    queue_ms: float | None = None
+    connect_ms: float | None = None
+    prefill_ms: float | None = None
+    head_ms: float | None = None
+    ttft_ms: float | None = None
+    total_ms: float | None = None
+    relay_ms: float | None = None
+    frames: int = 0
+    bytes_in: int = 0
+    bytes_out: int = 0
+    gap_p50_ms: float | None = None
+    gap_p99_ms: float | None = None
+    gap_max_ms: float | None = None
+    prompt_tokens: int | None = None
+    cached_tokens: int | None = None
+    completion_tokens: int | None = None
+    reasoning_tokens: int | None = None
+    total_tokens: int | None = None
+    usage: str = "none"
+    finish_reason: str | None = None
+    cost: str | None = None
+    error: str | None = None
+
+    def encode(self) -> bytes:
+        """The record's line, without its newline."""
+        return _encode(self)
+
+
+def make_record(
+    *,
+    now: float,
+    id: str | None,
+    client: str,
+    method: str | None,
+    path: str | None,
+    model: str | None,
+    pool: str | None,
+    upstream: str | None,
+    status: int | None,
+    outcome: str,
+    is_stream: bool,
+    attempts: int,
+    frames: int,
+    bytes_in: int,
+    bytes_out: int,
+    error: str | None,
+    timeline: Timeline | None,
+    meter: Meter | None,
+    gaps: Histogram | None,
+) -> Record:
+    """The record of an exchange; `now` is the time of day in seconds since the epoch, all other times are marks."""
+    ts = datetime.fromtimestamp(now, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    usage = meter.usage if meter else None
+    source = "none"
+    completion = None
+    if usage is not None:
+        source = "engine"
+        completion = usage.completion_tokens
+    elif meter is not None and meter.content_frames:
+        source = "estimated"
+        completion = meter.content_frames
+    fields: dict[str, Any] = dict(_times(timeline)) if timeline else {}
+    if gaps is not None and gaps.count:
+        fields["gap_p50_ms"] = _ms_of_ns(gaps.quantile(0.5))
+        fields["gap_p99_ms"] = _ms_of_ns(gaps.quantile(0.99))
+        fields["gap_max_ms"] = _ms_of_ns(gaps.max_ns)
+    return Record(
+        ts=ts,
+        id=id,
+        client=client,
+        method=method,
+        path=path,
+        model=model,
+        pool=pool,
+        upstream=upstream,
+        status=status,
+        outcome=outcome,
+        stream=is_stream,
+        streamed_upstream=is_stream,
+        attempts=attempts,
+        frames=frames,
+        bytes_in=bytes_in,
+        bytes_out=bytes_out,
+        prompt_tokens=usage.prompt_tokens if usage else None,
+        cached_tokens=usage.cached_tokens if usage else None,
+        completion_tokens=completion,
+        reasoning_tokens=usage.reasoning_tokens if usage else None,
+        total_tokens=usage.total_tokens if usage else None,
+        usage=source,
+        finish_reason=meter.finish_reason if meter else None,
+        error=error or (meter.error if meter else None),
+        **fields,
+    )
+
+
+def _times(timeline: Timeline) -> dict[str, float | None]:
+    sent, head, ended = timeline.request_sent, timeline.head, timeline.ended
+    content = timeline.first_content_sent
+    if content is not None:
+        own = timeline.relay_s(content, timeline.first_content_read)
+    else:
+        own = timeline.relay_s(head, head)
+    return {
+        "queue_ms": _ms(timeline.queue_s),
+        "connect_ms": _ms(timeline.connect_s),
+        "head_ms": _ms(None if head is None or sent is None else head - sent),
+        "ttft_ms": _ms(timeline.ttft_s),
+        "total_ms": _ms(None if ended is None else ended - timeline.request_started),
+        "relay_ms": _ms(own),
+    }
+
+
+def server_timing(timeline: Timeline, now: float) -> bytes:
+    """The ``Server-Timing`` field of an answer whose head goes out at `now`: what the time before it went into."""
+    parts = []
+    if timeline.queue_s:
+        parts.append(f"queue;dur={timeline.queue_s * 1000:.3f}")
+    if timeline.request_sent is None or timeline.head is None:
+        own = now - timeline.request_read - timeline.queue_s
+    else:
+        engine = timeline.first_content_read or timeline.head
+        parts.append(f"engine;dur={(engine - timeline.request_sent) * 1000:.3f}")
+        own = timeline.relay_s(now, engine) or 0.0
+    parts.append(f"relay;dur={max(0.0, own) * 1000:.3f}")
+    return ", ".join(parts).encode("ascii")
+
+
+def record_text(record: Record) -> str:
+    """A record for people: one compact line."""
+    ttft = "-" if record.ttft_ms is None else f"{record.ttft_ms:.1f}ms"
+    total = "-" if record.total_ms is None else f"{record.total_ms:.1f}ms"
+    tokens = f"{_or_dash(record.prompt_tokens)}+{_or_dash(record.completion_tokens)}"
+    line = (
+        f"{record.ts} {record.client} {record.method or '-'} {record.path or '-'} {_or_dash(record.status)} "
+        f"{record.outcome} model={record.model or '-'} upstream={record.upstream or '-'} attempts={record.attempts} "
+        f"ttft={ttft} total={total} frames={record.frames} tokens={tokens} id={record.id or '-'}"
+    )
+    return f"{line} error={record.error!r}" if record.error else line
+
+
+_MS: Final = 1000.0
+
+
+def _ms(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds * _MS, 3)
+
+
+def _ms_of_ns(ns: int | None) -> float | None:
+    return None if ns is None else round(ns / 1e6, 3)
+
+
+def _or_dash(value: int | None) -> str:
+    return "-" if value is None else str(value)

@@ -1,0 +1,100 @@
+"""The records' way out: one line per exchange on standard output, which must never hold up a stream.
+
+Standard output may be a pipe nobody reads, a terminal on hold, or the journal's socket. Lines go through a bounded
+buffer, written without blocking; what does not fit is dropped and counted. Standard output's own file description is
+shared with whoever started the relay, so it is not switched to non-blocking: it is opened again where that is possible
+(pipe, terminal), or written with MSG_DONTWAIT (socket). A regular file is simply written.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import stat
+from collections import deque
+from collections.abc import Callable
+from typing import Final
+
+import trio
+
+#: Bytes of lines waiting to be written; a stalled reader costs this much memory.
+MAX_WAITING_BYTES: Final = 4_194_304
+#: Joined into one write at most.
+_WRITE_BYTES: Final = 65536
+#: How long the last lines may take at the end of the process.
+FLUSH_S: Final = 1.0
+
+
+class RecordWriter:
+    """Takes lines at any time; `run` writes them."""
+
+    def __init__(self, fileno: int) -> None:
+        self.dropped = 0  #: lines that found the buffer full
+        self._lines: deque[bytes] = deque()
+        self._waiting_bytes = 0
+        self._wake = trio.Event()
+        self._fileno, self._write, self._can_wait = _open_write(fileno)
+
+    def __repr__(self) -> str:
+        return f"<RecordWriter waiting={self._waiting_bytes} dropped={self.dropped}>"
+
+    def put(self, line: bytes) -> None:
+        """Queues one line, which ends in a newline."""
+        if self._waiting_bytes + len(line) > MAX_WAITING_BYTES:
+            self.dropped += 1
+            return
+        self._lines.append(line)
+        self._waiting_bytes += len(line)
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Writes lines as they come; when cancelled, first what is waiting, within `FLUSH_S`."""
+        try:
+            while True:
+                await self._wake.wait()
+                self._wake = trio.Event()
+                await self._drain()
+        finally:
+            with trio.move_on_after(FLUSH_S, shield=True):
+                await self._drain()
+
+    async def _drain(self) -> None:
+        while self._lines:
+            data = self._take()
+            while data:
+                try:
+                    data = data[self._write(data) :]
+                except BlockingIOError:
+                    if not self._can_wait:
+                        return
+                    await trio.lowlevel.wait_writable(self._fileno)
+                except OSError:
+                    self.dropped += 1  # the reader is gone
+                    return
+
+    def _take(self) -> bytes:
+        """The next lines, as many as one write takes."""
+        taken = [self._lines.popleft()]
+        size = len(taken[0])
+        while self._lines and size + len(self._lines[0]) <= _WRITE_BYTES:
+            taken.append(self._lines.popleft())
+            size += len(taken[-1])
+        self._waiting_bytes -= size
+        return b"".join(taken)
+
+
+def _open_write(fileno: int) -> tuple[int, Callable[[bytes], int], bool]:
+    """A descriptor for non-blocking writes, how to write to it, and whether its readiness can be waited for."""
+    mode = os.fstat(fileno).st_mode
+    if stat.S_ISSOCK(mode):
+        sock = socket.socket(fileno=os.dup(fileno))
+        return sock.fileno(), lambda data: sock.send(data, socket.MSG_DONTWAIT), True
+    if stat.S_ISREG(mode):
+        return fileno, lambda data: os.write(fileno, data), False
+    try:
+        own = os.open(f"/proc/self/fd/{fileno}", os.O_WRONLY | os.O_NONBLOCK)
+    except OSError:
+        # Not ours to open (a terminal after su): written as it is, blocking.
+        return fileno, lambda data: os.write(fileno, data), False
+    is_null = stat.S_ISCHR(mode) and not os.isatty(fileno)
+    return own, lambda data: os.write(own, data), not is_null

@@ -1,0 +1,271 @@
+"""The worker: one trio run that accepts clients and carries their traffic until it is told to stop.
+
+Two nurseries: accepting inside, connections outside. A signal ends the inner one; the connections then have ``drain_s``
+to finish, and what is left is cut with an error frame. A second signal cuts at once.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import resource
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator, Callable
+from typing import Final
+
+import trio
+
+from relay.address import Address
+from relay.config import Config
+from relay.core.timeline import Record, record_text
+from relay.daemon import systemd
+from relay.daemon.records import RecordWriter
+from relay.errors import ClientGone, ExchangeError
+from relay.net import admin, poller, sockets
+from relay.net.downstream import BodyBudget, ClientConnection
+from relay.net.exchange import Exchange, refuse
+from relay.net.pump import Pump
+from relay.net.service import Service
+
+#: Clients waiting to be accepted; the kernel caps it at net.core.somaxconn.
+BACKLOG: Final = 4096
+#: Connections accepted in a row before other tasks run: a burst of new clients must not delay every stream.
+ACCEPTS_PER_TURN: Final = 16
+#: How long accepting pauses when descriptors or memory have run out.
+ACCEPT_PAUSE_S: Final = 0.1
+#: Seconds that cut exchanges get for their error frames.
+CUT_S: Final = 3.0
+
+
+class StartError(Exception):
+    """The daemon cannot start; the message says what to do."""
+
+
+def run(config: Config) -> int:
+    """Runs the daemon until SIGTERM or SIGINT; the process's exit status."""
+    try:
+        listeners = open_listeners(config)
+        admin_listener = _listen(config.admin.address) if config.admin.address else None
+    except StartError as exc:
+        print(f"relay: {exc}", file=sys.stderr)
+        return 1
+    _raise_descriptor_limit()
+    trio.run(_run, config, listeners, admin_listener)
+    return 0
+
+
+async def _run(config: Config, listeners: list[socket.socket], admin_listener: socket.socket | None) -> None:
+    """A worker with what a process has around it: signals, and records on standard output."""
+    log_format = config.log.format
+    writer = RecordWriter(sys.stdout.fileno())
+
+    def write_record(record: Record) -> None:
+        if log_format == "json":
+            writer.put(record.encode() + b"\n")
+        elif log_format == "text":
+            writer.put(record_text(record).encode() + b"\n")
+
+    worker = Worker(config, listeners, write_record, admin_listener)
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(writer.run)
+            nursery.start_soon(_stop_on_signals, worker, signals)
+            await nursery.start(worker.run)
+            # What lives as long as the process is not looked at again by the garbage collector.
+            gc.collect()
+            gc.freeze()
+            for listener in listeners:
+                print(f"relay: listening on {url_of(listener)}", file=sys.stderr, flush=True)
+            systemd.notify("READY=1")
+            await worker.stopped.wait()
+            nursery.cancel_scope.cancel()
+
+
+async def _stop_on_signals(worker: Worker, signals: AsyncIterator[int]) -> None:
+    """The first signal drains, the second cuts."""
+    async for _ in signals:
+        if worker.service.is_draining:
+            worker.cut()
+        else:
+            systemd.notify("STOPPING=1")
+            worker.stop()
+
+
+def open_listeners(config: Config) -> list[socket.socket]:
+    """The listening sockets: systemd's where it passes some, else the configured addresses."""
+    inherited = systemd.listen_fds()
+    if inherited:
+        return [socket.socket(fileno=fd) for fd, _ in inherited]
+    return [_listen(address) for address in config.listen.addresses]
+
+
+def _listen(address: Address) -> socket.socket:
+    try:
+        if address.unix_path is not None:
+            return _listen_unix(address.unix_path)
+        family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((address.host, address.port))
+    except OSError as exc:
+        raise StartError(f"cannot listen on {address}: {exc.strerror}") from None
+    sock.listen(BACKLOG)
+    return sock
+
+
+def _listen_unix(path: str) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.bind(path)
+    except OSError:
+        # A socket file that nobody listens on any more is left over from a process that died.
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            try:
+                probe.connect(path)
+            except ConnectionRefusedError:
+                os.unlink(path)
+            else:
+                raise
+        sock.bind(path)
+    sock.listen(BACKLOG)
+    return sock
+
+
+def url_of(listener: socket.socket) -> str:
+    """Where a listener can be reached, with the port the kernel picked."""
+    name = listener.getsockname()
+    if listener.family == socket.AF_UNIX:
+        return f"unix:{name}"
+    return Address(name[0], name[1]).url
+
+
+def _raise_descriptor_limit() -> None:
+    """Two descriptors per stream: takes what the hard limit allows, as nginx's worker_rlimit_nofile would."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+class Worker:
+    """Carries the traffic of some listeners until `stop`, then drains."""
+
+    def __init__(
+        self,
+        config: Config,
+        listeners: list[socket.socket],
+        write_record: Callable[[Record], None],
+        admin_listener: socket.socket | None = None,
+    ) -> None:
+        self.config = config
+        self.listeners = listeners
+        self.admin_listener = admin_listener
+        self.pump = Pump()
+        self.service = Service(config, self.pump, write_record)
+        self.budget = BodyBudget(config.limits.max_buffered_bytes)
+        self.connections: set[ClientConnection] = set()
+        self.stopped = trio.Event()  #: drained, and all that is left closed
+        self._stop = trio.Event()
+        self._handlers: trio.Nursery | None = None
+
+    def __repr__(self) -> str:
+        return f"<Worker connections={len(self.connections)}>"
+
+    def stop(self) -> None:
+        """Begins to drain."""
+        self.service.is_draining = True
+        self._stop.set()
+
+    def cut(self) -> None:
+        """Ends at once whatever is still open."""
+        if self._handlers is not None:
+            self._handlers.cancel_scope.cancel()
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Serves, from `task_status.started` on, until stopped and drained."""
+        with poller.install(self.pump) as is_installed:
+            async with trio.open_nursery() as background:
+                if not is_installed:
+                    background.start_soon(self.pump.run_as_task)
+                if self.admin_listener is not None:
+                    background.start_soon(admin.serve, self.admin_listener, self.service)
+                async with trio.open_nursery() as self._handlers:
+                    async with trio.open_nursery() as accepting:
+                        for listener in self.listeners:
+                            listener.setblocking(False)
+                            accepting.start_soon(self._accept, listener, self._handlers)
+                        task_status.started()
+                        await self._stop.wait()
+                        await trio.sleep(self.config.daemon.ready_delay_s)
+                        accepting.cancel_scope.cancel()
+                    await self._drain(self._handlers)
+                background.cancel_scope.cancel()
+        self.service.pool.close_idle()
+        self.stopped.set()
+
+    async def _accept(self, listener: socket.socket, handlers: trio.Nursery) -> None:
+        limits = self.config.limits
+        while True:
+            await trio.lowlevel.wait_readable(listener)
+            for _ in range(ACCEPTS_PER_TURN):
+                while len(self.connections) >= limits.max_connections:
+                    await trio.sleep(ACCEPT_PAUSE_S)
+                try:
+                    sock, peer = listener.accept()
+                except BlockingIOError:
+                    break
+                except ConnectionAbortedError:
+                    continue
+                except OSError as exc:
+                    # Out of descriptors or memory: what is open goes on, and new clients wait in the backlog.
+                    print(f"relay: cannot accept: {exc.strerror}; pausing", file=sys.stderr, flush=True)
+                    await trio.sleep(ACCEPT_PAUSE_S)
+                    break
+                sock.setblocking(False)
+                sockets.set_no_delay(sock)
+                address = peer[0] if isinstance(peer, tuple) else "unix"
+                client = ClientConnection(sock, address, self.config.timeouts, limits, self.budget)
+                self.connections.add(client)
+                handlers.start_soon(self._serve, client)
+            await trio.lowlevel.checkpoint()
+
+    async def _serve(self, client: ClientConnection) -> None:
+        """One client connection; nothing leaves this task as an exception but cancellation."""
+        must_linger = False
+        try:
+            while not self.service.is_draining:
+                try:
+                    request = await client.next_request()
+                except ExchangeError as failure:
+                    await refuse(self.service, client, failure)
+                    must_linger = not isinstance(failure, ClientGone)
+                    break
+                if request is None:
+                    break
+                if not await Exchange(self.service, client, request).run():
+                    must_linger = client.has_unread
+                    break
+        except Exception as exc:  # a fault of ours: this connection ends, the others do not
+            print(f"relay: internal error: {exc!r}", file=sys.stderr, flush=True)
+            sys.excepthook(type(exc), exc, exc.__traceback__)
+        finally:
+            self.connections.discard(client)
+            if must_linger:
+                await client.linger()
+            client.close()
+
+    async def _drain(self, handlers: trio.Nursery) -> None:
+        """Waits for the open exchanges, within ``drain_s``; then ends them with an error frame."""
+        for listener in self.listeners:
+            listener.close()
+        for client in self.connections:
+            client.stop_waiting()
+        with trio.move_on_after(self.config.daemon.drain_s):
+            while self.connections:
+                await trio.sleep(0.05)
+        for exchange in list(self.service.active):
+            exchange.cut()
+        with trio.move_on_after(CUT_S):
+            while self.connections:
+                await trio.sleep(0.02)
+        handlers.cancel_scope.cancel()

@@ -1,0 +1,73 @@
+"""What end-to-end tests stand on: the built-in engine and a relay worker, in the test's own trio run, on real sockets."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Any
+
+import msgspec
+import pytest
+import trio
+from relay_bench.engine import EngineConfig, serve_engine
+
+from relay.address import parse_upstream
+from relay.config import Config, LogConfig, PoolConfig, TimeoutsConfig
+from relay.core.timeline import Record
+from relay.daemon.worker import Worker
+
+#: No test waits longer than this for anything.
+TEST_LIMIT_S = 20.0
+
+
+class RunningRelay:
+    """A worker that serves, and the records it has written."""
+
+    def __init__(self, config: Config, listener: socket.socket) -> None:
+        self.records: list[Record] = []
+        self._written = trio.Event()
+        self.worker = Worker(config, [listener], self._write)
+        self.port: int = listener.getsockname()[1]
+
+    def _write(self, record: Record) -> None:
+        self.records.append(record)
+        self._written.set()
+
+    async def record(self, number: int = 1) -> Record:
+        """The `number`-th record, once it has been written."""
+        with trio.fail_after(TEST_LIMIT_S):
+            while len(self.records) < number:
+                self._written = trio.Event()
+                await self._written.wait()
+        return self.records[number - 1]
+
+    async def connect(self) -> trio.SocketStream:
+        """A client connection."""
+        return await trio.open_tcp_stream("127.0.0.1", self.port)
+
+
+StartRelay = Callable[..., AbstractAsyncContextManager[RunningRelay]]
+
+
+@asynccontextmanager
+async def running_relay(*upstreams: str, **tables: Any) -> AsyncIterator[RunningRelay]:
+    """A relay in front of `upstreams`; further arguments are tables of the configuration."""
+    pool = PoolConfig(upstreams=tuple(parse_upstream(url) for url in upstreams))
+    config = Config(pools=(pool,), log=LogConfig(format="off"), **tables)
+    listener = socket.create_server(("127.0.0.1", 0), backlog=512)
+    relay = RunningRelay(config, listener)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(relay.worker.run)
+        try:
+            yield relay
+        finally:
+            relay.worker.stop()
+            relay.worker.cut()
+            with trio.move_on_after(5, shield=True):
+                await relay.worker.stopped.wait()
+            nursery.cancel_scope.cancel()
+            assert not relay.worker.service.active
+            assert all(upstream.outstanding == 0 for upstream in relay.worker.service.pool.upstreams)
+            assert relay.worker.budget.used == 0

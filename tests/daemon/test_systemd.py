@@ -1,0 +1,123 @@
+"""systemd's protocols, with real sockets in the place of systemd."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+import pytest
+
+from relay.daemon.systemd import listen_fds, notify
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+
+@pytest.fixture
+def manager() -> Iterator[socket.socket]:
+    """The datagram socket on which systemd listens."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as receiver:
+        receiver.settimeout(5)
+        yield receiver
+
+
+@pytest.fixture(params=["path", "abstract"])
+def address(request: pytest.FixtureRequest, manager: socket.socket, tmp_path: Path) -> str:
+    """NOTIFY_SOCKET's value, in each form it can have."""
+    if request.param == "path":
+        path = str(tmp_path / "notify")
+        manager.bind(path)
+        return path
+    manager.bind("")  # autobind: the kernel picks an abstract name
+    name: bytes = manager.getsockname()
+    return "@" + name[1:].decode()
+
+
+def test_one_datagram_holds_all_lines(manager: socket.socket, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NOTIFY_SOCKET", address)
+    assert notify("RELOADING=1", "MONOTONIC_USEC=17")
+    assert notify("READY=1")
+    assert manager.recv(1000) == b"RELOADING=1\nMONOTONIC_USEC=17"
+    assert manager.recv(1000) == b"READY=1"
+
+
+@pytest.mark.parametrize(
+    "value", [None, "", "relative", "vsock:2:1", "/nowhere/notify", "@relay-test-nobody", "/" * 200]
+)
+def test_without_systemd_nothing_happens(value: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
+    if value is not None:
+        monkeypatch.setenv("NOTIFY_SOCKET", value)
+    assert not notify("READY=1")
+
+
+def test_a_full_queue_does_not_stop_the_daemon(
+    manager: socket.socket, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NOTIFY_SOCKET", address)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
+        other.setblocking(False)
+        other.connect("\0" + address[1:] if address.startswith("@") else address)
+        with suppress(BlockingIOError):
+            while True:
+                other.send(b"x" * 1000)
+    assert not notify("READY=1")
+
+
+def set_listen(monkeypatch: pytest.MonkeyPatch, pid: str | None, count: str | None, names: str | None = None) -> None:
+    for name, value in {"LISTEN_PID": pid, "LISTEN_FDS": count, "LISTEN_FDNAMES": names}.items():
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+
+
+@pytest.mark.parametrize(
+    ("pid", "count"),
+    [(None, None), (None, "1"), ("own", None), ("1", "1"), ("", "1"), ("own", "0"), ("own", "-1"), ("own", "x")],
+)
+def test_no_sockets_for_this_process(pid: str | None, count: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_listen(monkeypatch, str(os.getpid()) if pid == "own" else pid, count)
+    assert listen_fds() == []
+    assert not [name for name in os.environ if name.startswith("LISTEN_")]
+
+
+#: Started as systemd starts a service: the sockets are descriptors 3 and 4, the environment speaks of its own process.
+SERVICE = """
+import os, subprocess, sys
+os.environ["LISTEN_PID"] = str(os.getpid())
+from relay.daemon.systemd import listen_fds
+import socket
+for passed in listen_fds():
+    print(passed.name, socket.socket(fileno=passed.fd).getsockname()[1], os.get_inheritable(passed.fd))
+print(listen_fds(), [name for name in os.environ if name.startswith("LISTEN_")])
+"""
+
+
+@pytest.mark.parametrize(
+    ("names", "shown"), [("public:admin", ["public", "admin"]), ("public", ["public", ""]), (None, ["", ""])]
+)
+def test_passed_sockets(names: str | None, shown: list[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as two:
+        ports = [one.getsockname()[1], two.getsockname()[1]]
+        environment = os.environ | {"LISTEN_FDS": "2"} | ({"LISTEN_FDNAMES": names} if names else {})
+        # The shell puts the sockets where systemd does.
+        result = subprocess.run(
+            ["sh", "-c", f'exec "$0" -c "$1" 3<&{one.fileno()} 4<&{two.fileno()}', sys.executable, SERVICE],
+            env=environment,
+            pass_fds=[one.fileno(), two.fileno()],
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=False,
+        )
+    assert result.stderr == ""
+    assert result.stdout.splitlines() == [
+        f"{shown[0]} {ports[0]} False",
+        f"{shown[1]} {ports[1]} False",
+        "[] []",
+    ]
