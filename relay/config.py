@@ -263,7 +263,10 @@ def _colliding_addresses(config: Config) -> Iterator[Problem]:
 
 def _useless_pools(config: Config) -> Iterator[Problem]:
     if not any(pool.upstreams for pool in config.pools):
-        yield Problem("pool[0].upstreams", "no upstream to send requests to; give --upstream http://HOST:PORT, or upstreams in a [[pool]]")
+        yield Problem(
+            "pool[0].upstreams",
+            "no upstream to send requests to; give --upstream http://HOST:PORT, or upstreams in a [[pool]]",
+        )
     for at, pool in enumerate(config.pools):
         yield from _repeated([upstream.url for upstream in pool.upstreams], f"pool[{at}].upstreams")
         yield from _repeated(pool.models, f"pool[{at}].models")

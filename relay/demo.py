@@ -12,13 +12,15 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncGenerator, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import httpx
 import msgspec
 import trio
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Iterator
 
 #: Seconds for a child to say where it listens: a cold start on a slow disk.
 START_LIMIT_S = 10.0
@@ -28,6 +30,8 @@ ANSWER_LIMIT_S = 30.0
 RECORD_LIMIT_S = 5.0
 #: Seconds for a child to end after SIGTERM, before SIGKILL; the relay is told to drain for `DRAIN_S` of them.
 STOP_LIMIT_S = 5.0
+#: Seconds for the kernel to end a child after SIGKILL.
+KILL_LIMIT_S = 2.0
 #: Seconds the relay leaves a visitor's own stream when the demo ends.
 DRAIN_S = 1.0
 
@@ -91,9 +95,7 @@ async def _run(once: bool) -> int:
                         await _show_one_answer(relay)
                         status = 0
                         if not once:
-                            nursery.start_soon(engine.repeat_stderr)
-                            nursery.start_soon(relay.repeat_stderr)
-                            await _show_records(relay)
+                            await _show_more(engine, relay)
             except DemoError as error:
                 print(f"relay demo: {error}", file=sys.stderr)
                 status = 1
@@ -128,9 +130,7 @@ async def _show_one_answer(relay: _Child) -> None:
     with _within(ANSWER_LIMIT_S, "the answer"):
         await _stream_answer(relay.url, exchange_id)
     with _within(RECORD_LIMIT_S, "the relay's record of the answer"):
-        line, record = await _next_record(relay)
-        while record.id != exchange_id:
-            line, record = await _next_record(relay)
+        line, record = await _record_of(relay, exchange_id)
     _print_record(record, line)
     if record.outcome != "--":
         raise DemoError(f"the exchange ended as {record.outcome}: {record.error}")
@@ -153,7 +153,7 @@ async def _stream_answer(url: str, exchange_id: str) -> None:
                         return
                     _print_token(line)
         except httpx.HTTPError as error:
-            raise DemoError(f"the stream broke: {error or type(error).__name__}") from error
+            raise DemoError(f"the stream broke: {str(error) or type(error).__name__}") from error
     raise DemoError("the stream ended without [DONE]")
 
 
@@ -182,24 +182,34 @@ def _ms(value: float | None) -> str:
     return "an unknown time" if value is None else f"{value:.1f} ms"
 
 
-async def _show_records(relay: _Child) -> None:
-    """Show how to send more, and print the record of each, for as long as the relay runs."""
+async def _record_of(relay: _Child, exchange_id: str) -> tuple[str, Record]:
+    """Find one exchange's record in the relay's output; also the line as it stands there."""
+    while (line := await relay.stdout.next()) is not None:
+        try:
+            record = msgspec.json.decode(line, type=Record)
+        except msgspec.DecodeError as error:
+            raise DemoError(f"the relay's output holds what is no record, {line!r}: {error}") from error
+        if record.id == exchange_id:
+            return line, record
+    raise await relay.unexpected_end()
+
+
+async def _show_more(engine: _Child, relay: _Child) -> None:
+    """Show how to send more, and print the record of each, for as long as both run."""
     print("\nBoth run until Ctrl-C. Try, in another terminal:\n")
     print(f"  curl -N {_chat_url(relay.url)} -H 'Content-Type: application/json' -d '{json.dumps(_question())}'\n")
-    while True:
-        sys.stdout.flush()
-        line, _ = await _next_record(relay)
-        print(line)
+    sys.stdout.flush()
+    ended: list[_Child] = []
+    async with trio.open_nursery() as nursery:
 
+        async def repeat(child: _Child) -> None:
+            await child.repeat()
+            ended.append(child)
+            nursery.cancel_scope.cancel()
 
-async def _next_record(relay: _Child) -> tuple[str, Record]:
-    line = await relay.stdout.next()
-    if line is None:
-        raise await relay.ended()
-    try:
-        return line, msgspec.json.decode(line, type=Record)
-    except msgspec.DecodeError as error:
-        raise DemoError(f"the relay's output holds what is no record, {line!r}: {error}") from error
+        nursery.start_soon(repeat, engine)
+        nursery.start_soon(repeat, relay)
+    raise await ended[0].unexpected_end()
 
 
 def _chat_url(url: str) -> str:
@@ -237,6 +247,11 @@ class _Lines:
         del self._unread[: end + 1]
         return line
 
+    async def copy_to(self, output: TextIO) -> None:
+        """Print each line as it comes, to the end."""
+        while (line := await self.next()) is not None:
+            print(line, file=output, flush=True)
+
 
 class _Child:
     """A server in a process of its own, that has said where it listens."""
@@ -267,7 +282,8 @@ class _Child:
                 child.url = await child._listening()
             yield child
         finally:
-            await child._stop()
+            with trio.move_on_after(STOP_LIMIT_S + KILL_LIMIT_S, shield=True):
+                await child._stop()
 
     async def _listening(self) -> str:
         said: list[str] = []
@@ -276,25 +292,25 @@ class _Child:
             if found:
                 return url
             said.append(line)
-        error = await self.ended()
+        error = await self.unexpected_end()
         raise DemoError("\n  ".join([f"{error} before it listened", *said]))
 
-    async def ended(self) -> DemoError:
-        """The error of a child that should still be there; its output has ended, so it is about to."""
+    async def unexpected_end(self) -> DemoError:
+        """Make the error of a child that should still be there; its output has ended, so the rest is about to."""
         with trio.move_on_after(STOP_LIMIT_S):
             await self._process.wait()
         return DemoError(f"the {self.name} ended with status {self._process.returncode}")
 
-    async def repeat_stderr(self) -> None:
-        """Pass on what the child has to say."""
-        while (line := await self._stderr.next()) is not None:
-            print(line, file=sys.stderr)
+    async def repeat(self) -> None:
+        """Pass on what the child has to say, until it ends."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self.stdout.copy_to, sys.stdout)
+            nursery.start_soon(self._stderr.copy_to, sys.stderr)
 
     async def _stop(self) -> None:
-        with trio.CancelScope(shield=True), trio.move_on_after(STOP_LIMIT_S):
+        with trio.move_on_after(STOP_LIMIT_S):
             self._process.terminate()
             await self._process.wait()
         if self._process.returncode is None:
             self._process.kill()
-            with trio.CancelScope(shield=True), trio.move_on_after(STOP_LIMIT_S):
-                await self._process.wait()
+            await self._process.wait()

@@ -6,8 +6,8 @@ received; frames that pass both are merely counted. All others are inspected: de
 the content, and never fatal. A frame that is not JSON is counted and passed on, since a relay that dies of `data:`
 serves nobody.
 
-Which field means what is in vLLM's ``entrypoints/openai/protocol.py`` and Anthropic's and OpenAI's streaming references;
-the recordings of a real engine in ``tests/captures`` are the judge.
+Which field means what is in vLLM's ``entrypoints/openai/protocol.py`` and Anthropic's and OpenAI's streaming
+references; the recordings of a real engine in ``tests/captures`` are the judge.
 """
 
 from __future__ import annotations
@@ -266,7 +266,7 @@ class Meter:
         if self.route is Route.OTHER:
             return
         if frame.startswith((b"event:", b"data:")):
-            # Up to the JSON's first value: the event type where there is one, the first key, and no text of the model's.
+            # Up to the JSON's first value: the event type if there is one, the first key, no text of the model's.
             begin = frame.find(b"data:") + 5
             colon = frame.find(b":", begin)
             self.ordinary_prefix = bytes(frame[: colon + 1]) if frame.startswith(b"data:") else bytes(frame[:begin])

@@ -1,10 +1,10 @@
 """From what an engine sends to what its client gets: an event stream, passed on in whole frames.
 
-The usual case decides the cost. Engines put one frame into one chunk and one chunk into one write, so what a read brings
-is a run of whole chunks, each ending where a frame ends. Such a run goes on untouched, chunk headers and all, as one view
-of the receive buffer: no byte is copied, and nothing is allocated but the view. Everything else (frames over several
-chunks, several in one, a body without chunks, a client without them) is decoded, and what is complete of it goes out as
-one new chunk, still as views of the buffer; only an unfinished frame is kept, in `pending`.
+The usual case decides the cost. Engines put one frame into one chunk and one chunk into one write, so what a read
+brings is a run of whole chunks, each ending where a frame ends. Such a run goes on untouched, chunk headers and all, as
+one view of the receive buffer: no byte is copied, and nothing is allocated but the view. Everything else (frames over
+several chunks, several in one, a body without chunks, a client without them) is decoded, and what is complete of it
+goes out as one new chunk, still as views of the buffer; only an unfinished frame is kept, in `pending`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,17 @@ class FrameRelay:
     `is_done` and `error` are the decoder's: how the engine's body ended. After the end, `finish` gives what is due.
     """
 
-    __slots__ = ("_chunks", "decoder", "finder", "is_chunked", "is_unaligned", "max_frame_bytes", "meter", "pending")
+    __slots__ = (
+        "_chunks",
+        "decoder",
+        "finder",
+        "has_excess",
+        "is_chunked",
+        "is_unaligned",
+        "max_frame_bytes",
+        "meter",
+        "pending",
+    )
 
     def __init__(self, decoder: BodyDecoder, meter: Meter, *, is_chunked: bool, max_frame_bytes: int) -> None:
         self.decoder = decoder
@@ -37,6 +47,7 @@ class FrameRelay:
         self.is_chunked = is_chunked  #: the client takes chunks (HTTP/1.1)
         self.max_frame_bytes = max_frame_bytes
         self.pending = bytearray()  #: the unfinished frame, never longer than `max_frame_bytes` and one read
+        self.has_excess = False  #: bytes came behind the end of the body: the connection is of no further use
         self.is_unaligned = False  #: the frame being read outgrew the limit; its beginning has gone out
         self._chunks = decoder if is_chunked and isinstance(decoder, ChunkDecoder) else None
 
@@ -57,6 +68,8 @@ class FrameRelay:
             if begin < end:
                 self._take(buffer, view, begin, end, payload)
         self._emit(payload, out)
+        if position < stop:
+            self.has_excess = True
 
     def finish(self, out: Pieces) -> None:
         """After a clean end of the body: the rest, with the blank line it may lack, and the last chunk."""

@@ -5,8 +5,8 @@ line is a line end right behind a line end. Engines write LF, so a piece without
 goes line by line.
 
 A CR may be half of a CR LF whose LF is still under way. After a line that ended in CR LF the LF is waited for; after
-any other a blank line's CR ends the frame at once, since holding back a complete frame would be buffering, and a LF that
-does come is passed on as the rest of that line end.
+any other a blank line's CR ends the frame at once, since holding back a complete frame would be buffering, and a LF
+that does come is passed on as the rest of that line end.
 """
 
 from __future__ import annotations

@@ -25,8 +25,9 @@ from relay.daemon.records import RecordWriter
 from relay.errors import ClientGone, ExchangeError
 from relay.net import admin, poller, sockets
 from relay.net.downstream import BodyBudget, ClientConnection
-from relay.net.exchange import Exchange, refuse
+from relay.net.exchange import Exchange
 from relay.net.pump import Pump
+from relay.net.reply import refuse
 from relay.net.service import Service
 
 #: Clients waiting to be accepted; the kernel caps it at net.core.somaxconn.
@@ -166,6 +167,7 @@ class Worker:
         self.connections: set[ClientConnection] = set()
         self.stopped = trio.Event()  #: drained, and all that is left closed
         self._stop = trio.Event()
+        self._departure = trio.Event()  # set, and made anew, whenever a connection has ended
         self._handlers: trio.Nursery | None = None
 
     def __repr__(self) -> str:
@@ -183,25 +185,34 @@ class Worker:
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serves, from `task_status.started` on, until stopped and drained."""
-        with poller.install(self.pump) as is_installed:
-            async with trio.open_nursery() as background:
-                if not is_installed:
-                    background.start_soon(self.pump.run_as_task)
-                if self.admin_listener is not None:
-                    background.start_soon(admin.serve, self.admin_listener, self.service)
-                async with trio.open_nursery() as self._handlers:
-                    async with trio.open_nursery() as accepting:
-                        for listener in self.listeners:
-                            listener.setblocking(False)
-                            accepting.start_soon(self._accept, listener, self._handlers)
-                        task_status.started()
-                        await self._stop.wait()
-                        await trio.sleep(self.config.daemon.ready_delay_s)
-                        accepting.cancel_scope.cancel()
-                    await self._drain(self._handlers)
-                background.cancel_scope.cancel()
-        self.service.pool.close_idle()
-        self.stopped.set()
+        try:
+            with poller.install(self.pump) as is_installed:
+                await self._run(task_status, is_installed=is_installed)
+        finally:
+            self._close_listeners()
+            if self.admin_listener is not None:
+                self.admin_listener.close()
+            self.service.pool.close_idle()
+            self.pump.epoll.close()
+            self.stopped.set()
+
+    async def _run(self, task_status: trio.TaskStatus[None], *, is_installed: bool) -> None:
+        async with trio.open_nursery() as background:
+            if not is_installed:
+                background.start_soon(self.pump.run_as_task)
+            if self.admin_listener is not None:
+                background.start_soon(admin.serve, self.admin_listener, self.service)
+            async with trio.open_nursery() as self._handlers:
+                async with trio.open_nursery() as accepting:
+                    for listener in self.listeners:
+                        listener.setblocking(False)
+                        accepting.start_soon(self._accept, listener, self._handlers)
+                    task_status.started()
+                    await self._stop.wait()
+                    await trio.sleep(self.config.daemon.ready_delay_s)
+                    accepting.cancel_scope.cancel()
+                await self._drain(self._handlers)
+            background.cancel_scope.cancel()
 
     async def _accept(self, listener: socket.socket, handlers: trio.Nursery) -> None:
         limits = self.config.limits
@@ -209,7 +220,7 @@ class Worker:
             await trio.lowlevel.wait_readable(listener)
             for _ in range(ACCEPTS_PER_TURN):
                 while len(self.connections) >= limits.max_connections:
-                    await trio.sleep(ACCEPT_PAUSE_S)
+                    await self._departure.wait()
                 try:
                     sock, peer = listener.accept()
                 except BlockingIOError:
@@ -249,23 +260,28 @@ class Worker:
             print(f"relay: internal error: {exc!r}", file=sys.stderr, flush=True)
             sys.excepthook(type(exc), exc, exc.__traceback__)
         finally:
-            self.connections.discard(client)
             if must_linger:
                 await client.linger()
             client.close()
+            self.connections.discard(client)
+            self._departure.set()
+            self._departure = trio.Event()
+
+    def _close_listeners(self) -> None:
+        for listener in self.listeners:
+            listener.close()
 
     async def _drain(self, handlers: trio.Nursery) -> None:
         """Waits for the open exchanges, within ``drain_s``; then ends them with an error frame."""
-        for listener in self.listeners:
-            listener.close()
+        self._close_listeners()
         for client in self.connections:
             client.stop_waiting()
         with trio.move_on_after(self.config.daemon.drain_s):
             while self.connections:
-                await trio.sleep(0.05)
+                await self._departure.wait()
         for exchange in list(self.service.active):
             exchange.cut()
         with trio.move_on_after(CUT_S):
             while self.connections:
-                await trio.sleep(0.02)
+                await self._departure.wait()
         handlers.cancel_scope.cancel()

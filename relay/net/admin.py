@@ -96,7 +96,7 @@ def _exchanges(service: Service) -> list[dict[str, object]]:
             "upstream": exchange.upstream and exchange.upstream.config.url,
             "phase": exchange.phase.name.lower(),
             "attempts": exchange.attempts,
-            "age_ms": round((now - exchange.client.request_started) * 1000, 3),
+            "age_ms": round((now - exchange.timeline.request_started) * 1000, 3),
         }
-        for exchange in sorted(service.active, key=lambda exchange: exchange.client.request_started)
+        for exchange in sorted(service.active, key=lambda exchange: exchange.timeline.request_started)
     ]

@@ -33,7 +33,7 @@ _HEAD_END: Final = b"\r\n\r\n"
 class Request:
     """One request, read whole."""
 
-    __slots__ = ("body", "headers", "host", "is_keep_alive", "method", "target", "version")
+    __slots__ = ("body", "has_body", "headers", "host", "is_keep_alive", "method", "target", "version")
 
     def __init__(self, event: h11.Request, fields: headers.Headers, destination: strict.Destination) -> None:
         self.method = event.method
@@ -41,6 +41,7 @@ class Request:
         self.version = event.http_version
         self.headers = fields
         self.body = b""
+        self.has_body = False  #: it came with a body, be it an empty one
         self.is_keep_alive = self.version >= b"1.1" and not headers.wants_close(self.version, self.headers)
 
     def __repr__(self) -> str:
@@ -201,12 +202,13 @@ class ClientConnection:
     async def _body(self, connection: h11.Connection, request: Request) -> None:
         limit = self.limits.max_body_bytes
         length = headers.find(request.headers, b"content-length")
+        request.has_body = length is not None or headers.find(request.headers, b"transfer-encoding") is not None
+        if not request.has_body:
+            return
         if length is not None:
             if int(length) > limit:
                 raise _too_large(limit)
             await self._hold(int(length))
-        elif headers.find(request.headers, b"transfer-encoding") is None:
-            return
         if connection.they_are_waiting_for_100_continue and not self._buffer:
             await self._send_continue()
         parts: list[bytes] = []

@@ -50,8 +50,9 @@ class Pair:
     """The two sockets of one exchange, as the pump sees them. Made by `Pump.open`; always `close` it."""
 
     __slots__ = (
-        "_pump", "_task", "bytes_in", "bytes_out", "client", "content_read_ns", "content_sent_ns", "gaps", "idle_limit_ns", "is_gone", "last_frame_ns", "last_read_ns",
-        "on_gone", "relay", "send", "sendmsg", "stop", "unsent", "upstream",
+        "_pump", "_task", "bytes_in", "bytes_out", "client", "content_read_ns", "content_sent_ns", "gaps",
+        "idle_limit_ns", "is_gone", "last_frame_ns", "last_read_ns", "on_gone", "relay", "send", "sendmsg", "stop",
+        "unsent", "upstream",
     )  # fmt: skip
 
     def __init__(self, pump: Pump, client: socket.socket, on_gone: Callable[[], None]) -> None:
@@ -134,7 +135,7 @@ class Pair:
 
 
 class Pump:
-    """All pairs of a worker on one epoll. Drive it by `poller.install`, or by `run_as_task` where that is not possible."""
+    """All pairs of a worker on one epoll; driven by `poller.install`, or else by `run_as_task`."""
 
     def __init__(self) -> None:
         self.epoll = select.epoll()
@@ -223,7 +224,7 @@ class Pump:
                 self._give_back(pair, Stop.UPSTREAM_IDLE)
 
     async def run_as_task(self) -> None:
-        """The pump as an ordinary task on a nested epoll: a whole turn of trio's scheduler per wake-up, but no trio inside."""
+        """The pump as an ordinary task, on a nested epoll: a turn of trio's scheduler for each wake-up."""
         while True:
             with trio.move_on_after(SWEEP_S):
                 await trio.lowlevel.wait_readable(self.epoll.fileno())

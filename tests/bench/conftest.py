@@ -13,7 +13,7 @@ import trio
 from relay_bench.engine import Engine, EngineConfig, serve_engine
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Mapping
+    from collections.abc import Callable, Mapping
 
 DATA = Path(__file__).with_name("data")
 
@@ -56,7 +56,7 @@ class Answer:
     @property
     def is_whole(self) -> bool:
         """Whether the chunked body has its end."""
-        return self._dechunk()[1] in {b"0\r\n\r\n"} or self._dechunk()[1].startswith(b"0;")
+        return self.rest == b"0\r\n\r\n" or self.rest.startswith(b"0;")
 
     @property
     def rest(self) -> bytes:
@@ -70,7 +70,8 @@ class Answer:
         return re.findall(rb"(?s).+?\n\n|.+\Z", payload)
 
     def _dechunk(self) -> tuple[list[bytes], bytes]:
-        body, chunks = self.body, []
+        body = self.body
+        chunks: list[bytes] = []
         while True:
             line, found, rest = body.partition(b"\r\n")
             if not found or not re.fullmatch(rb"[0-9a-f]+(;.*)?", line):
@@ -146,7 +147,9 @@ class Client:
     async def until(self, condition: Callable[[], bool]) -> None:
         """Wait for something about the engine to become true."""
         with trio.fail_after(PATIENCE_S):
-            while not condition():
+            while True:  # states change synchronously, within a few turns of the scheduler
+                if condition():
+                    return
                 await trio.lowlevel.checkpoint()
 
     @property
@@ -193,5 +196,5 @@ def config() -> EngineConfig:
 
 
 @pytest.fixture
-async def client(config: EngineConfig, nursery: trio.Nursery) -> AsyncIterator[Client]:
-    yield Client(await nursery.start(serve_engine, config))
+async def client(config: EngineConfig, nursery: trio.Nursery) -> Client:
+    return Client(await nursery.start(serve_engine, config))

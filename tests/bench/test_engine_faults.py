@@ -218,7 +218,9 @@ async def test_several_faults_at_once(client: Client) -> None:
     assert answer.chunks[1] == b": ping\r\n\r\n"
 
 
-@pytest.mark.parametrize("header", ["sim_fault", "sim_rechunk", "sim_tokens", "sim_ttft_ms", "sim_step_ms", "sim_play"])
+@pytest.mark.parametrize(
+    "header", ["sim_fault", "sim_rechunk", "sim_usage", "sim_tokens", "sim_ttft_ms", "sim_step_ms", "sim_play"]
+)
 async def test_misspelt_controls_are_refused(client: Client, header: str) -> None:
     answer = await client.stream(**{header: "nonsense"})
     assert answer.status == 400

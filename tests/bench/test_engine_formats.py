@@ -46,8 +46,8 @@ def distinct(frames: list[bytes]) -> list[Any]:
     """The shapes of `frames`, each run of equal ones once: how long a text is does not matter."""
     shapes: list[Any] = []
     for frame in frames:
-        form = [item for item in frame_shape(frame)]
-        form = json.loads(re.sub(r'\["sequence_number", \d+\]', '["sequence_number", 0]', json.dumps(form)))
+        text = json.dumps(frame_shape(frame))
+        form = json.loads(re.sub(r'\["sequence_number", \d+\]', '["sequence_number", 0]', text))
         if not shapes or shapes[-1] != form:
             shapes.append(form)
     return shapes
@@ -209,6 +209,39 @@ async def test_errors_are_byte_equal(client: Client, recorded: Recorded, name: s
     assert ours.head.split(b"\r\n")[0] == real.head.split(b"\r\n")[0]
     assert ours.names == [*real.names, "connection"]
     assert ours.body == real.body
+
+
+@pytest.mark.parametrize(
+    "body", [b"[" * 100_000, b'{"messages": "\xff"}', b'{"messages": "\\ud800"}'], ids=["deep", "no UTF-8", "surrogate"]
+)
+async def test_bodies_no_decoder_likes(client: Client, body: bytes) -> None:
+    assert (await client.ask(body)).status == 400
+    assert (await client.ask(client.ASK)).status == 200
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"model": 1},
+        {"stream": "yes"},
+        {"n": "two"},
+        {"max_tokens": [1]},
+        {"max_tokens": 0},
+        {"stream_options": [1], "stream": True},
+        {"tools": {"a": 1}, "tool_choice": "required"},
+        {"tools": [1], "tool_choice": "required"},
+        {"tool_choice": 3},
+        {"temperature": "hot"},
+        {"kv_transfer_params": "none"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses"])
+async def test_wrong_types_are_refused(client: Client, path: str, field: dict[str, Any]) -> None:
+    answer = await client.ask({**client.ASK, **field}, path=path)
+    assert answer.status in {400, 404}
+    assert answer.json()["error"]["code"] == answer.status
+    assert (await client.ask(client.ASK, path=path)).status == 200
 
 
 @pytest.mark.parametrize(

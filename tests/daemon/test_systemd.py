@@ -86,12 +86,16 @@ def test_no_sockets_for_this_process(pid: str | None, count: str | None, monkeyp
     assert not [name for name in os.environ if name.startswith("LISTEN_")]
 
 
-#: Started as systemd starts a service: the sockets are descriptors 3 and 4, the environment speaks of its own process.
+#: A service as systemd starts one: its sockets are descriptors 3 and 4, and the environment speaks of its process.
 SERVICE = """
-import os, subprocess, sys
+import os, socket, sys
 os.environ["LISTEN_PID"] = str(os.getpid())
+at_hand = [os.dup(int(fd)) for fd in sys.argv[1:]]
+for wanted, fd in enumerate(at_hand, start=3):
+    os.dup2(fd, wanted)
+
 from relay.daemon.systemd import listen_fds
-import socket
+
 for passed in listen_fds():
     print(passed.name, socket.socket(fileno=passed.fd).getsockname()[1], os.get_inheritable(passed.fd))
 print(listen_fds(), [name for name in os.environ if name.startswith("LISTEN_")])
@@ -105,11 +109,11 @@ def test_passed_sockets(names: str | None, shown: list[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as two:
         ports = [one.getsockname()[1], two.getsockname()[1]]
         environment = os.environ | {"LISTEN_FDS": "2"} | ({"LISTEN_FDNAMES": names} if names else {})
-        # The shell puts the sockets where systemd does.
+        fds = [one.fileno(), two.fileno()]
         result = subprocess.run(
-            ["sh", "-c", f'exec "$0" -c "$1" 3<&{one.fileno()} 4<&{two.fileno()}', sys.executable, SERVICE],
+            [sys.executable, "-c", SERVICE, *map(str, fds)],
             env=environment,
-            pass_fds=[one.fileno(), two.fileno()],
+            pass_fds=fds,
             capture_output=True,
             text=True,
             timeout=30,

@@ -11,7 +11,7 @@ import msgspec
 
 from relay_bench.engine.plain import Refusal
 from relay_bench.engine.text import TOOL_ARGUMENTS, count_words
-from relay_bench.engine.usage import UsagePlacement
+from relay_bench.engine.usage import USAGE_WORDS, UsagePlacement
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -38,6 +38,54 @@ ID_PREFIXES = {
     Route.RESPONSES: "resp_",
     Route.MESSAGES: "chatcmpl-",
 }
+
+
+class _Fields(msgspec.Struct):
+    """The fields the engine acts on, and their types; a request with others is refused before anything starts."""
+
+    model: str | None = None
+    stream: bool | None = None
+    n: int | None = None
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    max_output_tokens: int | None = None
+    temperature: float | None = None
+    stream_options: dict[str, Any] | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    kv_transfer_params: dict[str, Any] | None = None
+
+    def limit(self) -> int | None:
+        """The request's own limit of tokens; chat prefers the newer name, as vLLM does."""
+        for name in ("max_completion_tokens", "max_output_tokens", "max_tokens"):
+            value: int | None = getattr(self, name)
+            if value is not None and value < 1:
+                raise Refusal(400, f"{name} must be at least 1, got {value}.", "BadRequestError", name)
+            if value is not None:
+                return value
+        return None
+
+    def tool(self) -> tuple[str, bool]:
+        """The function a forced call goes to, and whether the request named it; ``auto`` leaves the engine talking.
+
+        vLLM ends a named call with ``stop`` and a required one with ``tool_calls``.
+        """
+        names = [_function_name(tool) for tool in self.tools or []]
+        if not names:
+            return "", False
+        if isinstance(self.tool_choice, dict):
+            name = _function_name(self.tool_choice)
+            if name:
+                return name, True
+            return (names[0], False) if self.tool_choice.get("type") == "any" else ("", False)
+        return (names[0], False) if self.tool_choice == "required" else ("", False)
+
+
+def _function_name(tool: dict[str, Any]) -> str:
+    """The function's name: chat has it one level down, the other dialects at the top."""
+    function = tool.get("function")
+    name = function.get("name") if isinstance(function, dict) else tool.get("name")
+    return str(name) if name is not None else ""
 
 
 class Ask(msgspec.Struct, frozen=True, kw_only=True):
@@ -82,25 +130,28 @@ def read_ask(
 ) -> Ask:
     """Read a request; raises `Refusal` with what vLLM would answer."""
     request = _decode(body)
-    _validate(route, request, config)
-    limit = _limit(request)
+    fields = _validate(route, request, config)
+    limit = fields.limit()
     asked = _int_header(headers, "x-sim-tokens")
     tokens = asked if asked is not None else limit if limit is not None else config.max_tokens_default
-    options = request.get("stream_options") or {}
-    words = re.split(r"[,\s]+", headers.get("x-sim-usage", config.usage).strip())
     finish_reason = "length" if limit is not None and tokens >= limit else "stop"
-    tool, is_named = _tool(request)
+    tool, is_named = fields.tool()
     if tool:
         tokens, finish_reason = len(TOOL_ARGUMENTS), "stop" if is_named else "tool_calls"
-    n = request.get("n")
+    options = fields.stream_options or {}
+    words = re.split(r"[,\s]+", headers.get("x-sim-usage", config.usage).strip())
+    unknown = set(words) - USAGE_WORDS - {""}
+    if unknown:
+        message = f"x-sim-usage: {min(unknown)!r} is not understood; wanted: one of {', '.join(sorted(USAGE_WORDS))}"
+        raise Refusal(400, message, "BadRequestError", "x-sim-usage")
     return Ask(
         route=route,
         id=ID_PREFIXES[route] + (headers.get("x-request-id") or secrets.token_hex(8)),
         created=now_s,
         model=config.model,
-        stream=bool(request.get("stream")),
+        stream=bool(fields.stream),
         tokens=tokens,
-        choices=1 if n is None else n,
+        choices=1 if fields.n is None else fields.n,
         prompt_tokens=count_words(request.get(route.prompt_field)) + count_words(request.get("tools")),
         finish_reason=finish_reason,
         usage=UsagePlacement.of(
@@ -121,7 +172,7 @@ def _decode(body: bytes) -> dict[str, Any]:
         raise Refusal.invalid("{'type': 'missing', 'loc': 'body', 'msg': 'Field required', 'input': 'None'}", "body")
     try:
         request = msgspec.json.decode(body)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         # msgspec and Python's json disagree on positions; vLLM tells the length of a body cut short
         found = re.search(r"byte (\d+)", str(error))
         where = f"body.{found[1] if found else len(body)}"
@@ -140,7 +191,7 @@ def _decode(body: bytes) -> dict[str, Any]:
     return request
 
 
-def _validate(route: Route, request: dict[str, Any], config: EngineConfig) -> None:
+def _validate(route: Route, request: dict[str, Any], config: EngineConfig) -> _Fields:
     field = route.prompt_field
     if field not in request:
         raise Refusal.invalid(
@@ -148,46 +199,20 @@ def _validate(route: Route, request: dict[str, Any], config: EngineConfig) -> No
             f"'input': '<dict of {len(request)} items>'}}",
             f"body.{field}",
         )
-    model = request.get("model")
-    if model is not None and model != config.model:
-        message = f"The model `{model}` does not exist. Valid aliases: {config.model}."
+    try:
+        fields = msgspec.convert(request, _Fields)
+    except msgspec.ValidationError as error:
+        raise Refusal.invalid(f"{{'type': 'wrong_type', 'loc': 'body', 'msg': {str(error)!r}}}", "body") from None
+    if fields.model is not None and fields.model != config.model:
+        message = f"The model `{fields.model}` does not exist. Valid aliases: {config.model}."
         raise Refusal(404, message, "NotFoundError", "model")
-    n = request.get("n")
-    if n is not None and (not isinstance(n, int) or n < 1):
-        raise Refusal(400, f"n must be at least 1, got {n}.", "BadRequestError")
-    if request.get("stream_options") and not request.get("stream") and route in {Route.CHAT, Route.COMPLETIONS}:
+    if fields.n is not None and fields.n < 1:
+        raise Refusal(400, f"n must be at least 1, got {fields.n}.", "BadRequestError")
+    if fields.stream_options and not fields.stream and route in {Route.CHAT, Route.COMPLETIONS}:
         # the part of vLLM's checks that a relay which turns streaming on or off trips over
         message = "Stream options can only be defined when `stream=True`. (parameter=stream_options)"
         raise Refusal(400, message, "BadRequestError", "stream_options")
-
-
-def _limit(request: dict[str, Any]) -> int | None:
-    """The request's own limit of tokens; chat prefers the newer name, as vLLM does."""
-    for name in ("max_completion_tokens", "max_output_tokens", "max_tokens"):
-        value = request.get(name)
-        if value is None:
-            continue
-        if not isinstance(value, int) or value < 1:
-            raise Refusal(400, f"{name} must be at least 1, got {value}.", "BadRequestError", name)
-        return value
-    return None
-
-
-def _tool(request: dict[str, Any]) -> tuple[str, bool]:
-    """The function a forced call goes to, and whether the request named it; ``auto`` leaves the engine talking.
-
-    vLLM ends a named call with ``stop`` and a required one with ``tool_calls``.
-    """
-    choice, tools = request.get("tool_choice"), request.get("tools") or []
-    names = [str((tool.get("function") or tool).get("name")) for tool in tools if isinstance(tool, dict)]
-    if not names:
-        return "", False
-    if isinstance(choice, dict):
-        name = (choice.get("function") or choice).get("name")
-        if name is not None:
-            return str(name), True
-        return (names[0], False) if choice.get("type") == "any" else ("", False)
-    return (names[0], False) if choice == "required" else ("", False)
+    return fields
 
 
 def _int_header(headers: Mapping[str, str], name: str) -> int | None:

@@ -103,12 +103,13 @@ class Scheduler:
         """The loop itself; never returns."""
         while True:
             now = trio.current_time()
-            self._first_tokens(now)
             for clock in tuple(self._clocks.values()):
                 if not clock.members:
                     del self._clocks[clock.step_s]
                 elif clock.next_at <= now:
                     self._step(clock, now)
+            # after the steps, or a newcomer would get its second token with its first
+            self._first_tokens(now)
             await self._rest()
 
     async def _rest(self) -> None:

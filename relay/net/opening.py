@@ -1,0 +1,87 @@
+"""An engine's answer up to the commit point: what kind of body it has, and the first frame of a stream."""
+
+from __future__ import annotations
+
+from relay.core import headers
+from relay.core.dialect import Meter
+from relay.core.frames import FrameRelay, Pieces
+from relay.core.framing import BodyDecoder, BodyKind, decoder_for
+from relay.core.sse import looks_like_event_stream
+from relay.errors import Phase, UpstreamDisconnected
+from relay.net import upstream
+from relay.net.pool import UpstreamConnection
+from relay.net.pump import Pair
+
+
+class Opening:
+    """An answer to commit to: its head, and the first frame where it is an event stream."""
+
+    __slots__ = ("answer", "connection", "first", "relay")
+
+    def __init__(self, connection: UpstreamConnection, answer: upstream.Answer) -> None:
+        self.connection = connection
+        self.answer = answer
+        self.relay: FrameRelay | None = None  #: an event stream's
+        self.first = b""  #: the frames that go out with its head
+
+    def __repr__(self) -> str:
+        return f"<Opening {self.answer!r} {'stream' if self.relay else 'body'}>"
+
+    async def is_event_stream(self, pair: Pair, *, is_expected: bool) -> bool:
+        """Whether the answer is relayed frame by frame: by its type, or where that lies, by its first bytes.
+
+        The bytes are only looked at where a stream `is_expected`: asked for, and not refused.
+        """
+        answer = self.answer
+        if answer.kind is BodyKind.NONE:
+            return False
+        if headers.is_event_stream(headers.content_type(answer.fields)):
+            return True
+        if not is_expected or answer.status != 200:
+            return False
+        while True:
+            decoder = decoder_for(answer.kind, answer.fields)
+            payload, _ = decode(decoder, answer.rest)
+            verdict = looks_like_event_stream(payload)
+            if verdict is not None or decoder.is_done or decoder.error is not None:
+                return verdict or False
+            data = await upstream.receive(pair, self.connection)
+            if not data:
+                return False
+            answer.rest += data
+
+    async def read_first_frame(self, pair: Pair, meter: Meter, *, is_chunked: bool, max_frame_bytes: int) -> None:
+        """Reads until there is a whole frame to send. Raises UpstreamDisconnected where none comes."""
+        relay = FrameRelay(self.answer.decoder, meter, is_chunked=is_chunked, max_frame_bytes=max_frame_bytes)
+        self.relay = relay
+        out: Pieces = []
+        data = self.answer.rest
+        while True:
+            buffer = bytearray(data)
+            relay.feed(buffer, memoryview(buffer), len(buffer), out)
+            if relay.decoder.is_done:
+                relay.finish(out)
+            if out or relay.decoder.is_done:
+                self.first = b"".join(out)
+                return
+            check_body(relay, Phase.HEAD)
+            data = await upstream.receive(pair, self.connection)
+            if not data:
+                relay.decoder.at_close()
+                check_body(relay, Phase.HEAD)
+
+
+def check_body(relay: FrameRelay, phase: Phase) -> None:
+    """Raises UpstreamDisconnected where the engine's body is broken."""
+    if relay.decoder.error is not None:
+        raise UpstreamDisconnected(f"the engine's answer is cut: {relay.decoder.error}", phase=phase)
+
+
+def decode(decoder: BodyDecoder, data: bytes) -> tuple[bytes, bool]:
+    """The payload in `data`, and whether bytes are left behind the body's end."""
+    parts = []
+    position = 0
+    while position < len(data) and not decoder.is_done and decoder.error is None:
+        begin, end, position = decoder.next(data, position, len(data))
+        parts.append(data[begin:end])
+    return b"".join(parts), position < len(data)

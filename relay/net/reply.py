@@ -1,0 +1,158 @@
+"""What goes back to a client: heads, its socket's pace, error answers and error frames."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from contextlib import suppress
+from email.utils import formatdate
+from typing import Final
+
+import trio
+
+from relay.core import dialect, headers
+from relay.core.request import Route
+from relay.core.timeline import Timeline, make_record, server_timing
+from relay.errors import ClientGone, ClientStalled, ExchangeError, Phase
+from relay.net import sockets
+from relay.net.downstream import ClientConnection, Request
+from relay.net.service import Service
+
+#: How long a client may take for an error answer or frame before the connection is closed all the same.
+FAREWELL_S: Final = 2.0
+
+_JSON: Final = (b"content-type", b"application/json")
+
+
+class Reply:
+    """The client's side of one exchange, from the first byte of the answer to the last."""
+
+    def __init__(
+        self, service: Service, client: ClientConnection, request: Request, route: Route, request_id: str
+    ) -> None:
+        self.service = service
+        self.client = client
+        self.request = request
+        self.route = route
+        self.id = request_id
+        self.timeline = Timeline(request_started=client.request_started, request_read=time.monotonic())
+        self.keep_alive = request.is_keep_alive
+        self.takes_chunks = request.version >= b"1.1"
+        self.status: int | None = None  #: what the client was told; None: nothing yet
+        self.is_stream = False
+        self.is_torn = False  #: the client holds half a frame, so that nothing can be said behind it
+        self.bytes_out = 0
+
+    def __repr__(self) -> str:
+        return f"<Reply {self.id} status={self.status} bytes={self.bytes_out}>"
+
+    def head(
+        self,
+        status: int,
+        reason: bytes,
+        fields: headers.Headers,
+        framing: headers.Framing,
+        *,
+        event_stream: bool = False,
+    ) -> bytes:
+        """The head of an answer, with what the relay adds to it."""
+        return headers.response_head(
+            status,
+            reason,
+            fields,
+            framing=framing,
+            keep_alive=self.keep_alive and not self.service.is_draining,
+            date=_http_date(),
+            request_id=self.id,
+            server_timing=server_timing(self.timeline, time.monotonic()),
+            event_stream=event_stream,
+        )
+
+    async def send(self, data: bytes) -> None:
+        """Sends to the client, within ``client_stall_s`` for each piece its socket takes.
+
+        Raises ClientGone or ClientStalled.
+        """
+        phase = Phase.HEAD if self.status is None else Phase.DATA
+        stall_s = self.service.config.timeouts.client_stall_s or float("inf")
+        view = memoryview(data)
+        while view:
+            try:
+                sent = self.client.sock.send(view)
+            except BlockingIOError:
+                with trio.move_on_after(stall_s) as limit:
+                    await trio.lowlevel.wait_writable(self.client.sock)
+                if limit.cancelled_caught:
+                    message = f"the client read nothing for client_stall_s = {stall_s:g} s"
+                    raise ClientStalled(message, phase=phase) from None
+            except OSError:
+                raise ClientGone("the client closed its connection", phase=phase) from None
+            else:
+                self.bytes_out += sent
+                view = view[sent:]
+
+    async def answer(self, status: int, body: bytes, *fields: tuple[bytes, bytes]) -> None:
+        """Sends a whole JSON answer of the relay's own."""
+        self.status = status
+        head = self.head(status, b"", [_JSON, *fields], len(body))
+        await self.send(head if self.request.method == b"HEAD" else head + body)
+
+    async def farewell(self, failure: ExchangeError) -> None:
+        """Tells the client what happened, where anything can still be said; the connection is then to be closed."""
+        self.keep_alive = False
+        if isinstance(failure, ClientGone):
+            return
+        with trio.move_on_after(FAREWELL_S, shield=True), suppress(ClientGone):
+            if self.status is None:
+                body = dialect.error_body(self.route, failure.status, failure.code, failure.message)
+                await self.answer(failure.status, body, *_retry_after(failure))
+            elif self.is_stream and not self.is_torn:
+                frame = dialect.error_frame(self.route, failure.status, failure.code, failure.message)
+                await self.send(b"%x\r\n%b\r\n" % (len(frame), frame) if self.takes_chunks else frame)
+
+
+def _retry_after(failure: ExchangeError) -> list[tuple[bytes, bytes]]:
+    return [] if failure.retry_after_s is None else [(b"retry-after", b"%d" % failure.retry_after_s)]
+
+
+async def refuse(service: Service, client: ClientConnection, failure: ExchangeError) -> None:
+    """Answers a request that could not be read, and records it."""
+    if not isinstance(failure, ClientGone):
+        body = dialect.error_body(Route.OTHER, failure.status, failure.code, failure.message)
+        head = headers.response_head(
+            failure.status,
+            b"",
+            [_JSON, *_retry_after(failure)],
+            framing=len(body),
+            keep_alive=False,
+            date=_http_date(),
+            request_id=new_id(),
+        )
+        with trio.move_on_after(FAREWELL_S), suppress(OSError):
+            await sockets.send_all(client.sock, head + body)
+    service.write_record(
+        make_record(
+            now=time.time(),
+            client=client.peer,
+            status=failure.status,
+            outcome=failure.outcome,
+            error=failure.message,
+        )
+    )
+
+
+def new_id() -> str:
+    """A request id for a client that sent none."""
+    return uuid.uuid4().hex
+
+
+_date = (0, b"")
+
+
+def _http_date() -> bytes:
+    """The ``Date`` of this second (RFC 9110 §6.6.1)."""
+    global _date
+    now = int(time.time())
+    if _date[0] != now:
+        _date = (now, formatdate(now, usegmt=True).encode("ascii"))
+    return _date[1]
