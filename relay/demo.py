@@ -7,6 +7,7 @@ has a limit, and whatever happens both children are gone when this returns.
 from __future__ import annotations
 
 import json
+import os
 import secrets
 import signal
 import socket
@@ -98,6 +99,10 @@ async def _run(once: bool) -> int:
                             await _show_more(engine, relay)
             except DemoError as error:
                 print(f"relay demo: {error}", file=sys.stderr)
+                status = 1
+            except BrokenPipeError:
+                # Nobody reads any more, as in `relay demo | head`; what is still buffered has nowhere to go.
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
                 status = 1
             nursery.cancel_scope.cancel()
     return status
@@ -217,7 +222,8 @@ def _chat_url(url: str) -> str:
 
 
 def _question() -> dict[str, Any]:
-    return {"model": "demo", "stream": True, "messages": [{"role": "user", "content": "What does a relay do?"}]}
+    question = {"role": "user", "content": "What does a relay do?"}
+    return {"model": "demo", "stream": True, "max_tokens": 48, "messages": [question]}
 
 
 @contextmanager

@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import argparse
 import gc
+import os
 import platform
+import sys
 import time
 import tracemalloc
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, Final
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import msgspec
 
@@ -45,6 +48,13 @@ class PureCost(msgspec.Struct, frozen=True):
     peak_bytes: int  #: held at once on the way, at most
 
 
+class Part(NamedTuple):
+    """A pure part made ready."""
+
+    work: Callable[[int], None]  #: on so many reads
+    frames_per_read: int = 1
+
+
 def frame_of(size: int = FRAME_BYTES) -> bytes:
     """A content frame of a chat stream, `size` bytes long."""
     begin = b'data: {"id":"chatcmpl-'
@@ -60,73 +70,81 @@ def chunk_of(frame: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(frame), frame)
 
 
-# -- one function per part: does the part's work for at least so many frames, and answers for how many it was
+# -- the parts: each makes what it works on, and answers the work and how many frames one read brings it
 
 
-def _framing(frames: int) -> int:
+def _framing() -> Part:
     chunk = bytearray(chunk_of(frame_of()))
     decoder, stop = ChunkDecoder(), len(chunk)
-    for _ in range(frames):
-        position = 0
-        while position < stop:
-            _, _, position = decoder.next(chunk, position, stop)
-    assert decoder.error is None
-    return frames
+
+    def work(reads: int) -> None:
+        for _ in range(reads):
+            position = 0
+            while position < stop:
+                _, _, position = decoder.next(chunk, position, stop)
+        assert decoder.error is None
+
+    return Part(work)
 
 
-def _sse(frames: int) -> int:
+def _sse() -> Part:
     frame = bytearray(frame_of())
     finder, stop = FrameFinder(), len(frame)
-    for _ in range(frames):
-        finder.feed(frame, 0, stop)
-    assert finder.frames == frames
-    return frames
+
+    def work(reads: int) -> None:
+        before = finder.frames
+        for _ in range(reads):
+            finder.feed(frame, 0, stop)
+        assert finder.frames - before == reads
+
+    return Part(work)
 
 
-def _inspect(frames: int) -> int:
-    frame = frame_of()
-    meter = Meter(Route.CHAT)
-    for _ in range(frames):
-        meter.inspect(frame)
-    assert meter.content_frames == frames
-    return frames
+def _inspect() -> Part:
+    frame, meter = frame_of(), Meter(Route.CHAT)
+
+    def work(reads: int) -> None:
+        before = meter.content_frames
+        for _ in range(reads):
+            meter.inspect(frame)
+        assert meter.content_frames - before == reads
+
+    return Part(work)
 
 
-def _ordinary(frames: int) -> int:
+def _ordinary() -> Part:
     """What `FrameRelay` asks of a frame instead of inspecting it."""
-    frame = bytearray(frame_of())
-    meter, stop = _meter(), len(frame)
-    for _ in range(frames):
-        for marker in meter.markers:
-            if frame.find(marker, 0, stop) >= 0:
-                break
-        else:
-            if frame.startswith(meter.ordinary_prefix, 0, stop):
-                meter.count_ordinary(1)
-    assert meter.content_frames == frames + 1
-    return frames
+    frame, meter = bytearray(frame_of()), _meter()
+    stop, markers, prefix = len(frame), meter.markers, meter.ordinary_prefix
+
+    def work(reads: int) -> None:
+        ordinary = 0
+        for _ in range(reads):
+            for marker in markers:
+                if frame.find(marker, 0, stop) >= 0:
+                    break
+            else:
+                ordinary += frame.startswith(prefix, 0, stop)
+        assert ordinary == reads
+
+    return Part(work)
 
 
-def _relay_single(frames: int) -> int:
-    return _relay(frames, frames_per_read=1)
-
-
-def _relay_large(frames: int) -> int:
-    return _relay(frames, frames_per_read=READ_BYTES // len(chunk_of(frame_of())))
-
-
-def _relay(frames: int, frames_per_read: int) -> int:
+def _relay(frames_per_read: int) -> Part:
     buffer = bytearray(chunk_of(frame_of()) * frames_per_read)
     view, stop = memoryview(buffer), len(buffer)
     meter = _meter()
     streamed = FrameRelay(ChunkDecoder(), meter, is_chunked=True, max_frame_bytes=_MAX_FRAME_BYTES)
     out: Pieces = []
-    reads = -(-frames // frames_per_read)
-    for _ in range(reads):
-        streamed.feed(buffer, view, stop, out)
-        out.clear()
-    assert streamed.finder.frames == reads * frames_per_read == meter.content_frames - 1
-    return reads * frames_per_read
+
+    def work(reads: int) -> None:
+        before = meter.content_frames
+        for _ in range(reads):
+            streamed.feed(buffer, view, stop, out)
+            out.clear()
+        assert meter.content_frames - before == reads * frames_per_read
+
+    return Part(work, frames_per_read)
 
 
 def _meter() -> Meter:
@@ -137,71 +155,143 @@ def _meter() -> Meter:
     return meter
 
 
-PARTS: Final[dict[str, Callable[[int], int]]] = {
+PARTS: Final[dict[str, Callable[[], Part]]] = {
     "framing: ChunkDecoder.next": _framing,
     "sse: FrameFinder.feed": _sse,
     "dialect: Meter.inspect": _inspect,
     "dialect: ordinary check": _ordinary,
-    "frames: FrameRelay.feed, one frame a read": _relay_single,
-    "frames: FrameRelay.feed, 64 KiB a read": _relay_large,
+    "frames: FrameRelay.feed, one frame a read": lambda: _relay(1),
+    "frames: FrameRelay.feed, 64 KiB a read": lambda: _relay(READ_BYTES // len(chunk_of(frame_of()))),
 }
 
 
 def measure_pure(*, rounds: int = 7, frames: int = 50_000) -> list[PureCost]:
     """Costs of all parts; `frames` per round."""
     costs = []
-    for name, work in PARTS.items():
-        work(frames // 10)  # warm
-        held, peak = _memory(work, frames)
-        costs.append(PureCost(name, round(_best_ns(work, rounds, frames), 1), round(held, 3), peak))
+    for name, make in PARTS.items():
+        ns = _best_ns(make(), rounds, frames)
+        held, peak = _memory(make, frames)
+        costs.append(PureCost(name, round(ns, 1), round(held, 3), peak))
     return costs
 
 
-def _best_ns(work: Callable[[int], int], rounds: int, frames: int) -> float:
+def _best_ns(part: Part, rounds: int, frames: int) -> float:
+    reads = max(frames // part.frames_per_read, 1)
+    part.work(reads)
     was_enabled = gc.isenabled()
     gc.disable()
     try:
         best = float("inf")
         for _ in range(rounds):
             began = time.perf_counter_ns()
-            done = work(frames)
-            best = min(best, (time.perf_counter_ns() - began) / done)
+            part.work(reads)
+            best = min(best, (time.perf_counter_ns() - began) / (reads * part.frames_per_read))
         return best
     finally:
         if was_enabled:
             gc.enable()
 
 
-def _memory(work: Callable[[int], int], frames: int) -> tuple[float, int]:
-    """Bytes held per frame, and held at most; what a stream costs once, whatever its length, is taken off."""
-    few, many = max(frames // 100, 1), max(frames // 5, 2)
+def _memory(make: Callable[[], Part], frames: int) -> tuple[float, int]:
+    """Bytes per frame still held after `frames` of them, and the most held at any moment on the way."""
     tracemalloc.start()
     try:
-        peaks = []
-        for count in (few, many):
-            before, _ = tracemalloc.get_traced_memory()
-            tracemalloc.reset_peak()
-            done = work(count)
-            _, peak = tracemalloc.get_traced_memory()
-            peaks.append((peak - before, done))
-        (small, done_small), (large, done_large) = peaks
-    finally:
-        tracemalloc.stop()
-    held = (large - small) / (done_large - done_small) if done_large > done_small else 0.0
-    return held, _read_peak(work)
-
-
-def _read_peak(work: Callable[[int], int]) -> int:
-    """The most held at once by the work on one read, beyond what is held between reads."""
-    # The parts hold their buffers in locals, so the peak of a run of two frames is measured against that of one object
-    # that is as large: the buffer itself. A frame's own objects (views, matches, numbers) are what is left.
-    tracemalloc.start()
-    try:
-        work(1)
+        part = make()
+        reads = max(frames // part.frames_per_read, 1)
+        part.work(2)
         before, _ = tracemalloc.get_traced_memory()
         tracemalloc.reset_peak()
-        work(1)
-        _, peak = tracemalloc.get_traced_memory()
+        part.work(reads)
+        after, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    return peak - before
+    return (after - before) / (reads * part.frames_per_read), peak - before
+
+
+# -- the command
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """``relay-bench micro``; the exit status."""
+    options = _parser().parse_args(argv)
+    result: dict[str, Any] = {"machine": _machine(), "frame_bytes": FRAME_BYTES}
+    if options.only != "process":
+        pure = measure_pure(rounds=3, frames=2_000) if options.quick else measure_pure()
+        result["pure"] = pure
+        print_table(
+            f"Pure parts, frames of {FRAME_BYTES} bytes",
+            ("part", "ns/frame", "bytes held/frame", "bytes at most"),
+            [(cost.part, f"{cost.ns:,.0f}", f"{cost.held_bytes:.3f}", f"{cost.peak_bytes:,}") for cost in pure],
+        )
+    if options.only != "pure":
+        from relay_bench import micro_client, micro_process
+
+        try:
+            process = micro_process.measure(quick=options.quick, nginx=options.nginx)
+        except micro_client.MeasureError as error:
+            print(f"relay-bench micro: {error}", file=sys.stderr)
+            return 1
+        result["process"] = process
+        print_table("The running relay", *micro_process.rows(process))
+    if options.json:
+        Path(options.json).write_bytes(msgspec.json.format(msgspec.json.encode(result)) + b"\n")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="relay-bench micro", description="What a frame costs the relay: pure parts, and the running process."
+    )
+    parser.add_argument("--json", metavar="FILE", help="write all figures there, too")
+    parser.add_argument("--only", choices=("pure", "process"), help="one half (default: both)")
+    parser.add_argument("--quick", action="store_true", help="a few frames of each, to see that it works; no figures")
+    parser.add_argument(
+        "--nginx", metavar="PATH", default="nginx", help="measured beside; off: not (default: nginx, if on PATH)"
+    )
+    return parser
+
+
+def _machine() -> dict[str, Any]:
+    return {
+        "relay": relay.__version__,
+        "python": platform.python_version(),
+        "kernel": platform.release(),
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
+
+
+def print_table(title: str, names: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table on standard output: by rich where it is installed, else in plain columns. Texts left, figures right."""
+    if find_spec("rich"):
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(title=title, title_justify="left")
+        for at, name in enumerate(names):
+            table.add_column(name, justify="right" if at else "left")
+        for row in rows:
+            table.add_row(*row)
+        Console(width=None if sys.stdout.isatty() else 120).print(table)
+        return
+    widths = [max(map(len, column)) for column in zip(names, *rows, strict=True)]
+    print(f"\n{title}")
+    for row in (names, *rows):
+        cells = (
+            cell.rjust(width) if at else cell.ljust(width)
+            for at, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        print("  ".join(cells).rstrip())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -115,8 +115,16 @@ _decode_stop = msgspec.json.Decoder(_Stop).decode
 _decode_message = msgspec.json.Decoder(_Message).decode
 _encode = msgspec.json.encode
 
+#: What no ordinary frame holds, by route: what must be read, and the empty text of a frame that says nothing (a role, a
+#: character half decoded). The model's own text cannot hold these words: its quotes are escaped.
 _MARKERS: Final = (b'"usage":{', b'"finish_reason":"')
-_SPACED_MARKERS: Final = (b'"usage": {', b'"finish_reason": "')
+_COMPACT_MARKERS: Final = dict.fromkeys(Route, _MARKERS) | {
+    Route.CHAT: (*_MARKERS, b'"content":""', b'"delta":{}'),
+    Route.COMPLETIONS: (*_MARKERS, b'"text":""'),
+}
+_SPACED_MARKERS: Final = {
+    route: tuple(marker.replace(b":", b": ") for marker in markers) for route, markers in _COMPACT_MARKERS.items()
+}
 
 
 class Meter:
@@ -130,7 +138,7 @@ class Meter:
     def __init__(self, route: Route) -> None:
         self.route = route
         self.ordinary_prefix = b""  #: how content frames of this stream begin; empty: not known, inspect each
-        self.markers: tuple[bytes, ...] = _MARKERS  #: what an ordinary frame does not hold
+        self.markers: tuple[bytes, ...] = _COMPACT_MARKERS[route]  #: what an ordinary frame does not hold
         self.usage: Usage | None = None  #: the engine's last word on it
         self.finish_reason: str | None = None
         self.error: str | None = None  #: an error the engine reported inside its stream
@@ -177,7 +185,7 @@ class Meter:
             self._take_usage(body.usage)
         if self._is_content(body):
             self.content_frames += 1
-            self._learn(frame, data)
+            self._learn(frame, data, is_typed=body.type is not None)
         self._take_end(body)
 
     def take_body(self, body: bytes) -> None:
@@ -196,6 +204,8 @@ class Meter:
 
     def _fields(self, frame: bytes) -> tuple[bytes, bytes | None]:
         """The event type and the data of a frame (WHATWG HTML §9.2.6); no data: nothing is dispatched."""
+        if frame.startswith(b"data: ") and frame.endswith(b"\n\n") and frame.count(b"\n") == 2 and b"\r" not in frame:
+            return b"", frame[6:-2]
         event = b""
         data: list[bytes] = []
         for line in _LINES.split(frame.removeprefix(_BOM)):
@@ -261,17 +271,18 @@ class Meter:
             total,
         )
 
-    def _learn(self, frame: bytes, data: bytes) -> None:
+    def _learn(self, frame: bytes, data: bytes, *, is_typed: bool) -> None:
         """Remembers how a content frame of this stream begins."""
         if self.route is Route.OTHER:
             return
-        if frame.startswith((b"event:", b"data:")):
-            # Up to the JSON's first value: the event type if there is one, the first key, no text of the model's.
-            begin = frame.find(b"data:") + 5
-            colon = frame.find(b":", begin)
-            self.ordinary_prefix = bytes(frame[: colon + 1]) if frame.startswith(b"data:") else bytes(frame[:begin])
+        if frame.startswith(b"event:"):
+            self.ordinary_prefix = bytes(frame[: frame.find(b"data:") + 5])
+        elif frame.startswith(b"data:") and not is_typed:
+            # Up to the JSON's first value: its first key, no text of the model's. Where the type is in the JSON alone,
+            # content and end may begin alike.
+            self.ordinary_prefix = bytes(frame[: frame.find(b":", 5) + 1])
         if data.find(b'": ') >= 0 and data.find(b'":"') < 0:
-            self.markers = _SPACED_MARKERS
+            self.markers = _SPACED_MARKERS[self.route]
 
 
 def _says_something(delta: dict[str, Any]) -> bool:
@@ -297,7 +308,7 @@ def _finish_of(status: str | None, incomplete: _Incomplete | None) -> str | None
 def _decode_quietly(decode: Callable[[msgspec.Raw], T], raw: msgspec.Raw, default: T) -> T:
     try:
         found = decode(raw)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return default
     return found or default
 

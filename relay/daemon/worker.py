@@ -68,7 +68,7 @@ async def _run(config: Config, listeners: list[socket.socket], admin_listener: s
         elif log_format == "text":
             writer.put(record_text(record).encode() + b"\n")
 
-    worker = Worker(config, listeners, write_record, admin_listener)
+    worker = Worker(config, listeners, None if log_format == "off" else write_record, admin_listener)
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(writer.run)
@@ -155,7 +155,7 @@ class Worker:
         self,
         config: Config,
         listeners: list[socket.socket],
-        write_record: Callable[[Record], None],
+        write_record: Callable[[Record], None] | None,
         admin_listener: socket.socket | None = None,
     ) -> None:
         self.config = config

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Final
 
 import h11
@@ -88,6 +86,7 @@ class ClientConnection:
         self._awaits_budget = False
         self._buffer = bytearray()
         self._scope = trio.CancelScope()
+        self._limit_s: float | None = None
 
     def __repr__(self) -> str:
         return f"<ClientConnection {self.peer} {'waiting' if self.is_waiting else 'busy'}>"
@@ -115,17 +114,19 @@ class ClientConnection:
         """
         timeouts = self.timeouts
         self.is_waiting = not self._buffer
-        with _deadline(timeouts.client_idle_s if self.is_waiting else timeouts.client_head_s) as self._scope:
-            if self.is_waiting and not await self._more():
-                return None
-            self.is_waiting = False
+        with trio.CancelScope() as self._scope:
+            if self.is_waiting:
+                self._limit_next_wait(timeouts.client_idle_s)
+                if not await self._more():
+                    return None
+                self.is_waiting = False
             self.request_started = time.monotonic()
-            self._scope.deadline = _at(timeouts.client_head_s)
+            self._limit_next_wait(timeouts.client_head_s)
             head = await self._head()
             if head is None:
                 return None
             connection, request = self._parse(head)
-            self._scope.deadline = _at(timeouts.client_body_s)
+            self._limit_next_wait(timeouts.client_body_s)
             await self._body(connection, request)
             return request
         if self.is_waiting:
@@ -159,9 +160,23 @@ class ClientConnection:
                 pass
         self.close()
 
+    def _limit_next_wait(self, limit_s: float) -> None:
+        """Begins a phase of `limit_s` seconds, 0 for no limit. Its clock starts where it first waits.
+
+        Most requests arrive whole, and moving a scope's deadline costs as much as reading one.
+        """
+        self._limit_s = limit_s
+
+    def _arm(self) -> None:
+        if self._limit_s is not None:
+            self._scope.deadline = trio.current_time() + self._limit_s if self._limit_s else float("inf")
+            self._limit_s = None
+
     async def _more(self) -> bool:
         """Reads on; False at the client's end."""
+        self._arm()
         try:
+            await trio.lowlevel.wait_readable(self.sock)
             data = await sockets.receive(self.sock)
         except OSError:
             data = b""
@@ -205,12 +220,26 @@ class ClientConnection:
         request.has_body = length is not None or headers.find(request.headers, b"transfer-encoding") is not None
         if not request.has_body:
             return
-        if length is not None:
-            if int(length) > limit:
-                raise _too_large(limit)
-            await self._hold(int(length))
+        if length is not None and int(length) > limit:
+            raise _too_large(limit)
         if connection.they_are_waiting_for_100_continue and not self._buffer:
             await self._send_continue()
+        if length is not None:
+            await self._body_of_length(request, int(length))
+        else:
+            await self._chunked_body(connection, request, limit)
+
+    async def _body_of_length(self, request: Request, length: int) -> None:
+        """A body of ``Content-Length``, which `strict` has made sure is one number; no need of h11 for that."""
+        await self._hold(length)
+        buffer = self._buffer
+        while len(buffer) < length:
+            if not await self._more():
+                raise ClientGone("the client left in the middle of a request's body", phase=Phase.REQUEST)
+        request.body = bytes(memoryview(buffer)[:length]) if length < len(buffer) else bytes(buffer)
+        del buffer[:length]
+
+    async def _chunked_body(self, connection: h11.Connection, request: Request, limit: int) -> None:
         parts: list[bytes] = []
         size = 0
         data = self._take_buffer()
@@ -247,6 +276,7 @@ class ClientConnection:
     async def _hold(self, size: int) -> None:
         """Counts body bytes against the worker's budget, waiting for room; the scope bounds the wait."""
         self._awaits_budget = True
+        self._arm()
         await self._budget.take(size)
         self._awaits_budget = False
         self._held += size
@@ -260,14 +290,3 @@ class ClientConnection:
 
 def _too_large(limit: int) -> ExchangeError:
     return RequestRefused(413, "body_too_large", f"the request's body is over {limit} bytes (limits.max_body_bytes)")
-
-
-def _at(limit_s: float) -> float:
-    """The moment `limit_s` from now on trio's clock; 0 means no limit."""
-    return trio.current_time() + limit_s if limit_s else float("inf")
-
-
-@contextmanager
-def _deadline(limit_s: float) -> Iterator[trio.CancelScope]:
-    with trio.CancelScope(deadline=_at(limit_s)) as scope:
-        yield scope

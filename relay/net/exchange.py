@@ -327,6 +327,8 @@ class Exchange:
         return UpstreamTimeout(message, phase=self.phase)
 
     def _record(self) -> None:
+        if self.service.write_record is None:
+            return
         timeline, pair, reply, failure = self.timeline, self.pair, self.reply, self.failure
         timeline.ended = time.monotonic()
         if pair.content_sent_ns:

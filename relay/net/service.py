@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 class Service:
     """Configuration, pool, pump and the exchanges in flight."""
 
-    def __init__(self, config: Config, pump: Pump, write_record: Callable[[Record], None]) -> None:
+    def __init__(self, config: Config, pump: Pump, write_record: Callable[[Record], None] | None) -> None:
         self.config = config
         self.pump = pump
         self.pool = Pool(config.pools[0])
-        self.write_record = write_record
+        self.write_record = write_record  #: None: nobody reads records
         self.is_draining = False
         self.active: set[Exchange] = set()
 

@@ -72,6 +72,7 @@ async def ask(
     parser = h11.Connection(h11.CLIENT, max_incomplete_event_size=MAX_ANSWER_HEAD_BYTES)
     parser.send(_REQUEST)
     parser.send(_END)
+    await pair.wait_upstream()  # no engine has answered by now, so trying first would fail
     interim: list[h11.InformationalResponse] = []
     received = 0
     try:

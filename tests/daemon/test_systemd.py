@@ -97,7 +97,8 @@ for wanted, fd in enumerate(at_hand, start=3):
 from relay.daemon.systemd import listen_fds
 
 for passed in listen_fds():
-    print(passed.name, socket.socket(fileno=passed.fd).getsockname()[1], os.get_inheritable(passed.fd))
+    listener = socket.socket(fileno=passed.fd)
+    print(passed.name, listener.getsockname()[1], listener.get_inheritable())
 print(listen_fds(), [name for name in os.environ if name.startswith("LISTEN_")])
 """
 
