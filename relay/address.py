@@ -24,6 +24,7 @@ _LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 
 _HOST_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9_])?\.?")
 _DIGITS_AND_DOTS = re.compile(r"[0-9.]+")
+_ZONE = re.compile(r"[A-Za-z0-9._-]+")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 
@@ -134,7 +135,7 @@ def _unix_path(text: str) -> str:
     path = text[len(_UNIX_PREFIX) :]
     if path.startswith("//"):
         raise ValueError(f"has too many slashes; write unix:/{path.lstrip('/')}")
-    if not path.startswith("/") or path.endswith("/") or "\0" in path:
+    if not path.startswith("/") or path.endswith("/") or not path.isprintable():
         raise ValueError("is not a unix socket's absolute path; allowed: unix:/path/to/socket")
     if len(path.encode()) > _UNIX_PATH_MAX_BYTES:
         raise ValueError(f"is too long for a unix socket; allowed: at most {_UNIX_PATH_MAX_BYTES} bytes")
@@ -146,10 +147,13 @@ def _host_and_port(text: str) -> tuple[str, int | None]:
         host, bracket, port_part = text[1:].partition("]")
         if not bracket or (port_part and not port_part.startswith(":")):
             raise ValueError("is not an address; IPv6 is written [::1]:PORT")
+        name, percent, zone = host.partition("%")
         try:
-            ipaddress.IPv6Address(host)
+            ipaddress.IPv6Address(name)
         except ValueError:
             raise ValueError("has no IPv6 address in its brackets; allowed: [::1]:PORT") from None
+        if percent and not _ZONE.fullmatch(zone):
+            raise ValueError("has no valid zone; allowed: [fe80::1%eth0]:PORT")
         return host, _port(port_part[1:]) if port_part else None
     host, colon, port_text = text.rpartition(":")
     if not colon:

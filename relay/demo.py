@@ -97,10 +97,11 @@ async def _run(once: bool) -> int:
                         status = 0
                         if not once:
                             await _show_more(engine, relay)
-            except DemoError as error:
-                print(f"relay demo: {error}", file=sys.stderr)
+            except* DemoError as errors:
+                for error in errors.exceptions:
+                    print(f"relay demo: {error}", file=sys.stderr)
                 status = 1
-            except BrokenPipeError:
+            except* BrokenPipeError:
                 # Nobody reads any more, as in `relay demo | head`; what is still buffered has nowhere to go.
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
                 status = 1
@@ -145,6 +146,7 @@ async def _stream_answer(url: str, exchange_id: str) -> None:
     """Ask for a streamed completion, and print its tokens as they come."""
     body = {**_question(), "stream_options": {"include_usage": True}}
     headers = {"X-Request-Id": exchange_id}
+    is_done = False
     # A proxy from the environment must not come between; the limit for the whole is the caller's.
     async with httpx.AsyncClient(trust_env=False, timeout=None) as client:
         try:
@@ -152,14 +154,15 @@ async def _stream_answer(url: str, exchange_id: str) -> None:
                 if response.status_code != 200:
                     text = (await response.aread()).decode(errors="replace")
                     raise DemoError(f"the relay answered {response.status_code}: {text}")
-                async for line in response.aiter_lines():
-                    if line == "data: [DONE]":
-                        print("\n")
-                        return
-                    _print_token(line)
+                async for line in response.aiter_lines():  # to the end, which has to be a clean one
+                    is_done = is_done or line == "data: [DONE]"
+                    if not is_done:
+                        _print_token(line)
         except httpx.HTTPError as error:
             raise DemoError(f"the stream broke: {str(error) or type(error).__name__}") from error
-    raise DemoError("the stream ended without [DONE]")
+    print("\n")
+    if not is_done:
+        raise DemoError("the stream ended without [DONE]")
 
 
 def _print_token(line: str) -> None:

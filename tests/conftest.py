@@ -1,20 +1,16 @@
-"""What end-to-end tests stand on: the built-in engine and a relay worker, in the test's own trio run, on real sockets."""
+"""What end-to-end tests stand on: a relay worker in the test's own trio run, on real sockets."""
 
 from __future__ import annotations
 
-import contextlib
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 
-import msgspec
-import pytest
 import trio
-from relay_bench.engine import EngineConfig, serve_engine
 
 from relay.address import parse_upstream
-from relay.config import Config, LogConfig, PoolConfig, TimeoutsConfig
+from relay.config import Config, LogConfig, PoolConfig
 from relay.core.timeline import Record
 from relay.daemon.worker import Worker
 
@@ -29,7 +25,7 @@ class RunningRelay:
         self.records: list[Record] = []
         self._written = trio.Event()
         self.worker = Worker(config, [listener], self._write)
-        self.port: int = listener.getsockname()[1]
+        self.port: int = listener.getsockname()[1] if listener.family == socket.AF_INET else 0
 
     def _write(self, record: Record) -> None:
         self.records.append(record)
@@ -52,11 +48,13 @@ StartRelay = Callable[..., AbstractAsyncContextManager[RunningRelay]]
 
 
 @asynccontextmanager
-async def running_relay(*upstreams: str, **tables: Any) -> AsyncIterator[RunningRelay]:
-    """A relay in front of `upstreams`; further arguments are tables of the configuration."""
+async def running_relay(
+    *upstreams: str, listener: socket.socket | None = None, **tables: Any
+) -> AsyncIterator[RunningRelay]:
+    """A relay in front of `upstreams`, on a free port or `listener`; further arguments are configuration tables."""
     pool = PoolConfig(upstreams=tuple(parse_upstream(url) for url in upstreams))
     config = Config(pools=(pool,), log=LogConfig(format="off"), **tables)
-    listener = socket.create_server(("127.0.0.1", 0), backlog=512)
+    listener = listener or socket.create_server(("127.0.0.1", 0), backlog=512)
     relay = RunningRelay(config, listener)
     async with trio.open_nursery() as nursery:
         await nursery.start(relay.worker.run)

@@ -257,7 +257,7 @@ def test_what_comes_later_is_refused_now(table: str, text: str, problems: Callab
     ],
 )
 def test_a_value_out_of_range(table: str, setting: str, problems: Callable[[str], list[str]]) -> None:
-    name, _, value = setting.partition(" = ")
+    name = setting.partition(" = ")[0]
     (line,) = problems(f"{POOL}[{table}]\n{setting}")
     assert line.startswith(f"{table}.{name}: ")
     assert "is not valid; allowed: " in line
@@ -300,8 +300,11 @@ def test_settings_right_together(read: Callable[[str], Config]) -> None:
 
 
 def test_text_that_is_not_toml(problems: Callable[[str], list[str]]) -> None:
+    (line,) = problems("[listen]\naddresses == []")
+    assert line.startswith("2: is not TOML: ")
     (line,) = problems("[listen]\naddresses = [\n[")
-    assert line.startswith("3: is not TOML: ")
+    assert "is not TOML: " in line
+    assert "end of document" in line
 
 
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
@@ -334,8 +337,9 @@ def test_addresses(text: str, address: Address, url: str) -> None:
     "text",
     [
         "", ":", ":8080", "*:8080", "8080", "localhost", "a:b:1", "::1", "::1:80", "[::1]", "[::1]80", "[::1:80",
-        "[127.0.0.1]:80", "[]:80", "a:", "a:65536", "a:-1", "a:٣", "a: 80", "a b:80", "-a:80", "1.2.3:80", "256.0.0.1:80",
+        "[127.0.0.1]:80", "[]:80", "a:", "a:65536", "a:-1", "a:٣", "a: 80", "a b:80", "-a:80", "1.2.3:80",
         "http://127.0.0.1:80", "unix:", "unix:relative", "unix://run/a", "unix:/dir/", "unix:/" + "a" * 107, "unix:/\0",
+        "256.0.0.1:80", "[::1%]:80", "[::1%a b]:80", "[fe80::1%a%b]:80", "unix:/a\nb",
     ],
 )  # fmt: skip
 def test_what_is_no_address(text: str) -> None:
@@ -386,7 +390,7 @@ def test_an_upstream_on_a_unix_socket() -> None:
         ("http://a:1//", "has a path"),
         ("http://a:1#f", "has a path"),
         ("http://me:secret@a:1", "user name or password"),
-        ("http://a:1\r\nX: y", "has no valid port"),
+        ("http://a:1\r\nX", "has no valid port"),
         ("unix:a", "is not a unix socket's absolute path"),
     ],
 )

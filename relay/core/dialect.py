@@ -338,7 +338,7 @@ def error_body(route: Route, status: int, code: str, message: str) -> bytes:
     """The JSON body of an answer with which the relay refuses or gives up."""
     if route is Route.MESSAGES:
         kind = _ANTHROPIC_TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
-        return _encode({"type": "error", "error": {"type": kind, "message": message, "code": code}})
+        return _encode({"type": "error", "error": {"type": kind, "message": message}})
     kind = _OPENAI_TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
     return _encode({"error": {"message": message, "type": kind, "param": None, "code": code}})
 

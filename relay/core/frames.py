@@ -30,6 +30,7 @@ class FrameRelay:
 
     __slots__ = (
         "_chunks",
+        "_last_byte",
         "decoder",
         "finder",
         "has_excess",
@@ -49,22 +50,25 @@ class FrameRelay:
         self.pending = bytearray()  #: the unfinished frame, never longer than `max_frame_bytes` and one read
         self.has_excess = False  #: bytes came behind the end of the body: the connection is of no further use
         self.is_unaligned = False  #: the frame being read outgrew the limit; its beginning has gone out
+        self._last_byte = b""  # of what has gone out of that frame: half a blank line, perhaps
         self._chunks = decoder if is_chunked and isinstance(decoder, ChunkDecoder) else None
 
     def feed(self, buffer: Buffer, view: memoryview, stop: int, out: Pieces) -> None:
         """Reads ``buffer[:stop]`` and appends to `out` what can be sent. `view` is a view of `buffer`."""
-        decoder = self.decoder
+        decoder, chunks = self.decoder, self._chunks
         payload: Pieces = []
         position = 0
         while position < stop and not decoder.is_done and decoder.error is None:
-            if self._chunks is not None and not self.pending and self._chunks.is_between_chunks:
+            if chunks is not None and not self.pending and chunks.is_between_chunks:
                 end = self._whole_chunks(buffer, position, stop)
                 if end > position:
                     self._emit(payload, out)
                     out.append(view[position:end])
                     position = end
                     continue
-            begin, end, position = decoder.next(buffer, position, stop)
+            # Behind a chunk that came in parts the usual case may go on: only up to there.
+            limit = min(stop, position + 2) if chunks is not None and chunks.left == ChunkDecoder.DATA_END else stop
+            begin, end, position = decoder.next(buffer, position, limit)
             if begin < end:
                 self._take(buffer, view, begin, end, payload)
         self._emit(payload, out)
@@ -73,12 +77,14 @@ class FrameRelay:
 
     def finish(self, out: Pieces) -> None:
         """After a clean end of the body: the rest, with the blank line it may lack, and the last chunk."""
-        if self.pending:
-            rest = bytes(self.pending)
-            if not self.is_unaligned:
-                rest += missing_blank_line(rest)
-                self.finder.frames += 1
-                self.meter.inspect(rest)
+        rest = bytes(self.pending)
+        if rest:
+            rest += missing_blank_line(rest)
+            self.meter.inspect(rest)
+        elif self.is_unaligned:
+            rest = b"\n" if self._last_byte == b"\n" else b"\n\n"
+        if rest:
+            self.finder.frames += 1
             self.pending.clear()
             self._emit([rest], out)
         if self.is_chunked:
@@ -104,6 +110,8 @@ class FrameRelay:
                 break
             if prefix and buffer.startswith(prefix, begin, end):
                 ordinary += 1
+            elif end - begin == 2 or buffer.find(b"\r", begin, end) >= 0:
+                break  # no frame but a blank line more, or perhaps several frames: for the frame finder
             else:
                 meter.inspect(bytes(buffer[begin:end]))
             frames += 1
@@ -120,30 +128,39 @@ class FrameRelay:
         if boundary < 0:
             if self.is_unaligned:
                 payload.append(view[begin:end])
+                self._last_byte = bytes(view[end - 1 : end])
                 return
             self.pending += view[begin:end]
             if len(self.pending) > self.max_frame_bytes:
                 payload.append(bytes(self.pending))
+                self._last_byte = bytes(self.pending[-1:])
                 self.pending.clear()
                 self.is_unaligned = True
             return
         if self.pending:
-            # A frame begun in earlier pieces is complete: its first end is where the frame finder would find it alone.
-            first = next(split_frames(self.pending + buffer[begin:boundary], 0, len(self.pending) + boundary - begin))[
-                1
-            ]
-            split = begin + max(0, first - len(self.pending))
+            # A frame begun in earlier pieces is complete.
+            split = self._first_end(self.pending, buffer, begin, boundary)
             frame = bytes(self.pending) + view[begin:split]
             self.pending.clear()
-            if not self.is_unaligned:
-                self.meter.inspect(frame)
+            self.meter.inspect(frame)
             payload.append(frame)
+            begin = split
+        elif self.is_unaligned:
+            # The rest of a frame that outgrew the limit is not metered: alone, it could be taken for something else.
+            split = self._first_end(self._last_byte, buffer, begin, boundary)
+            if begin < split:  # else a CR that went out was the end; an empty chunk would be the last
+                payload.append(view[begin:split])
             begin = split
         self.is_unaligned = False
         if begin < boundary:
             self._inspect(buffer, begin, boundary)
             payload.append(view[begin:boundary])
         self.pending += view[boundary:end]
+
+    def _first_end(self, before: Buffer, buffer: Buffer, begin: int, boundary: int) -> int:
+        """Where in ``buffer[begin:boundary]`` the frame ends that began with `before`."""
+        _, end = next(split_frames(before + buffer[begin:boundary], 0, len(before) + boundary - begin))
+        return begin + max(0, end - len(before))
 
     def _inspect(self, buffer: Buffer, begin: int, end: int) -> None:
         for frame_begin, frame_end in split_frames(buffer, begin, end):

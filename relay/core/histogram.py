@@ -55,7 +55,10 @@ class Histogram:
         self.max_ns = max(self.max_ns, other.max_ns)
 
     def quantile(self, q: float) -> int | None:
-        """The value below which the share `q` of all values lies, in ns, within 6.25 %; None where there is none."""
+        """The value below which the share `q` of all values lies, in ns; None where there is none.
+
+        It is within 6.25 %, or within a unit (a microsecond) where that is more.
+        """
         if not self.count or self.counts is None:
             return None
         rank = q * (self.count - 1)

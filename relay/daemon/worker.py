@@ -22,7 +22,7 @@ from relay.config import Config
 from relay.core.timeline import Record, record_text
 from relay.daemon import systemd
 from relay.daemon.records import RecordWriter
-from relay.errors import ClientGone, ExchangeError
+from relay.errors import ExchangeError, RequestRefused
 from relay.net import admin, poller, sockets
 from relay.net.downstream import BodyBudget, ClientConnection
 from relay.net.exchange import Exchange
@@ -87,7 +87,7 @@ async def _run(config: Config, listeners: list[socket.socket], admin_listener: s
 async def _stop_on_signals(worker: Worker, signals: AsyncIterator[int]) -> None:
     """The first signal drains, the second cuts."""
     async for _ in signals:
-        if worker.service.is_draining:
+        if not worker.service.is_ready:
             worker.cut()
         else:
             systemd.notify("STOPPING=1")
@@ -175,7 +175,7 @@ class Worker:
 
     def stop(self) -> None:
         """Begins to drain."""
-        self.service.is_draining = True
+        self.service.is_ready = False
         self._stop.set()
 
     def cut(self) -> None:
@@ -243,19 +243,24 @@ class Worker:
     async def _serve(self, client: ClientConnection) -> None:
         """One client connection; nothing leaves this task as an exception but cancellation."""
         must_linger = False
+        failure: ExchangeError | None = None
         try:
-            while not self.service.is_draining:
-                try:
-                    request = await client.next_request()
-                except ExchangeError as failure:
-                    await refuse(self.service, client, failure)
-                    must_linger = not isinstance(failure, ClientGone)
-                    break
-                if request is None:
-                    break
-                if not await Exchange(self.service, client, request).run():
-                    must_linger = client.has_unread
-                    break
+            with client.scope:
+                while not self.service.is_draining:
+                    try:
+                        request = await client.next_request()
+                    except ExchangeError as refusal:
+                        failure = refusal
+                        break
+                    if request is None:
+                        break
+                    if not await Exchange(self.service, client, request).run():
+                        break
+            if client.scope.cancelled_caught:
+                failure = client.interruption()
+            if failure is not None:
+                await refuse(self.service, client, failure)
+            must_linger = client.has_unread or isinstance(failure, RequestRefused)
         except Exception as exc:  # a fault of ours: this connection ends, the others do not
             print(f"relay: internal error: {exc!r}", file=sys.stderr, flush=True)
             sys.excepthook(type(exc), exc, exc.__traceback__)
@@ -273,6 +278,7 @@ class Worker:
 
     async def _drain(self, handlers: trio.Nursery) -> None:
         """Waits for the open exchanges, within ``drain_s``; then ends them with an error frame."""
+        self.service.is_draining = True
         self._close_listeners()
         for client in self.connections:
             client.stop_waiting()

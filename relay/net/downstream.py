@@ -7,6 +7,7 @@ exchange, head and body, as their framing is decided there.
 
 from __future__ import annotations
 
+import math
 import socket
 import time
 from typing import Final
@@ -85,7 +86,8 @@ class ClientConnection:
         self._held = 0
         self._awaits_budget = False
         self._buffer = bytearray()
-        self._scope = trio.CancelScope()
+        #: what the connection's task runs in; cancelled by draining, a client's hang-up, and the limits of reading
+        self.scope = trio.CancelScope()
         self._limit_s: float | None = None
 
     def __repr__(self) -> str:
@@ -104,7 +106,7 @@ class ClientConnection:
     def stop_waiting(self) -> None:
         """Ends the connection if it is between two requests: draining."""
         if self.is_waiting:
-            self._scope.cancel()
+            self.scope.cancel()
 
     async def next_request(self) -> Request | None:
         """The next request; None when the client is done or has idled too long.
@@ -114,28 +116,32 @@ class ClientConnection:
         """
         timeouts = self.timeouts
         self.is_waiting = not self._buffer
-        with trio.CancelScope() as self._scope:
-            if self.is_waiting:
-                self._limit_next_wait(timeouts.client_idle_s)
-                if not await self._more():
-                    return None
-                self.is_waiting = False
-            self.request_started = time.monotonic()
-            self._limit_next_wait(timeouts.client_head_s)
-            head = await self._head()
-            if head is None:
-                return None
-            connection, request = self._parse(head)
-            self._limit_next_wait(timeouts.client_body_s)
-            await self._body(connection, request)
-            return request
         if self.is_waiting:
+            self._limit_next_wait(timeouts.client_idle_s)
+            if not await self._more():
+                return None
+            self.is_waiting = False
+        self.request_started = time.monotonic()
+        self._limit_next_wait(timeouts.client_head_s)
+        head = await self._head()
+        if head is None:
+            return None
+        connection, request = self._parse(head)
+        self._limit_next_wait(timeouts.client_body_s)
+        await self._body(connection, request)
+        if self.scope.deadline != math.inf:
+            self.scope.deadline = math.inf
+        return request
+
+    def interruption(self) -> ExchangeError | None:
+        """Why `scope` was cancelled between two exchanges; None where nobody needs to be told."""
+        if self.is_waiting or self.scope.deadline == math.inf:
             return None
         if self._awaits_budget:
             # Too many bodies are held: not this client's fault, so no 408.
             message = "too many request bodies are waiting to be served; try again"
-            raise RequestRefused(503, "no_upstream", message, phase=Phase.QUEUE)
-        raise RequestTimeout("the request did not arrive in time", phase=Phase.REQUEST)
+            return RequestRefused(503, "no_upstream", message, phase=Phase.QUEUE)
+        return RequestTimeout("the request did not arrive in time", phase=Phase.REQUEST)
 
     def release(self) -> None:
         """The current request's body is no longer held."""
@@ -169,7 +175,7 @@ class ClientConnection:
 
     def _arm(self) -> None:
         if self._limit_s is not None:
-            self._scope.deadline = trio.current_time() + self._limit_s if self._limit_s else float("inf")
+            self.scope.deadline = trio.current_time() + self._limit_s if self._limit_s else math.inf
             self._limit_s = None
 
     async def _more(self) -> bool:

@@ -1,14 +1,15 @@
 """One request through all its phases: the only module that knows both sides.
 
-An exchange has one task (its client connection's), one `Pair` in the pump, and one cancel scope. The scope is how it is
-interrupted, in whatever it waits for: the pump cancels it when the client hangs up, draining when its time is over, and
-its deadline is ``total_s``. Up to the commit point, the first byte of an engine's answer, a failure leads to the next
-attempt or to an error answer with its true status; after it, to an error frame and a closed connection, never to a
+An exchange runs in its client connection's task and cancel scope, and has one `Pair` in the pump. The scope is how it
+is interrupted, in whatever it waits for: the pump cancels it when the client hangs up, draining when its time is over,
+and its deadline is ``total_s``. Up to the commit point, the first byte of an engine's answer, a failure leads to the
+next attempt or to an error answer with its true status; after it, to an error frame and a closed connection, never to a
 clean end.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Final
 
@@ -36,7 +37,7 @@ from relay.errors import (
 )
 from relay.net import upstream
 from relay.net.downstream import ClientConnection, Request
-from relay.net.opening import Opening, check_body, decode
+from relay.net.opening import Opening, decode
 from relay.net.pool import Upstream, UpstreamConnection
 from relay.net.pump import Pair, Stop
 from relay.net.reply import Reply, new_id
@@ -67,8 +68,6 @@ class Exchange:
         self.upstream: Upstream | None = None
         self.failure: ExchangeError | None = None
         self.is_complete = False  #: the answer went out to its end
-        self._is_cut = False
-        self._scope = trio.CancelScope()
         self.pair: Pair
 
     def __repr__(self) -> str:
@@ -78,21 +77,22 @@ class Exchange:
         """Serves the request; True if the client's connection can take another. Writes one record, whatever happens."""
         service = self.service
         service.active.add(self)
-        self.pair = service.pump.open(self.client.sock, self._scope.cancel)
+        self.pair = service.pump.open(self.client.sock, self.client.scope.cancel)
         if self.config.timeouts.total_s:
-            self._scope.deadline = trio.current_time() + self.config.timeouts.total_s
+            self.client.scope.deadline = trio.current_time() + self.config.timeouts.total_s
         try:
-            with self._scope:
-                try:
-                    await self._serve()
-                    self.is_complete = True
-                except ExchangeError as failure:
-                    self.failure = failure
-            if self._scope.cancelled_caught:
-                self.failure = self._interruption()
-            if self.failure is not None:
-                await self.reply.farewell(self.failure)
+            await self._serve()
+            self.is_complete = True
+        except ExchangeError as failure:
+            self.failure = failure
+            await self.reply.farewell(failure)
+        except trio.Cancelled:
+            self.failure = self._interruption()
+            await self.reply.farewell(self.failure)  # shielded, and short
+            raise
         finally:
+            if self.config.timeouts.total_s:
+                self.client.scope.deadline = math.inf
             self.pair.close()
             service.active.discard(self)
             self.client.release()
@@ -101,8 +101,7 @@ class Exchange:
 
     def cut(self) -> None:
         """Ends the exchange now: the worker has no more time to drain."""
-        self._is_cut = True
-        self._scope.cancel()
+        self.client.scope.cancel()
 
     # -- before the commit point
 
@@ -158,21 +157,24 @@ class Exchange:
         url = connection.upstream.config.url
         self.phase = Phase.HEAD
         try:
-            with trio.move_on_after(limit_s or float("inf")):
-                self.pair.attach(connection.sock)
-                opening = Opening(connection, await self._ask(connection))
-                if may_go_on and opening.answer.status in self.config.failover.statuses:
-                    raise UpstreamRefused(f"{url} answered {opening.answer.status}", phase=Phase.HEAD)
-                is_expected = self.facts.wants_stream and self.route is not Route.OTHER
-                if await opening.is_event_stream(self.pair, is_expected=is_expected):
-                    await opening.read_first_frame(
-                        self.pair,
-                        self.meter,
-                        is_chunked=self.reply.takes_chunks,
-                        max_frame_bytes=self.config.stream.max_frame_bytes,
-                    )
-                return opening
-            raise UpstreamTimeout(f"{url} sent no token within first_token_s = {limit_s:g} s", phase=Phase.HEAD)
+            self.pair.attach(connection.sock)
+            self.pair.limit(limit_s)
+            opening = Opening(connection, await self._ask(connection))
+            if may_go_on and opening.answer.status in self.config.failover.statuses:
+                raise UpstreamRefused(f"{url} answered {opening.answer.status}", phase=Phase.HEAD)
+            is_expected = self.facts.wants_stream and self.route is not Route.OTHER
+            if await opening.is_event_stream(self.pair, is_expected=is_expected):
+                await opening.read_first_frame(
+                    self.pair,
+                    self.meter,
+                    is_chunked=self.reply.takes_chunks,
+                    max_frame_bytes=self.config.stream.max_frame_bytes,
+                )
+            return opening
+        except trio.TooSlowError:
+            self._drop(connection)
+            message = f"{url} sent no token within first_token_s = {limit_s:g} s"
+            raise UpstreamTimeout(message, phase=Phase.HEAD) from None
         except BaseException:
             self._drop(connection)
             raise
@@ -250,7 +252,8 @@ class Exchange:
         """Lets the pump stream until the engine's body has ended, waiting for a full client in between."""
         idle_s = self.config.timeouts.between_tokens_s
         while not relay.decoder.is_done:
-            check_body(relay, Phase.DATA)
+            if relay.decoder.error is not None:
+                raise _failure_of(Stop.UPSTREAM_MALFORMED, relay, idle_s)
             stop = await self.pair.stream(relay, self.gaps, idle_limit_s=idle_s)
             if stop is Stop.CLIENT_BLOCKED:
                 await self.reply.send(self.pair.unsent)
@@ -303,12 +306,14 @@ class Exchange:
 
     async def _read_body(self, connection: UpstreamConnection) -> bytes:
         limit_s = self.config.timeouts.between_tokens_s
-        with trio.move_on_after(limit_s or float("inf")):
-            try:
-                return await upstream.receive(self.pair, connection)
-            except UpstreamDisconnected as exc:
-                raise UpstreamDisconnected(exc.message, phase=Phase.DATA) from None
-        raise UpstreamTimeout(f"the engine was silent for between_tokens_s = {limit_s:g} s", phase=Phase.DATA)
+        self.pair.limit(limit_s)
+        try:
+            return await upstream.receive(self.pair, connection)
+        except UpstreamDisconnected as exc:
+            raise UpstreamDisconnected(exc.message, phase=Phase.DATA) from None
+        except trio.TooSlowError:
+            message = f"the engine was silent for between_tokens_s = {limit_s:g} s"
+            raise UpstreamTimeout(message, phase=Phase.DATA) from None
 
     def _commit(self, status: int) -> None:
         """The commit point: from here on there is no other attempt."""
@@ -321,10 +326,10 @@ class Exchange:
         """Why the scope was cancelled."""
         if self.pair.is_gone:
             return ClientGone("the client closed its connection", phase=self.phase)
-        if self._is_cut:
-            return Draining("the relay is shutting down; try again", phase=self.phase, retry_after_s=1)
-        message = f"the exchange took longer than total_s = {self.config.timeouts.total_s:g} s"
-        return UpstreamTimeout(message, phase=self.phase)
+        total_s = self.config.timeouts.total_s
+        if total_s and self.client.scope.deadline <= trio.current_time():
+            return UpstreamTimeout(f"the exchange took longer than total_s = {total_s:g} s", phase=self.phase)
+        return Draining("the relay is shutting down; try again", phase=self.phase, retry_after_s=1)
 
     def _record(self) -> None:
         if self.service.write_record is None:

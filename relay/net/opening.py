@@ -7,7 +7,7 @@ from relay.core.dialect import Meter
 from relay.core.frames import FrameRelay, Pieces
 from relay.core.framing import BodyDecoder, BodyKind, decoder_for
 from relay.core.sse import looks_like_event_stream
-from relay.errors import Phase, UpstreamDisconnected
+from relay.errors import Phase, UpstreamDisconnected, UpstreamProtocolError
 from relay.net import upstream
 from relay.net.pool import UpstreamConnection
 from relay.net.pump import Pair
@@ -64,17 +64,15 @@ class Opening:
             if out or relay.decoder.is_done:
                 self.first = b"".join(out)
                 return
-            check_body(relay, Phase.HEAD)
+            if relay.decoder.error is not None:
+                message = f"the engine's stream is malformed: {relay.decoder.error}"
+                raise UpstreamProtocolError(message, phase=Phase.HEAD)
             data = await upstream.receive(pair, self.connection)
             if not data:
                 relay.decoder.at_close()
-                check_body(relay, Phase.HEAD)
-
-
-def check_body(relay: FrameRelay, phase: Phase) -> None:
-    """Raises UpstreamDisconnected where the engine's body is broken."""
-    if relay.decoder.error is not None:
-        raise UpstreamDisconnected(f"the engine's answer is cut: {relay.decoder.error}", phase=phase)
+                if relay.decoder.error is not None:
+                    message = f"the engine's stream is cut: {relay.decoder.error}"
+                    raise UpstreamDisconnected(message, phase=Phase.HEAD)
 
 
 def decode(decoder: BodyDecoder, data: bytes) -> tuple[bytes, bool]:

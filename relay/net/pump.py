@@ -51,8 +51,8 @@ class Pair:
 
     __slots__ = (
         "_pump", "_task", "bytes_in", "bytes_out", "client", "content_read_ns", "content_sent_ns", "gaps",
-        "idle_limit_ns", "is_gone", "last_frame_ns", "last_read_ns", "on_gone", "relay", "send", "sendmsg", "stop",
-        "unsent", "upstream",
+        "idle_limit_ns", "is_gone", "last_frame_ns", "last_read_ns", "limit_at_ns", "on_gone", "relay", "send",
+        "sendmsg", "stop", "unsent", "upstream",
     )  # fmt: skip
 
     def __init__(self, pump: Pump, client: socket.socket, on_gone: Callable[[], None]) -> None:
@@ -66,7 +66,8 @@ class Pair:
         self.gaps: Histogram | None = None
         self.last_read_ns = 0  #: when bytes last came from the engine (monotonic clock)
         self.last_frame_ns = 0  #: when a frame last became whole
-        self.idle_limit_ns = 0
+        self.idle_limit_ns = 0  #: longest silence while streaming
+        self.limit_at_ns = 0  #: when waiting for the engine ends, before and after streaming
         self.content_read_ns = 0  #: when the first content frame came, and
         self.content_sent_ns = 0  #: when it had been handed to the kernel (monotonic clock)
         self.bytes_in = 0
@@ -92,12 +93,22 @@ class Pair:
         """Takes both sockets out of the pump, which forgets the pair."""
         self._pump.close(self)
 
+    def limit(self, limit_s: float) -> None:
+        """Waits for the engine, from now on, end `limit_s` seconds from now; 0: no limit.
+
+        Looked at by the pump's sweep: a deadline of trio's for each wait would cost more than the wait.
+        """
+        self.limit_at_ns = time.monotonic_ns() + int(limit_s * 1e9) if limit_s else 0
+
     async def wait_upstream(self, *, or_writable: bool = False) -> None:
-        """Sleeps until the engine's socket can be read (or also: written)."""
+        """Sleeps until the engine's socket can be read (or also: written). Raises trio.TooSlowError past the limit."""
         assert self.upstream is not None
         flags = select.EPOLLIN | select.EPOLLONESHOT | (select.EPOLLOUT if or_writable else 0)
         self._pump.epoll.modify(self.upstream.fileno(), flags)
+        self.stop = Stop.DONE
         await self._park()
+        if self.stop is Stop.UPSTREAM_IDLE:
+            raise trio.TooSlowError
 
     async def stream(self, relay: FrameRelay, gaps: Histogram, *, idle_limit_s: float) -> Stop:
         """Hands the streaming to the pump; answers why it stopped. Call again to go on after `CLIENT_BLOCKED`.
@@ -220,7 +231,11 @@ class Pump:
     def sweep(self, now: int) -> None:
         """Gives back every pair whose engine has been silent for too long at `now` (ns of the monotonic clock)."""
         for pair in list(self._upstreams.values()):
-            if pair.relay is not None and pair.idle_limit_ns and now - pair.last_read_ns > pair.idle_limit_ns:
+            if pair.relay is None:
+                is_late = pair.limit_at_ns and now > pair.limit_at_ns
+            else:
+                is_late = pair.idle_limit_ns and now - pair.last_read_ns > pair.idle_limit_ns
+            if is_late:
                 self._give_back(pair, Stop.UPSTREAM_IDLE)
 
     async def run_as_task(self) -> None:

@@ -22,7 +22,8 @@ class Service:
         self.pump = pump
         self.pool = Pool(config.pools[0])
         self.write_record = write_record  #: None: nobody reads records
-        self.is_draining = False
+        self.is_ready = True  #: false: load balancers are to send no more, but what comes is served
+        self.is_draining = False  #: no more requests
         self.active: set[Exchange] = set()
 
     def __repr__(self) -> str:
@@ -34,5 +35,5 @@ def local_answer(service: Service, path: bytes) -> tuple[int, bytes] | None:
     if path == b"/-/live":
         return 200, b'{"status":"live"}\n'
     if path == b"/-/ready":
-        return (503, b'{"status":"draining"}\n') if service.is_draining else (200, b'{"status":"ready"}\n')
+        return (200, b'{"status":"ready"}\n') if service.is_ready else (503, b'{"status":"draining"}\n')
     return None

@@ -25,6 +25,7 @@ _JOIN_BYTES: Final = 65536
 
 _REQUEST: Final = h11.Request(method=b"GET", target=b"/", headers=[(b"host", b"-")])
 _END: Final = h11.EndOfMessage()
+_INTERIM: Final = (b"HTTP/1.1 1", b"HTTP/1.0 1")
 
 
 class Answer:
@@ -70,8 +71,6 @@ async def ask(
     """
     is_sent = await _send(pair, connection, head, body)
     parser = h11.Connection(h11.CLIENT, max_incomplete_event_size=MAX_ANSWER_HEAD_BYTES)
-    parser.send(_REQUEST)
-    parser.send(_END)
     await pair.wait_upstream()  # no engine has answered by now, so trying first would fail
     interim: list[h11.InformationalResponse] = []
     received = 0
@@ -85,8 +84,14 @@ async def ask(
                     interim.append(event)
             else:
                 data = await receive(pair, connection)
+                while not received and data and len(data) < len(_INTERIM[0]):
+                    data += await receive(pair, connection) or b"\0"  # a byte that no head begins with
                 if not data:
                     raise UpstreamDisconnected("the engine closed the connection before its answer", phase=Phase.HEAD)
+                if not received and data.startswith(_INTERIM):
+                    # h11 takes a final answer before any request, but interim ones only behind one.
+                    parser.send(_REQUEST)
+                    parser.send(_END)
                 received += len(data)
                 parser.receive_data(data)
     except UpstreamDisconnected as exc:

@@ -47,19 +47,6 @@ def dechunk(raw: bytes) -> tuple[bytes, bool]:
     return payload, False
 
 
-def chunks_of(raw: bytes) -> list[bytes]:
-    """The payloads of the whole chunks of a chunked body."""
-    chunks = []
-    while b"\r\n" in raw:
-        line, _, rest = raw.partition(b"\r\n")
-        size = int(line.partition(b";")[0], 16)
-        if size == 0 or len(rest) < size + 2:
-            break
-        chunks.append(rest[:size])
-        raw = rest[size + 2 :]
-    return chunks
-
-
 def frames_of(body: bytes) -> list[bytes]:
     """The frames of a body with LF line ends, each with its blank line; a rest without one comes last."""
     *whole, rest = body.split(b"\n\n")

@@ -19,7 +19,10 @@ STREAMS = [pytest.param(stream, id=stream.name) for stream in streams()]
 BODIES = [
     pytest.param(answer, id=answer.name)
     for answer in captured()
-    if not answer.is_stream and answer.status == 200 and answer.body.startswith(b"{") and answer.route is not Route.OTHER
+    if not answer.is_stream
+    and answer.status == 200
+    and answer.body.startswith(b"{")
+    and answer.route is not Route.OTHER
 ]
 
 DONE = b"data: [DONE]\n\n"
@@ -51,7 +54,16 @@ def skimmed(route: Route, frames: list[bytes], batch: int = 1) -> Meter:
 
 def findings(meter: Meter) -> dict[str, Any]:
     """All that a meter has found out."""
-    names = ("usage", "finish_reason", "content_frames", "error", "saw_end", "saw_id_field", "opaque_frames", "comments")
+    names = (
+        "usage",
+        "finish_reason",
+        "content_frames",
+        "error",
+        "saw_end",
+        "saw_id_field",
+        "opaque_frames",
+        "comments",
+    )
     return {name: getattr(meter, name) for name in names}
 
 
@@ -94,7 +106,7 @@ def holds_content(event: dict[str, Any]) -> bool:
             said += [choice.get("text"), *(delta.get(name) for name in ("content", "reasoning", "tool_calls"))]
             assert delta.keys() <= {"role", "content", "reasoning", "tool_calls"}
         return any(said)
-    return event.get("type", "").endswith("_delta") and "index" in event or event.get("type", "").endswith(".delta")
+    return event.get("type") == "content_block_delta" or event.get("type", "").endswith(".delta")
 
 
 def walked_finish(events: list[dict[str, Any]]) -> str | None:
@@ -201,11 +213,13 @@ def test_role_only_frames_are_not_content() -> None:
     "delta",
     [
         {"content": "x"}, {"reasoning": "x"}, {"reasoning_content": "x"}, {"tool_calls": [{"index": 0}]},
-        {"refusal": "x"}, {"function_call": {"arguments": ""}}, {"audio": {"id": "a"}}, {"role": "tool", "content": "x"},
+        {"refusal": "x"}, {"function_call": {"arguments": ""}}, {"audio": {"id": "a"}}, {"role": "a", "content": "x"},
     ],
 )  # fmt: skip
 def test_whatever_says_something_is_content(delta: dict[str, Any]) -> None:
-    meter = inspected(Route.CHAT, b"data: " + json.dumps({"choices": [{"index": 0, "delta": delta}]}).encode() + b"\n\n")
+    meter = inspected(
+        Route.CHAT, b"data: " + json.dumps({"choices": [{"index": 0, "delta": delta}]}).encode() + b"\n\n"
+    )
     assert meter.content_frames == 1
 
 
@@ -232,9 +246,7 @@ def test_usage_on_the_last_choice_chunk() -> None:
 
 def test_details_on_the_final_usage_only() -> None:
     frame = b'data: {"choices":[],"usage":{"prompt_tokens":4,"completion_tokens":%d,"total_tokens":%d%s}}\n\n'
-    meter = inspected(
-        Route.CHAT, frame % (1, 5, b""), frame % (2, 6, b',"prompt_tokens_details":{"cached_tokens":3}')
-    )
+    meter = inspected(Route.CHAT, frame % (1, 5, b""), frame % (2, 6, b',"prompt_tokens_details":{"cached_tokens":3}'))
     assert meter.usage == Usage(4, 3, 2, None, 6)
 
 
@@ -324,7 +336,19 @@ def test_a_long_error_is_kept_short() -> None:
 
 @pytest.mark.parametrize(
     "data",
-    [b"", b"x", b"{", b"[1]", b'"text"', b"1e999", b"nul", b"\xff\xfe", b'{"choices":5}', b'{"a":"\\ud800"}', b"[" * 5000],
+    [
+        b"",
+        b"x",
+        b"{",
+        b"[1]",
+        b'"text"',
+        b"1e999",
+        b"nul",
+        b"\xff\xfe",
+        b'{"choices":5}',
+        b'{"a":"\\ud800"}',
+        b"[" * 5000,
+    ],
 )
 def test_data_that_is_not_what_is_expected_is_opaque(data: bytes) -> None:
     meter = inspected(Route.CHAT, b"data: " + data + b"\n\n")
@@ -358,9 +382,10 @@ def test_nesting_at_the_limit_of_recursion(route: Route) -> None:
 
 PARTS = st.sampled_from(
     [
-        b"data:", b"event:", b"id:", b"error:", b":", b" ", b"\n", b"\r\n", b"\r", b"\n\n", b"{", b"}", b"[", b"]", b",",
-        b'"choices":[', b'{"delta":{"content":"x"}}', b'"usage":', b'"type":"message_start"', b'"error":', b"null", b"[DONE]",
-        b'"message":', b'{"message":5}', b"\xff", b'"delta":', b'"response":', b'"type":"response.completed"', b"5",
+        b"data:", b"event:", b"id:", b"error:", b":", b" ", b"\n", b"\r\n", b"\r", b"\n\n", b"{", b"}", b"[", b"]",
+        b'"choices":[', b'{"delta":{"content":"x"}}', b'"usage":', b'"type":"message_start"', b'"error":', b"null",
+        b",", b"[DONE]", b'"message":', b'{"message":5}', b"\xff", b'"delta":', b'"response":', b'"type":"response.completed"',
+        b"5",
     ]
 )  # fmt: skip
 

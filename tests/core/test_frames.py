@@ -14,7 +14,7 @@ from relay.core.dialect import Meter
 from relay.core.frames import LAST_CHUNK, FrameRelay, Pieces
 from relay.core.framing import BodyDecoder, ChunkDecoder, CloseDecoder, LengthDecoder
 from relay.core.request import Route
-from tests.core.captured import Captured, chunks_of, dechunk, frames_of, stream, streams
+from tests.core.captured import Captured, dechunk, frames_of, stream, streams
 
 MAX_FRAME = 1 << 20
 SMALL = ["messages_stop_seq.stream", "comp_stop.stream_usage", "comp_eos_at_once.stream_usage", "chat_max1.stream"]
@@ -65,10 +65,10 @@ def payload_of(sent: bytes, is_chunked: bool) -> bytes:
 
 def complete_part(body: bytes) -> bytes:
     """All complete frames of a body with LF line ends, and nothing of the next."""
-    end = body.rfind(b"\n\n") + 2
+    end = body.rfind(b"\n\n") + 2 if b"\n\n" in body else 0
     while body[end : end + 1] == b"\n":
-        end += 1
-    return body[:end] if end > 1 else b""
+        end += 1  # blank lines beyond the first go on as they come
+    return body[:end]
 
 
 def in_pieces(data: bytes, size: int) -> Iterator[bytes]:
@@ -141,8 +141,10 @@ def test_byte_by_byte(one: Captured) -> None:
 @pytest.mark.parametrize("size", [7, 261, 4096, 65536])
 @pytest.mark.parametrize("one", STREAMS)
 def test_pieces_of_one_size(one: Captured, size: int) -> None:
-    for is_chunked in True, False:
-        check(one, list(in_pieces(one.raw_body, size)), is_chunked=is_chunked, every=1 + 100 * len(one.body) // 10**5)
+    if size > 100 or len(one.raw_body) < 50_000:
+        pieces = list(in_pieces(one.raw_body, size))
+        for is_chunked in True, False:
+            check(one, pieces, is_chunked=is_chunked, every=1 + len(pieces) // 20)
 
 
 @pytest.mark.parametrize("one", STREAMS)
@@ -161,7 +163,7 @@ Framing = tuple[BodyDecoder, bytes, Callable[[bytes], bytes]]
 
 def chunked(parts: Iterable[bytes], *, extension: bytes = b"", end: bytes = b"0\r\n\r\n") -> bytes:
     """A chunked body of `parts`."""
-    return b"".join(b"%X%b\r\n%b\r\n" % (len(part), extension, part) for part in parts if part) + end
+    return b"".join(b"%x%b\r\n%b\r\n" % (len(part), extension, part) for part in parts if part) + end
 
 
 def groups(parts: list[bytes], size: int) -> list[bytes]:
@@ -177,9 +179,7 @@ def framings(body: bytes) -> dict[str, Framing]:
         "three frames a chunk": chunked(groups(frames, 3)),
         "one chunk": chunked([body]),
         "a frame over many chunks": chunked(in_pieces(body, 10)),
-        "chunk ends in the blank line": chunked(
-            part for frame in frames for part in (frame[:-1], frame[-1:])
-        ),
+        "chunk ends in the blank line": chunked(part for frame in frames for part in (frame[:-1], frame[-1:])),
         "blank line leads the next chunk": chunked([frames[0][:-1], *groups_shifted(frames)]),
         "a frame and a half a chunk": chunked(in_pieces(body, max(1, 3 * len(frames[0]) // 2))),
         "extensions and trailers": chunked(
@@ -210,10 +210,10 @@ FRAMINGS = list(framings(b"data: x\n\n"))
 @pytest.mark.parametrize("name", CHOICE)
 def test_any_framing(name: str, framing: str, is_chunked: bool) -> None:
     one = stream(name)
-    for size in 1, 5, 64, 1000, 1 << 20:
+    for size in 1, 64, 1000, 1 << 20:
         decoder, raw, received = framings(one.body)[framing]
         relay = frame_relay(decoder, route=one.route, is_chunked=is_chunked)
-        sent = run(relay, in_pieces(raw, size), received, every=1 + len(raw) // size // 20)
+        sent = run(relay, in_pieces(raw, size), received, every=1 + len(raw) // size // 7)
         assert payload_of(sent, is_chunked) == one.body
         assert relay.finder.frames == len(frames_of(one.body))
         whole = frame_relay(route=one.route)
@@ -284,6 +284,29 @@ def test_other_line_ends(name: str, line_end: bytes) -> None:
             assert relay.finder.frames == len(frames)
 
 
+@pytest.mark.xfail(reason="core.sse.split_frames takes the CR LF of any line for a blank line")
+def test_fields_of_a_frame_with_crlf_stay_together() -> None:
+    failed = b'event: error\r\ndata: {"detail":"no"}\r\n\r\n'
+    relay = frame_relay()
+    feed(relay, chunked([failed * 2]))
+    assert relay.meter.error == '{"detail":"no"}'
+
+
+def test_saturated_reads_come_back_into_step() -> None:
+    """Under load a read ends anywhere; the rest of one chunk must not put all that follow on the slow way."""
+    chunk = chunked([FRAME], end=b"")
+    raw = chunk * 100
+    relay = frame_relay()
+    for cut in range(1, len(chunk)):
+        for part in raw[:cut], raw[cut:]:
+            out: Pieces = []
+            buffer = bytearray(part)
+            relay.feed(buffer, memoryview(buffer), len(buffer), out)
+        assert b"".join(out).endswith(chunk * 99)
+        assert isinstance(out[-1], memoryview)
+        assert len(out[-1]) >= 98 * len(chunk)
+
+
 # -- no copies
 
 FRAME = b'data: {"id":"c-1","choices":[{"index":0,"delta":{"content":"token"},"finish_reason":null}]}\n\n'
@@ -320,6 +343,7 @@ def test_whole_chunks_before_a_broken_off_one_are_one_view() -> None:
     out = []
     relay.feed(rest, memoryview(rest), len(rest), out)
     assert dechunk(b"".join(out))[0] == FRAME * 2
+    assert b"".join(out) == chunk * 2
     assert isinstance(out[-1], memoryview)  # in step again
     assert out[-1] == chunk
 
@@ -383,6 +407,15 @@ def test_the_tail_of_an_oversized_frame_is_not_taken_for_a_frame() -> None:
     assert relay.meter.content_frames == 1
 
 
+def test_an_oversized_frame_whose_end_shows_late_makes_no_empty_chunk() -> None:
+    relay = frame_relay(CloseDecoder(), max_frame_bytes=50)
+    body = b"data: " + b"x" * 100 + b"\r\n\r"  # its LF may follow
+    sent = feed(relay, body)
+    assert feed(relay, b"data") == b""
+    assert LAST_CHUNK not in sent
+    assert dechunk(sent)[0] == body
+
+
 @pytest.mark.parametrize("end", [b"", b"\n", b"\r\n"])
 def test_an_oversized_last_frame_gets_its_blank_line(end: bytes) -> None:
     relay = frame_relay(CloseDecoder(), is_chunked=False, max_frame_bytes=50)
@@ -397,7 +430,12 @@ def test_an_oversized_last_frame_gets_its_blank_line(end: bytes) -> None:
 
 @pytest.mark.parametrize(
     ("rest", "missing"),
-    [(b"data: [DONE]", b"\n\n"), (b"data: [DONE]\n", b"\n"), (b"data: [DONE]\r\n", b"\r\n"), (b"data: [DONE]\r\n\r", b"\n")],
+    [
+        (b"data: [DONE]", b"\n\n"),
+        (b"data: [DONE]\n", b"\n"),
+        (b"data: [DONE]\r\n", b"\r\n"),
+        (b"data: [DONE]\r\n\r", b"\n"),
+    ],
 )
 @pytest.mark.parametrize("is_chunked", [True, False])
 def test_the_last_frame_without_its_blank_line(rest: bytes, missing: bytes, is_chunked: bool) -> None:
@@ -436,7 +474,7 @@ def test_a_cut_body_has_no_clean_end(name: str) -> None:
 
 def test_a_broken_body_gives_all_that_came_before_the_break() -> None:
     good = chunked([FRAME, FRAME], end=b"")
-    for broken in b"zz\r\n", b"-5\r\n", b"\r\n", b"\x00" * 20:
+    for broken in b"zz\r\n", b"-5\r\n", b"\r\n", b"\x00\r\n":
         relay = frame_relay()
         assert feed(relay, good + broken) == good
         assert relay.decoder.error is not None
@@ -449,9 +487,8 @@ def test_a_broken_body_gives_all_that_came_before_the_break() -> None:
 
 def test_bytes_behind_the_end_are_told() -> None:
     relay = frame_relay()
-    assert feed(relay, chunked([FRAME]) + b"HTTP/1.1 200") == chunked([FRAME], end=b"").lower().replace(
-        FRAME.lower(), FRAME
-    ) or relay.decoder.is_done
+    assert dechunk(feed(relay, chunked([FRAME]) + b"HTTP/1.1 200"))[0] == FRAME
+    assert relay.decoder.is_done
     assert relay.has_excess
     relay = frame_relay()
     feed(relay, chunked([FRAME]))

@@ -131,7 +131,9 @@ def test_deep_but_closed_nesting_is_no_crash() -> None:
 
 
 TEXT = st.text('aé😀"\\\n\0', max_size=5)
-SCALARS = st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=False) | TEXT
+SCALARS = (
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=False, allow_infinity=False) | TEXT
+)
 JSON = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3))
 KEYS = ["model", "stream", "stream_options", "n", "user", "max_tokens", "max_completion_tokens", "other"]
 

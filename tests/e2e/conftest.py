@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import trio
+
 from relay_bench.engine import Engine, EngineConfig, serve_engine
 
 

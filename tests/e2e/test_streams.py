@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import httpx
-import pytest
 import trio
-from relay_bench.engine import Engine, EngineConfig, serve_engine
 
+from relay_bench.engine import Engine, EngineConfig, serve_engine
 from tests.conftest import running_relay
 
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 6, "stream": True}

@@ -1,0 +1,345 @@
+"""The command line from outside: what is printed where, and the exit status."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+import relay
+from relay.address import Address
+from relay.cli import main
+from relay.config import Config
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+ROOT = Path(__file__).parents[1]
+
+#: No command takes longer than this for anything.
+LIMIT_S = 30
+
+UPSTREAM = ["--upstream", "http://127.0.0.1:8000"]
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Config]:
+    """What `relay serve` would run with given flags: the daemon's place is taken."""
+    configs: list[Config] = []
+
+    def run(config: Config) -> int:
+        configs.append(config)
+        return 7
+
+    worker = ModuleType("relay.daemon.worker")
+    worker.run = run  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "relay.daemon.worker", worker)
+    monkeypatch.setattr("relay.daemon.worker", worker, raising=False)
+
+    def serve(*flags: str) -> Config:
+        assert main(["serve", *flags]) == 7
+        return configs.pop()
+
+    return serve
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """The one line on standard error after which `relay` ends with status 2."""
+
+    def refused(*arguments: str) -> str:
+        try:
+            status: Any = main(arguments)
+        except SystemExit as end:
+            status = end.code
+        out, err = capsys.readouterr()
+        assert (status, out) == (2, "")
+        (line,) = err.splitlines()
+        return str(line)
+
+    return refused
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Callable[[str], str]:
+    """Writes a configuration file, and says where it is."""
+
+    def write(text: str) -> str:
+        path = tmp_path / "relay.toml"
+        path.write_text(text)
+        return str(path)
+
+    return write
+
+
+def test_serve_needs_no_more_than_an_upstream(served: Callable[..., Config]) -> None:
+    config = served(*UPSTREAM)
+    (pool,) = config.pools
+    assert [upstream.url for upstream in pool.upstreams] == ["http://127.0.0.1:8000"]
+    assert config.listen == Config().listen
+    assert config.admin.address == Address("127.0.0.1", 8081)
+
+
+def test_every_flag_of_serve(served: Callable[..., Config]) -> None:
+    config = served(
+        *["--listen", "127.0.0.1:0", "--listen", "unix:/run/relay.sock", "--admin", "off"],
+        *["--upstream", "http://a:1", "--upstream", "unix:/run/vllm.sock", "--balance", "round_robin"],
+        *["--workers", "1", "--log-format", "text", "--drain-s", "2.5"],
+    )
+    assert config.listen.addresses == (Address("127.0.0.1", 0), Address(unix_path="/run/relay.sock"))
+    assert config.admin.address is None
+    assert [upstream.url for upstream in config.pools[0].upstreams] == ["http://a:1", "unix:/run/vllm.sock"]
+    assert config.pools[0].balance == "round_robin"
+    assert (config.daemon.workers, config.daemon.drain_s, config.log.format) == (1, 2.5, "text")
+
+
+def test_a_flag_wins_over_the_file_and_leaves_the_rest(
+    served: Callable[..., Config], file: Callable[[str], str]
+) -> None:
+    path = file("""
+        [listen]
+        addresses = ["127.0.0.1:1"]
+        [admin]
+        address = "127.0.0.1:2"
+        [daemon]
+        drain_s = 3
+        ready_delay_s = 4
+        [[pool]]
+        name = "chat"
+        models = ["m"]
+        upstreams = ["http://a:1"]
+        [timeouts]
+        connect_s = 5
+        [log]
+        format = "off"
+    """)
+    config = served("--config", path)
+    assert (config.listen.addresses, config.admin.address) == ((Address("127.0.0.1", 1),), Address("127.0.0.1", 2))
+
+    config = served("--config", path, "--upstream", "http://b:2", "--drain-s", "0", "--listen", "127.0.0.1:9")
+    assert config.listen.addresses == (Address("127.0.0.1", 9),)
+    assert config.admin.address == Address("127.0.0.1", 2)
+    assert (config.daemon.drain_s, config.daemon.ready_delay_s, config.timeouts.connect_s) == (0, 4, 5)
+    assert (config.pools[0].name, config.pools[0].models, config.log.format) == ("chat", ("m",), "off")
+    assert [upstream.url for upstream in config.pools[0].upstreams] == ["http://b:2"]
+
+    config = served("--config", file("[timeouts]\nconnect_s = 5"), *UPSTREAM)
+    assert (len(config.pools), config.timeouts.connect_s) == (1, 5)
+
+
+def test_without_an_upstream_serve_says_what_to_do(refused: Callable[..., str], file: Callable[[str], str]) -> None:
+    wanted = "no upstream to send requests to; give --upstream http://HOST:PORT, or upstreams in a [[pool]]"
+    assert refused("serve") == f"relay serve: --upstream: {wanted}"
+    path = file("")
+    assert refused("serve", "--config", path) == f"{path}:pool[0].upstreams: {wanted}"
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--listen", "8080"], '--listen: "8080" has no host; write 127.0.0.1:8080'),
+        (["--listen", "a:1", "--listen", "a:1"], "--listen: a:1 collides with a:1"),
+        (["--listen", "127.0.0.1:8081"], "--admin: 127.0.0.1:8081 collides with 127.0.0.1:8081 (listen.addresses[0])"),
+        (["--admin", "on"], '--admin: "on" has no port'),
+        (["--upstream", "https://a"], '--upstream: "https://a" is https'),
+        (["--upstream", "http://a/v1"], "--upstream: "),
+        (["--upstream", "http://127.0.0.1:8080"], "--upstream: http://127.0.0.1:8080 is this relay itself"),
+        (["--balance", "random"], '--balance: "random" is not valid; allowed: "least_outstanding" or "round_robin"'),
+        (["--workers", "2"], '--workers: "2" is not valid; allowed: "auto" or 1'),
+        (["--log-format", "xml"], '--log-format: "xml" is not valid'),
+        (["--drain-s", "-1"], '--drain-s: "-1" is not valid; allowed: seconds, 0 or more'),
+        (["--drain-s", "nan"], '--drain-s: "nan" is not valid'),
+        (["--drain-s"], "--drain-s: expected one argument"),
+    ],
+)
+def test_a_wrong_flag_is_named(flags: list[str], said: str, refused: Callable[..., str]) -> None:
+    assert refused("serve", *UPSTREAM, *flags).startswith(f"relay serve: {said}")
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["nonsense"], ["check"], ["version", "--x"], ["serve", "--up", "http://a:1"]]
+)
+def test_wrong_usage(arguments: list[str], refused: Callable[..., str]) -> None:
+    assert refused(*arguments).endswith("--help)")
+
+
+def test_check_says_what_the_file_would_do(file: Callable[[str], str], capsys: pytest.CaptureFixture[str]) -> None:
+    path = file("""
+        [listen]
+        addresses = ["127.0.0.1:80", "unix:/run/relay.sock"]
+        [admin]
+        address = "off"
+        [[pool]]
+        name = "chat"
+        models = ["a", "b*"]
+        upstreams = ["http://10.0.0.1:8000", "unix:/run/vllm.sock"]
+        balance = "round_robin"
+        [failover]
+        statuses = [503]
+        [timeouts]
+        connect_s = 1
+        first_token_s = 600
+        [log]
+        format = "text"
+    """)
+    assert main(["check", "--config", path]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert out.splitlines() == [
+        f"{path}: ok",
+        "  listen on http://127.0.0.1:80",
+        "  listen on unix:/run/relay.sock",
+        "  admin off",
+        "  pool chat: a, b*; round_robin over",
+        "    http://10.0.0.1:8000",
+        "    unix:/run/vllm.sock",
+        "  differs from the defaults:",
+        "    failover.statuses = [503] (default [502,503,504])",
+        "    timeouts.connect_s = 1.0 (default 3.0)",
+        '    log.format = "text" (default "json")',
+    ]
+
+
+def test_check_reports_every_problem(file: Callable[[str], str], capsys: pytest.CaptureFixture[str]) -> None:
+    path = file("[auth]\n[[pool]]\nupstreams = []\n[limits]\nmax_connections = 0")
+    assert main(["check", "--config", path]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert [line.removeprefix(f"{path}:").partition(": ")[0] for line in err.splitlines()] == [
+        "auth",
+        "limits.max_connections",
+        "pool[0].upstreams",
+    ]
+
+
+def test_the_example_is_right(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its values are the defaults that its comments call them."""
+    assert main(["check", "--config", str(ROOT / "systemd/relay.toml")]) == 0
+    assert capsys.readouterr().out.endswith("all limits are the defaults\n")
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["version"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"relay {relay.__version__}"
+    assert [line.split()[0] for line in lines] == ["relay", "Python", "trio", "h11", "httpx", "msgspec"]
+
+
+def run_relay(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Runs `python -m relay` as a process of its own."""
+    command = [sys.executable, "-W", "error", "-m", "relay", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=False)
+
+
+def test_the_module_is_the_command() -> None:
+    result = run_relay("version")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.startswith(f"relay {relay.__version__}\n")
+    result = run_relay("serve")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith("relay serve: --upstream: no upstream")
+
+
+def test_check_does_not_load_the_daemon() -> None:
+    """It stands in a unit's ExecStartPre; trio and httpx alone would double its time."""
+    loaded = (
+        "import sys; from relay.cli import main; main(['check', '--config', 'systemd/relay.toml']); print(*sys.modules)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", loaded], capture_output=True, text=True, timeout=LIMIT_S, check=True, cwd=ROOT
+    )
+    modules = result.stdout.splitlines()[-1].split()
+    assert "relay.config" in modules
+    assert not {"trio", "httpx", "h11", "relay.daemon", "relay.demo"} & set(modules)
+
+
+def test_demo_once() -> None:
+    result = run_relay("demo", "--once")
+    assert (result.returncode, result.stderr) == (0, "")
+    *_, line = result.stdout.splitlines()
+    record = json.loads(line)
+    assert record["id"].startswith("demo-")
+    assert (record["status"], record["outcome"], record["usage"]) == (200, "--", "engine")
+    shown = re.search(r"first token +after ([0-9.]+) ms, of which the relay took ([0-9.]+) ms", result.stdout)
+    assert shown is not None
+    assert shown.groups() == (f"{record['ttft_ms']:.1f}", f"{record['relay_ms']:.1f}")
+    assert f"frames       {record['frames']} in " in result.stdout
+    assert f"{record['prompt_tokens']} + {record['completion_tokens']} tokens" in result.stdout
+
+
+@pytest.fixture
+def demo() -> Iterator[subprocess.Popen[str]]:
+    """A demo that was left running."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "relay", "demo"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    with process:
+        yield process
+        process.kill()
+
+
+def children_of(process: subprocess.Popen[str]) -> list[int]:
+    """The processes that a process has started and not yet ended."""
+    threads = Path(f"/proc/{process.pid}/task").glob("*/children")  # each has what it has started
+    return sorted(int(pid) for thread in threads for pid in thread.read_text().split())
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process is there, and not only its status."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_demo_goes_on_until_it_is_interrupted(demo: subprocess.Popen[str]) -> None:
+    """What it proposes works, each exchange has its record, and Ctrl-C leaves nobody behind."""
+    assert demo.stdout is not None
+    assert demo.stderr is not None
+    proposal = next(line for line in demo.stdout if line.startswith("  curl -N "))
+    found = re.fullmatch(r"  curl -N (\S+) -H 'Content-Type: (\S+)' -d '(.*)'\n", proposal)
+    assert found is not None
+    url, content_type, body = found.groups()
+    request = urllib.request.Request(url, body.encode(), {"Content-Type": content_type, "X-Request-Id": "by-hand"})
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(request, timeout=LIMIT_S) as response:
+        assert response.read().endswith(b"data: [DONE]\n\n")
+    record = json.loads(next(line for line in demo.stdout if line.strip()))
+    assert (record["id"], record["outcome"]) == ("by-hand", "--")
+
+    children = children_of(demo)
+    assert len(children) == 2
+    demo.send_signal(signal.SIGINT)
+    assert demo.wait(LIMIT_S) == 0
+    assert demo.stderr.read() == ""
+    assert not [pid for pid in children if is_running(pid)]
+
+
+def test_demo_ends_when_nobody_reads(demo: subprocess.Popen[str]) -> None:
+    """As in `relay demo | head -1`."""
+    assert demo.stdout is not None
+    assert demo.stderr is not None
+    demo.stdout.readline()
+    demo.stdout.close()
+    assert demo.wait(LIMIT_S) == 1
+    assert demo.stderr.read() == ""
+
+
+def test_demo_says_when_a_child_has_ended(demo: subprocess.Popen[str]) -> None:
+    assert demo.stdout is not None
+    assert demo.stderr is not None
+    next(line for line in demo.stdout if line.startswith("  curl -N "))
+    children = children_of(demo)
+    os.kill(children[0], signal.SIGKILL)  # the engine comes first, as the relay is told its URL
+    assert demo.wait(LIMIT_S) == 1
+    assert demo.stderr.read() == "relay demo: the engine ended with status -9\n"
+    assert not [pid for pid in children if is_running(pid)]
