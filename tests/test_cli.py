@@ -284,7 +284,11 @@ def demo() -> Iterator[subprocess.Popen[str]]:
     )
     with process:
         yield process
-        process.kill()
+        process.terminate()  # after a failed test its children must not stay behind
+        try:
+            process.wait(LIMIT_S)
+        finally:
+            process.kill()
 
 
 def children_of(process: subprocess.Popen[str]) -> list[int]:

@@ -6,8 +6,9 @@ time counts; engine and client share the other. With nginx at hand (``bench/ngin
 right after the relay, between the same engine and client, as figures drift from run to run and ratios hardly do.
 
 A test opens its streams, waits until each has brought a frame, and then reads frame count and CPU time at both ends of
-a window. Saturated, the core of engine and client is mostly full before the relay's is: what is measured then is the
-cost of reads that bring several frames, not the relay's limit; the column of frames per second says what came.
+a window. Saturated, the core of engine and client is mostly full before the relay's is: the figure then is the cost of
+reads that bring many frames, and how many depends on how those two share their core. The column of frames per second
+says what came; paced figures are the steadier ones.
 """
 
 from __future__ import annotations

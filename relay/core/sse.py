@@ -18,7 +18,8 @@ from relay.core.framing import Buffer
 
 _LF, _CR = 0x0A, 0x0D
 _LINE_END = re.compile(rb"\r\n|\n|\r")
-_BLANK_LINE = re.compile(rb"(?:\r\n|\n|\r)(?:\r\n|\n|\r)")
+# Atomic groups: without them, CR LF alone would match as CR and LF.
+_BLANK_LINE = re.compile(rb"(?>\r\n|\n|\r)(?>\r\n|\n|\r)")
 _LINE_STARTS = (b"data:", b"event:", b"id:", b"retry:", b":")
 _FIELD_LINE = re.compile(rb"(?:\xef\xbb\xbf)?[\r\n]*(?:data|event|id|retry)?(?::|[\r\n]|$)")
 
@@ -123,6 +124,9 @@ def missing_blank_line(rest: Buffer) -> bytes:
     """What completes a last frame whose blank line the engine left out; empty where `rest` is no frame."""
     if not rest.strip(b"\r\n") or _FIELD_LINE.match(rest) is None:
         return b""
-    if rest.endswith(b"\r\n"):
-        return b"\r\n"
-    return b"\n" if rest.endswith((b"\n", b"\r")) else b"\n\n"
+    if rest.endswith(b"\r\n\r"):
+        return b"\n"
+    for end in (b"\r\n", b"\n", b"\r"):
+        if rest.endswith(end):
+            return end
+    return b"\n\n"

@@ -21,6 +21,9 @@ The order of use, on a buffer that begins where the last request ended::
 Refused although RFC 9112 leaves a choice: bare LF (§2.2), obs-fold (§5.2), ``Content-Length`` lists (§6.3),
 ``Content-Length`` beside ``Transfer-Encoding`` (§6.1), HTTP versions 1.2 to 1.9 (§2.5), control bytes (RFC 9110 §5.5).
 After any refusal the connection must be closed: where the next request would begin is not known.
+
+Bodies are not seen here. In a chunked one h11 lets bare LF end the trailer section, which is a way to smuggle as well,
+and takes folded trailers and bare CR in chunk extensions; `relay.core.framing.ChunkDecoder` refuses all of these.
 """
 
 from __future__ import annotations

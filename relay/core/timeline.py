@@ -21,7 +21,7 @@ class Timeline:
     """When an exchange passed which point."""
 
     __slots__ = (
-        "connect_s", "ended", "first_content_read", "first_content_sent", "head", "queue_s", "request_read",
+        "answered", "connect_s", "ended", "first_content_read", "first_content_sent", "head", "queue_s", "request_read",
         "request_sent", "request_started",
     )  # fmt: skip
 
@@ -32,6 +32,7 @@ class Timeline:
         self.connect_s: float | None = None  #: spent dialling, in all attempts
         self.request_sent: float | None = None  #: the last attempt's request was on its way
         self.head: float | None = None  #: the answer's head was read
+        self.answered: float | None = None  #: what is committed to was there: the head, or a stream's first frame
         self.first_content_read: float | None = None  #: the first content frame came off the engine's socket
         self.first_content_sent: float | None = None  #: it was handed to the kernel for the client
         self.ended: float | None = None
@@ -191,7 +192,7 @@ def server_timing(timeline: Timeline, now: float) -> bytes:
     if timeline.request_sent is None or timeline.head is None:
         own = now - timeline.request_read - timeline.queue_s
     else:
-        engine = timeline.first_content_read or timeline.head
+        engine = timeline.answered or timeline.head
         parts.append(f"engine;dur={(engine - timeline.request_sent) * 1000:.3f}")
         own = timeline.relay_s(now, engine) or 0.0
     parts.append(f"relay;dur={max(0.0, own) * 1000:.3f}")

@@ -170,6 +170,7 @@ class Exchange:
                     is_chunked=self.reply.takes_chunks,
                     max_frame_bytes=self.config.stream.max_frame_bytes,
                 )
+            self.timeline.answered = time.monotonic()
             return opening
         except trio.TooSlowError:
             self._drop(connection)

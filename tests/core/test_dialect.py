@@ -384,7 +384,8 @@ PARTS = st.sampled_from(
     [
         b"data:", b"event:", b"id:", b"error:", b":", b" ", b"\n", b"\r\n", b"\r", b"\n\n", b"{", b"}", b"[", b"]",
         b'"choices":[', b'{"delta":{"content":"x"}}', b'"usage":', b'"type":"message_start"', b'"error":', b"null",
-        b",", b"[DONE]", b'"message":', b'{"message":5}', b"\xff", b'"delta":', b'"response":', b'"type":"response.completed"',
+        b",", b"[DONE]", b'"message":', b'{"message":5}', b"\xff", b'"delta":', b'"response":',
+        b'"type":"response.completed"',
         b"5",
     ]
 )  # fmt: skip

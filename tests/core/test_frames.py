@@ -284,7 +284,6 @@ def test_other_line_ends(name: str, line_end: bytes) -> None:
             assert relay.finder.frames == len(frames)
 
 
-@pytest.mark.xfail(reason="core.sse.split_frames takes the CR LF of any line for a blank line")
 def test_fields_of_a_frame_with_crlf_stay_together() -> None:
     failed = b'event: error\r\ndata: {"detail":"no"}\r\n\r\n'
     relay = frame_relay()

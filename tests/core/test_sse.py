@@ -43,7 +43,8 @@ def feed(pieces: list[bytes]) -> tuple[int, FrameFinder]:
     return last, finder
 
 
-PIECES = st.lists(st.sampled_from([b"data: x", b"\n", b"\r", b"\r\n", b":", b"\n\n", b"\r\n\r\n", b"\r\r"]), max_size=14)
+PARTS = [b"data: x", b"\n", b"\r", b"\r\n", b":", b"\n\n", b"\r\n\r\n", b"\r\r"]
+PIECES = st.lists(st.sampled_from(PARTS), max_size=14)
 
 
 @given(PIECES, st.lists(st.integers(1, 4), max_size=40))
@@ -132,7 +133,8 @@ def test_first_byte_detection(start: bytes, verdict: bool | None) -> None:
         (b"data: [DONE]", b"\n\n"),
         (b"data: [DONE]\n", b"\n"),
         (b"data: x\r\n", b"\r\n"),
-        (b"data: x\r", b"\n"),
+        (b"data: x\r", b"\r"),
+        (b"data: x\r\n\r", b"\n"),
         (b"event: e\ndata: x", b"\n\n"),
         (b'{"error": 1}', b""),
         (b"\n", b""),

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relay.core import strict
+from relay.core import framing, strict
 from relay.errors import RequestRefused
 
 if TYPE_CHECKING:
@@ -293,6 +293,27 @@ def test_a_head_may_arrive_byte_by_byte(data: bytes) -> None:
     for seen in range(end, len(data)):
         assert strict.head_end(data[:seen]) == end
         assert strict.head_end(bytearray(data[:seen]), end - 1) == end
+
+
+CHUNKED_GAPS = [
+    b"0\r\nX: y\n\n",
+    b"0\r\nX: y\n\r\n",
+    b"0\r\n\n",
+    b"0\r\nX: y\r\n z\r\n\r\n",
+    b"0\r\nX: a\x07\r\n\r\n",
+    b"5;a\rb\r\nhello\r\n0\r\n\r\n",
+    b"5;a\x07\r\nhello\r\n0\r\n\r\n",
+]
+
+
+@pytest.mark.parametrize("body", CHUNKED_GAPS)
+def test_chunk_decoder_closes_what_h11_leaves_open_in_bodies(body: bytes) -> None:
+    assert is_taken_by_bare_h11(CHUNKED + body)
+    decoder = framing.ChunkDecoder()
+    position = 0
+    while position < len(body) and decoder.error is None and not decoder.is_done:
+        _, _, position = decoder.next(body, position, len(body))
+    assert decoder.error is not None
 
 
 def test_leading_crlf_is_one() -> None:

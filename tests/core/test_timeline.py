@@ -37,6 +37,7 @@ def timeline() -> Timeline:
     made.add_connect(0.001)
     made.request_sent = 100.516
     made.head = 100.566
+    made.answered = 100.716
     made.first_content_read = 100.716
     made.first_content_sent = 100.717
     made.ended = 102.0
@@ -162,7 +163,7 @@ def test_server_timing_of_a_stream() -> None:
 def test_server_timing_of_another_answer() -> None:
     made = timeline()
     made.queue_s = 0.0
-    made.first_content_read = made.first_content_sent = None
+    made.answered = made.first_content_read = made.first_content_sent = None
     assert server_timing(made, 100.571) == b"engine;dur=50.000, relay;dur=17.000"
 
 

@@ -227,17 +227,20 @@ async def test_an_engine_that_breaks_in_mid_stream(
         assert record.stream
 
 
-MISNAMED = pytest.mark.xfail(
-    strict=True, reason="a malformed chunk in the read of the first frame is called upstream_disconnected, not _error"
-)
-
-
-@pytest.mark.parametrize("frames", [pytest.param(1, marks=MISNAMED), pytest.param(2, marks=MISNAMED), 4])
+@pytest.mark.parametrize("frames", [1, 2, 4])
 async def test_a_broken_chunk_in_mid_stream(engine: Engine, frames: int) -> None:
     async with running_relay(engine.url) as relay:
         answer = await ask(relay.port, request(sim_fault=f"bad-chunk:{frames}", sim_step_ms="20"))
         assert_cut_off(answer, "upstream_error", frames=frames)
         assert outcome(await relay.record()) == ("UD", 200, 1)
+        await until(lambda: states(engine) == ["aborted"])
+
+
+async def test_a_broken_chunk_before_the_first_frame(engine: Engine) -> None:
+    async with running_relay(engine.url) as relay:
+        answer = await ask(relay.port, request(sim_fault="bad-chunk:0"))
+        assert (answer.status, answer.error["code"]) == (502, "upstream_error")
+        assert outcome(await relay.record()) == ("UH", 502, 1)
         await until(lambda: states(engine) == ["aborted"])
 
 
