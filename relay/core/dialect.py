@@ -1,10 +1,19 @@
 """What the frames of a stream mean, in the dialect of each route: content, usage, finish reason, error, end.
 
-Most frames of a stream are alike: one more piece of content. They are not parsed. Once a first content frame has been
+Most frames of a stream are alike: one more piece of content. They are not parsed. Once a content frame has been
 inspected, a `Meter` says how its like begins (`ordinary_prefix`) and which words (`markers`) must not occur in what was
 received; frames that pass both are merely counted. All others are inspected: decoded by narrow structs that skip over
 the content, and never fatal. A frame that is not JSON is counted and passed on, since a relay that dies of `data:`
 serves nobody.
+
+The short cut must not miss an error, a finish reason, usage or the end. Two kinds of prefix are safe; where a
+stream offers neither, every frame is inspected:
+
+- The event's type, where it says that nothing but content is inside (``event: content_block_delta``). No markers.
+- Of a chunk with ``choices``, everything up to its first value, with that value whole if it is a string: usually the
+  ``id``, the same in all chunks of a stream. ``{"error": …}``, ``{"object":"error", …}``, ``[DONE]`` and JSON spaced
+  in another way begin differently. The rest is up to the markers, in the spacing of that first key. Text of the model
+  cannot hold a marker: inside a JSON string its quotes are escaped.
 
 Which field means what is in vLLM's ``entrypoints/openai/protocol.py`` and Anthropic's and OpenAI's streaming
 references; the recordings of a real engine in ``tests/captures`` are the judge.
@@ -13,59 +22,31 @@ references; the recordings of a real engine in ``tests/captures`` are the judge.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from typing import Any, Final, TypeVar
 
 import msgspec
 
+from relay.core.framing import Buffer
 from relay.core.request import Route
+from relay.core.usage import Usage, WireUsage, updated
+
+__all__ = ["Meter", "Usage", "error_body", "error_frame"]
 
 T = TypeVar("T")
 
 _LINES = re.compile(rb"\r\n|\n|\r")
 _BOM: Final = b"\xef\xbb\xbf"
-#: Longest text of an error kept for the record.
+#: Longest text of an error kept for the record, in characters.
 _ERROR_TEXT: Final = 300
 
-
 _NULL: Final = msgspec.Raw(b"null")
-
-
-class Usage(msgspec.Struct, frozen=True, gc=False):
-    """Tokens of one exchange as the engine counts them; None: it did not say."""
-
-    prompt_tokens: int | None = None
-    cached_tokens: int | None = None
-    completion_tokens: int | None = None
-    reasoning_tokens: int | None = None
-    total_tokens: int | None = None
-
-
-class _Details(msgspec.Struct, gc=False):
-    cached_tokens: int | None = None
-    reasoning_tokens: int | None = None
-
-
-class _Usage(msgspec.Struct, gc=False):
-    """The usage object of all four dialects at once; their names do not collide."""
-
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
-    total_tokens: int | None = None
-    prompt_tokens_details: _Details | None = None
-    completion_tokens_details: _Details | None = None
-    input_tokens: int | None = None
-    output_tokens: int | None = None
-    input_tokens_details: _Details | None = None
-    output_tokens_details: _Details | None = None
-    cache_read_input_tokens: int | None = None
+_NO_ERROR: Final = (b"null", b'""', b"{}", b"false")
 
 
 class _Choice(msgspec.Struct, gc=False):
     delta: dict[str, Any] | None = None
     text: str | None = None
     finish_reason: str | None = None
-    message: msgspec.Raw = _NULL
 
 
 class _Incomplete(msgspec.Struct, gc=False):
@@ -75,7 +56,7 @@ class _Incomplete(msgspec.Struct, gc=False):
 class _Response(msgspec.Struct, gc=False):
     status: str | None = None
     incomplete_details: _Incomplete | None = None
-    usage: _Usage | None = None
+    usage: WireUsage | None = None
     error: msgspec.Raw = _NULL
 
 
@@ -84,14 +65,14 @@ class _Stop(msgspec.Struct, gc=False):
 
 
 class _Message(msgspec.Struct, gc=False):
-    usage: _Usage | None = None
+    usage: WireUsage | None = None
 
 
 class _Event(msgspec.Struct, gc=False):
     """What is read of one frame's JSON, whichever the dialect."""
 
     choices: list[_Choice] | None = None
-    usage: _Usage | None = None
+    usage: WireUsage | None = None
     type: str | None = None
     object: str | None = None
     error: msgspec.Raw = _NULL
@@ -109,21 +90,31 @@ class _Error(msgspec.Struct, gc=False):
     code: str | int | None = None
 
 
+_UNDECODABLE: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 _decode_event = msgspec.json.Decoder(_Event).decode
-_decode_error = msgspec.json.Decoder(_Error).decode
-_decode_stop = msgspec.json.Decoder(_Stop).decode
-_decode_message = msgspec.json.Decoder(_Message).decode
+_decode_fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+_ERROR: Final = msgspec.json.Decoder(_Error)
+_MESSAGE: Final = msgspec.json.Decoder(_Message)
+_STOP: Final = msgspec.json.Decoder(_Stop)
+#: For frames with a key of an unexpected type: each key by itself.
+_FIELDS: Final = tuple((field.name, msgspec.json.Decoder(field.type)) for field in msgspec.structs.fields(_Event))
 _encode = msgspec.json.encode
 
-#: What no ordinary frame holds, by route: what must be read, and the empty text of a frame that says nothing (a role, a
-#: character half decoded). The model's own text cannot hold these words: its quotes are escaped.
-_MARKERS: Final = (b'"usage":{', b'"finish_reason":"')
-_COMPACT_MARKERS: Final = dict.fromkeys(Route, _MARKERS) | {
-    Route.CHAT: (*_MARKERS, b'"content":""', b'"delta":{}'),
-    Route.COMPLETIONS: (*_MARKERS, b'"text":""'),
+_DELTA_TYPE: Final = rb"(?:content_block_delta|response\.[a-z_.]+\.delta)"
+#: How a frame begins whose type says that it is content, and nothing else.
+_TYPED_PREFIX = re.compile(rb"event: ?%b\r?\n|data: ?\{\"type\": ?\"%b\"" % (_DELTA_TYPE, _DELTA_TYPE))
+#: How a chunk with choices begins: up to its first value, and all of that if it is a string.
+_CHUNK_PREFIX = re.compile(rb'(?:event: ?[^\r\n]*\r?\n)?data: ?\{"\w+":( ?)(?:"[^"\\]{1,128}"|\[\{|\d)')
+
+#: What makes a chunk with choices more than a piece of content, by route; then what makes it less: no text in it.
+_COMMON: Final = (b'"usage":{', b'"finish_reason":"', b'"error":')
+_MARKERS: Final = {
+    **dict.fromkeys(Route, (*_COMMON, b'"content":""', b'"delta":{}', b'"text":""')),
+    Route.CHAT: (*_COMMON, b'"content":""', b'"delta":{}'),
+    Route.COMPLETIONS: (*_COMMON, b'"text":""'),
 }
 _SPACED_MARKERS: Final = {
-    route: tuple(marker.replace(b":", b": ") for marker in markers) for route, markers in _COMPACT_MARKERS.items()
+    route: tuple(marker.replace(b":", b": ") for marker in markers) for route, markers in _MARKERS.items()
 }
 
 
@@ -138,14 +129,14 @@ class Meter:
     def __init__(self, route: Route) -> None:
         self.route = route
         self.ordinary_prefix = b""  #: how content frames of this stream begin; empty: not known, inspect each
-        self.markers: tuple[bytes, ...] = _COMPACT_MARKERS[route]  #: what an ordinary frame does not hold
+        self.markers: tuple[bytes, ...] = _MARKERS[route]  #: what an ordinary frame does not hold
         self.usage: Usage | None = None  #: the engine's last word on it
-        self.finish_reason: str | None = None
+        self.finish_reason: str | None = None  #: of the choice that ended last
         self.error: str | None = None  #: an error the engine reported inside its stream
         self.saw_end = False  #: the route's end mark has come
-        self.saw_id_field = False
+        self.saw_id_field = False  #: an ``id:`` line has come: openai's SDK then fails on comments
         self.content_frames = 0
-        self.opaque_frames = 0  #: frames with data that is not JSON
+        self.opaque_frames = 0  #: frames with data that is not the JSON expected
         self.comments = 0
 
     def __repr__(self) -> str:
@@ -165,8 +156,9 @@ class Meter:
         """Counts content frames recognised by `ordinary_prefix` and `markers`."""
         self.content_frames += number
 
-    def inspect(self, frame: bytes) -> None:
+    def inspect(self, frame: Buffer) -> None:
         """Takes note of all that one frame says. Never raises."""
+        frame = bytes(frame)
         event, data = self._fields(frame)
         if data is None:
             return
@@ -175,27 +167,32 @@ class Meter:
             return
         try:
             body = _decode_event(data)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        except _UNDECODABLE:
             self.opaque_frames += 1
-            return
-        if event == b"error" or _is_given(body.error) or body.object == "error" or body.type == "error":
-            self.error = _error_text(body, data)
-            return
+            salvaged = _salvaged(data)
+            if salvaged is None:
+                self.error = _cut(data) if event == b"error" else self.error
+                return
+            body = salvaged
+        has_error = bytes(body.error) not in _NO_ERROR
+        if has_error or event == b"error" or body.object == "error" or body.type == "error":
+            self.error = _error_text(body.error if has_error else msgspec.Raw(data))
         if body.usage is not None:
-            self._take_usage(body.usage)
+            self.usage = updated(self.usage, body.usage)
         if self._is_content(body):
             self.content_frames += 1
-            self._learn(frame, data, is_typed=body.type is not None)
+            if not self.ordinary_prefix or not frame.startswith(self.ordinary_prefix):
+                self._learn(frame, is_chunk=body.choices is not None)
         self._take_end(body)
 
     def take_body(self, body: bytes) -> None:
         """Takes note of usage and finish reason of a whole JSON answer. Never raises."""
         try:
             answer = _decode_event(body)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        except _UNDECODABLE:
             return
         if answer.usage is not None:
-            self._take_usage(answer.usage)
+            self.usage = updated(self.usage, answer.usage)
         for choice in answer.choices or ():
             self.finish_reason = choice.finish_reason or self.finish_reason
         self.finish_reason = self.finish_reason or answer.stop_reason
@@ -204,8 +201,8 @@ class Meter:
 
     def _fields(self, frame: bytes) -> tuple[bytes, bytes | None]:
         """The event type and the data of a frame (WHATWG HTML §9.2.6); no data: nothing is dispatched."""
-        if frame.startswith(b"data: ") and frame.endswith(b"\n\n") and frame.count(b"\n") == 2 and b"\r" not in frame:
-            return b"", frame[6:-2]
+        if frame.startswith(b"data: ") and frame.find(b"\n") == len(frame) - 2 and b"\r" not in frame:
+            return b"", frame[6:-2]  # one line of data: nearly every frame there is
         event = b""
         data: list[bytes] = []
         for line in _LINES.split(frame.removeprefix(_BOM)):
@@ -239,50 +236,51 @@ class Meter:
         if kind == "message_stop":
             self.saw_end = True
         elif kind == "message_delta":
-            self.finish_reason = _decode_quietly(_decode_stop, body.delta, _Stop()).stop_reason or self.finish_reason
+            stop = _decode_quietly(_STOP, body.delta)
+            self.finish_reason = (stop and stop.stop_reason) or self.finish_reason
         elif kind == "message_start":
-            usage = _decode_quietly(_decode_message, body.message, _Message()).usage
-            if usage is not None:
-                self._take_usage(usage)
-        elif kind in ("response.completed", "response.incomplete", "response.failed") and body.response is not None:
+            message = _decode_quietly(_MESSAGE, body.message)
+            if message is not None and message.usage is not None:
+                # What it says of the output is a placeholder: should the stream be cut, nothing is known of it.
+                message.usage.output_tokens = None
+                self.usage = updated(self.usage, message.usage)
+        elif kind in ("response.completed", "response.incomplete", "response.failed"):
             self.saw_end = True
-            response = body.response
+            response = body.response or _Response()
             self.finish_reason = _finish_of(response.status, response.incomplete_details)
             if response.usage is not None:
-                self._take_usage(response.usage)
-            if _is_given(response.error):
-                self.error = _text_of(response.error)
+                self.usage = updated(self.usage, response.usage)
+            if bytes(response.error) not in _NO_ERROR:
+                self.error = _error_text(response.error)
 
-    def _take_usage(self, usage: _Usage) -> None:
-        """The engine's newest figures; what it leaves out this time (`message_delta` may) stays as it was."""
-        before = self.usage or Usage()
-        prompt = _first(usage.prompt_tokens, usage.input_tokens, before.prompt_tokens)
-        completion = _first(usage.completion_tokens, usage.output_tokens, before.completion_tokens)
-        inputs = usage.prompt_tokens_details or usage.input_tokens_details
-        outputs = usage.completion_tokens_details or usage.output_tokens_details
-        total = usage.total_tokens
-        if total is None and prompt is not None and completion is not None:
-            total = prompt + completion
-        self.usage = Usage(
-            prompt,
-            _first(inputs.cached_tokens if inputs else None, usage.cache_read_input_tokens, before.cached_tokens),
-            completion,
-            _first(outputs.reasoning_tokens if outputs else None, before.reasoning_tokens),
-            total,
-        )
+    def _learn(self, frame: bytes, *, is_chunk: bool) -> None:
+        """Remembers how content frames begin just now; a stream may go from reasoning to text to a tool call."""
+        found = (_CHUNK_PREFIX if is_chunk else _TYPED_PREFIX).match(frame)
+        self.ordinary_prefix = found[0] if found else b""
+        if not is_chunk:
+            self.markers = ()
+        elif found:
+            self.markers = (_SPACED_MARKERS if found[1] else _MARKERS)[self.route]
 
-    def _learn(self, frame: bytes, data: bytes, *, is_typed: bool) -> None:
-        """Remembers how a content frame of this stream begins."""
-        if self.route is Route.OTHER:
-            return
-        if frame.startswith(b"event:"):
-            self.ordinary_prefix = bytes(frame[: frame.find(b"data:") + 5])
-        elif frame.startswith(b"data:") and not is_typed:
-            # Up to the JSON's first value: its first key, no text of the model's. Where the type is in the JSON alone,
-            # content and end may begin alike.
-            self.ordinary_prefix = bytes(frame[: frame.find(b":", 5) + 1])
-        if data.find(b'": ') >= 0 and data.find(b'":"') < 0:
-            self.markers = _SPACED_MARKERS[self.route]
+
+def _salvaged(data: bytes) -> _Event | None:
+    """What can be read of an object with a key of an unexpected type, which counts as absent; None: no JSON object."""
+    try:
+        found = _decode_fields(data)
+    except _UNDECODABLE:
+        return None
+    event = _Event()
+    for name, decoder in _FIELDS:
+        if name in found and (value := _decode_quietly(decoder, found[name])) is not None:
+            setattr(event, name, value)
+    return event
+
+
+def _decode_quietly(decoder: msgspec.json.Decoder[T], raw: msgspec.Raw) -> T | None:
+    try:
+        return decoder.decode(raw)
+    except _UNDECODABLE:
+        return None
 
 
 def _says_something(delta: dict[str, Any]) -> bool:
@@ -290,38 +288,19 @@ def _says_something(delta: dict[str, Any]) -> bool:
     return any(value for name, value in delta.items() if name != "role")
 
 
-def _is_given(raw: msgspec.Raw) -> bool:
-    return bytes(raw) != b"null"
-
-
-def _first(*values: int | None) -> int | None:
-    for value in values:
-        if value is not None:
-            return value
-    return None
-
-
 def _finish_of(status: str | None, incomplete: _Incomplete | None) -> str | None:
     return (incomplete and incomplete.reason) or status
 
 
-def _decode_quietly(decode: Callable[[msgspec.Raw], T], raw: msgspec.Raw, default: T) -> T:
-    try:
-        found = decode(raw)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return default
-    return found or default
+def _error_text(raw: msgspec.Raw) -> str:
+    """A line for the record out of an error, whatever its form."""
+    error = _decode_quietly(_ERROR, raw) or _Error()
+    text = error.message or error.type or error.code
+    return _cut(bytes(raw)) if text is None else str(text)[:_ERROR_TEXT]
 
 
-def _error_text(body: _Event, data: bytes) -> str:
-    return _text_of(body.error if _is_given(body.error) else msgspec.Raw(data))
-
-
-def _text_of(raw: msgspec.Raw) -> str:
-    """A line for the record out of an error object, whatever its form."""
-    error = _decode_quietly(_decode_error, raw, _Error())
-    text = error.message or bytes(raw).decode("utf-8", "replace")
-    return text[:_ERROR_TEXT]
+def _cut(text: bytes) -> str:
+    return text[: 4 * _ERROR_TEXT].decode("utf-8", "replace")[:_ERROR_TEXT]
 
 
 # -- the relay's own errors, in the client's dialect

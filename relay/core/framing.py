@@ -141,10 +141,11 @@ class CloseDecoder:
 class ChunkDecoder:
     """A chunked body (RFC 9112 §7.1): strict about line ends and sizes, since what it accepts is sent on.
 
-    Extensions are skipped, trailers are read and dropped: nothing the relay does depends on them (RFC 9110 §6.5.1).
+    Extensions are skipped. Trailers are read and dropped but for their names: nothing the relay does depends on them
+    (RFC 9110 §6.5.1).
     """
 
-    __slots__ = ("_line", "_seen", "_trailer_bytes", "error", "is_done", "left")
+    __slots__ = ("_line", "_seen", "_trailer_bytes", "error", "is_done", "left", "trailer_names")
 
     # What `left` means beside a number of payload bytes.
     HEADER: Final = -1
@@ -158,6 +159,7 @@ class ChunkDecoder:
         self._line = bytearray()  # of a header or trailer line, what earlier reads brought
         self._seen = 0  # bytes of the body before the range being read
         self._trailer_bytes = 0
+        self.trailer_names: tuple[bytes, ...] = ()  #: of the fields behind the last chunk, in lower case
 
     @property
     def is_between_chunks(self) -> bool:
@@ -225,6 +227,17 @@ class ChunkDecoder:
                 self.error = FramingError(f"not a trailer field: {bytes(line[:40])!r}", line_start)
             elif self._trailer_bytes > MAX_TRAILER_BYTES:
                 self.error = FramingError(f"more than {MAX_TRAILER_BYTES} bytes of trailers", line_start)
+            else:
+                self.trailer_names += (bytes(line.partition(b":")[0]).lower(),)
+
+
+def decode_into(payload: bytearray, decoder: BodyDecoder, buffer: Buffer) -> int:
+    """Appends to `payload` what is payload in `buffer`; answers how far that was read."""
+    position = 0
+    while position < len(buffer) and not decoder.is_done and decoder.error is None:
+        begin, end, position = decoder.next(buffer, position, len(buffer))
+        payload += buffer[begin:end]
+    return position
 
 
 def decoder_for(kind: BodyKind, headers: list[tuple[bytes, bytes]]) -> BodyDecoder:

@@ -21,8 +21,8 @@ class Timeline:
     """When an exchange passed which point."""
 
     __slots__ = (
-        "answered", "connect_s", "ended", "first_content_read", "first_content_sent", "head", "queue_s", "request_read",
-        "request_sent", "request_started",
+        "answered", "connect_s", "ended", "first_content_read", "first_content_sent", "head", "prefill_s", "queue_s",
+        "request_read", "request_sent", "request_started",
     )  # fmt: skip
 
     def __init__(self, request_started: float, request_read: float) -> None:
@@ -30,6 +30,7 @@ class Timeline:
         self.request_read = request_read  #: its last byte was
         self.queue_s = 0.0  #: waited for a place, in all attempts
         self.connect_s: float | None = None  #: spent dialling, in all attempts
+        self.prefill_s: float | None = None  #: waited for the prefill leg, in all attempts; None: not a split request
         self.request_sent: float | None = None  #: the last attempt's request was on its way
         self.head: float | None = None  #: the answer's head was read
         self.answered: float | None = None  #: what is committed to was there: the head, or a stream's first frame
@@ -47,10 +48,10 @@ class Timeline:
         return None if self.first_content_sent is None else self.first_content_sent - self.request_read
 
     def relay_s(self, until: float | None, answered: float | None) -> float | None:
-        """The relay's own part of the time to `until`: less queueing, dialling, and the engine's time to `answered`."""
+        """The relay's part of the time to `until`: less queue, dialling, prefill, and the engine's to `answered`."""
         if until is None or answered is None or self.request_sent is None:
             return None
-        others = self.queue_s + (self.connect_s or 0.0) + (answered - self.request_sent)
+        others = self.queue_s + (self.connect_s or 0.0) + (self.prefill_s or 0.0) + (answered - self.request_sent)
         return max(0.0, until - self.request_read - others)
 
 
@@ -117,6 +118,9 @@ def make_record(
     frames: int = 0,
     bytes_in: int = 0,
     bytes_out: int = 0,
+    key: str | None = None,
+    prefill_upstream: str | None = None,
+    cost: str | None = None,
     error: str | None = None,
     timeline: Timeline | None = None,
     meter: Meter | None = None,
@@ -125,12 +129,10 @@ def make_record(
     """The record of an exchange; `now` is the time of day in seconds since the epoch, all other times are marks."""
     ts = datetime.fromtimestamp(now, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
     usage = meter.usage if meter else None
-    source = "none"
-    completion = None
-    if usage is not None:
-        source = "engine"
-        completion = usage.completion_tokens
-    elif meter is not None and meter.content_frames:
+    source = "engine" if usage else "none"
+    completion = usage.completion_tokens if usage else None
+    if completion is None and meter is not None and meter.content_frames:
+        # Nothing was said of the output, though `message_start` may have told of the prompt: the stream was cut.
         source = "estimated"
         completion = meter.content_frames
     fields: dict[str, Any] = dict(_times(timeline)) if timeline else {}
@@ -142,11 +144,13 @@ def make_record(
         ts=ts,
         id=id,
         client=client,
+        key=key,
         method=method,
         path=path,
         model=model,
         pool=pool,
         upstream=upstream,
+        prefill_upstream=prefill_upstream,
         status=status,
         outcome=outcome,
         stream=is_stream,
@@ -162,6 +166,7 @@ def make_record(
         total_tokens=usage.total_tokens if usage else None,
         usage=source,
         finish_reason=meter.finish_reason if meter else None,
+        cost=cost,
         error=error or (meter.error if meter else None),
         **fields,
     )
@@ -177,6 +182,7 @@ def _times(timeline: Timeline) -> dict[str, float | None]:
     return {
         "queue_ms": _ms(timeline.queue_s),
         "connect_ms": _ms(timeline.connect_s),
+        "prefill_ms": _ms(timeline.prefill_s),
         "head_ms": _ms(None if head is None or sent is None else head - sent),
         "ttft_ms": _ms(timeline.ttft_s),
         "total_ms": _ms(None if ended is None else ended - timeline.request_started),
@@ -189,8 +195,10 @@ def server_timing(timeline: Timeline, now: float) -> bytes:
     parts = []
     if timeline.queue_s:
         parts.append(f"queue;dur={timeline.queue_s * 1000:.3f}")
+    if timeline.prefill_s is not None:
+        parts.append(f"prefill;dur={timeline.prefill_s * 1000:.3f}")
     if timeline.request_sent is None or timeline.head is None:
-        own = now - timeline.request_read - timeline.queue_s
+        own = now - timeline.request_read - timeline.queue_s - (timeline.prefill_s or 0.0)
     else:
         engine = timeline.answered or timeline.head
         parts.append(f"engine;dur={(engine - timeline.request_sent) * 1000:.3f}")
@@ -206,8 +214,9 @@ def record_text(record: Record) -> str:
     tokens = f"{_or_dash(record.prompt_tokens)}+{_or_dash(record.completion_tokens)}"
     line = (
         f"{record.ts} {record.client} {record.method or '-'} {record.path or '-'} {_or_dash(record.status)} "
-        f"{record.outcome} model={record.model or '-'} upstream={record.upstream or '-'} attempts={record.attempts} "
-        f"ttft={ttft} total={total} frames={record.frames} tokens={tokens} id={record.id or '-'}"
+        f"{record.outcome} model={_printable(record.model)} upstream={record.upstream or '-'} "
+        f"attempts={record.attempts} ttft={ttft} total={total} frames={record.frames} tokens={tokens} "
+        f"id={record.id or '-'}"
     )
     return f"{line} error={record.error!r}" if record.error else line
 
@@ -225,3 +234,8 @@ def _ms_of_ns(ns: int | None) -> float | None:
 
 def _or_dash(value: int | None) -> str:
     return "-" if value is None else str(value)
+
+
+def _printable(text: str | None) -> str:
+    """What a client chose, on one line: no line break or escape sequence of it reaches a log that people read."""
+    return "-" if not text else text if text.isprintable() else ascii(text)

@@ -24,7 +24,7 @@ from relay.daemon import systemd
 from relay.daemon.records import RecordWriter
 from relay.errors import ExchangeError, RequestRefused
 from relay.net import admin, poller, sockets
-from relay.net.downstream import BodyBudget, ClientConnection
+from relay.net.downstream import LINGER_S, BodyBudget, ClientConnection
 from relay.net.exchange import Exchange
 from relay.net.pump import Pump
 from relay.net.reply import refuse
@@ -47,8 +47,7 @@ class StartError(Exception):
 def run(config: Config) -> int:
     """Runs the daemon until SIGTERM or SIGINT; the process's exit status."""
     try:
-        listeners = open_listeners(config)
-        admin_listener = _listen(config.admin.address) if config.admin.address else None
+        listeners, admin_listener = open_listeners(config)
     except StartError as exc:
         print(f"relay: {exc}", file=sys.stderr)
         return 1
@@ -94,12 +93,17 @@ async def _stop_on_signals(worker: Worker, signals: AsyncIterator[int]) -> None:
             worker.stop()
 
 
-def open_listeners(config: Config) -> list[socket.socket]:
-    """The listening sockets: systemd's where it passes some, else the configured addresses."""
-    inherited = systemd.listen_fds()
-    if inherited:
-        return [socket.socket(fileno=fd) for fd, _ in inherited]
-    return [_listen(address) for address in config.listen.addresses]
+def open_listeners(config: Config) -> tuple[list[socket.socket], socket.socket | None]:
+    """The listening sockets, and the admin side's: systemd's where it passes some, else the configured addresses."""
+    passed = systemd.listen_fds()
+    admin_fds = [fd for fd, name in passed if name == "admin"]
+    admin_listener = None
+    if admin_fds:
+        admin_listener = socket.socket(fileno=admin_fds[0])
+    elif config.admin.address is not None:
+        admin_listener = _listen(config.admin.address)
+    listeners = [socket.socket(fileno=fd) for fd, name in passed if name != "admin"]
+    return listeners or [_listen(address) for address in config.listen.addresses], admin_listener
 
 
 def _listen(address: Address) -> socket.socket:
@@ -108,30 +112,47 @@ def _listen(address: Address) -> socket.socket:
             return _listen_unix(address.unix_path)
         family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
         sock = socket.socket(family, socket.SOCK_STREAM)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind((address.host, address.port))
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)  # as nginx: [::] is not also 0.0.0.0
+            sock.bind((address.host, address.port))
+            sock.listen(BACKLOG)
+        except OSError:
+            sock.close()
+            raise
     except OSError as exc:
         raise StartError(f"cannot listen on {address}: {exc.strerror}") from None
-    sock.listen(BACKLOG)
     return sock
 
 
 def _listen_unix(path: str) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        sock.bind(path)
-    except OSError:
-        # A socket file that nobody listens on any more is left over from a process that died.
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-            try:
-                probe.connect(path)
-            except ConnectionRefusedError:
-                os.unlink(path)
-            else:
+        try:
+            sock.bind(path)
+        except OSError:
+            if not _is_abandoned(path):
                 raise
-        sock.bind(path)
-    sock.listen(BACKLOG)
+            os.unlink(path)
+            sock.bind(path)
+        sock.listen(BACKLOG)
+    except OSError:
+        sock.close()
+        raise
     return sock
+
+
+def _is_abandoned(path: str) -> bool:
+    """Whether a socket file is left over from a process that died: nobody listens on it any more."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            return True
+        except OSError:
+            return False
+        return False
 
 
 def url_of(listener: socket.socket) -> str:
@@ -187,7 +208,22 @@ class Worker:
         """Serves, from `task_status.started` on, until stopped and drained."""
         try:
             with poller.install(self.pump) as is_installed:
-                await self._run(task_status, is_installed=is_installed)
+                async with trio.open_nursery() as background:
+                    if not is_installed:
+                        background.start_soon(self.pump.run_as_task)
+                    if self.admin_listener is not None:
+                        background.start_soon(admin.serve, self.admin_listener, self.service)
+                    async with trio.open_nursery() as self._handlers:
+                        async with trio.open_nursery() as accepting:
+                            for listener in self.listeners:
+                                listener.setblocking(False)
+                                accepting.start_soon(self._accept, listener, self._handlers)
+                            task_status.started()
+                            await self._stop.wait()
+                            await trio.sleep(self.config.daemon.ready_delay_s)
+                            accepting.cancel_scope.cancel()
+                        await self._drain(self._handlers)
+                    background.cancel_scope.cancel()
         finally:
             self._close_listeners()
             if self.admin_listener is not None:
@@ -195,24 +231,6 @@ class Worker:
             self.service.pool.close_idle()
             self.pump.epoll.close()
             self.stopped.set()
-
-    async def _run(self, task_status: trio.TaskStatus[None], *, is_installed: bool) -> None:
-        async with trio.open_nursery() as background:
-            if not is_installed:
-                background.start_soon(self.pump.run_as_task)
-            if self.admin_listener is not None:
-                background.start_soon(admin.serve, self.admin_listener, self.service)
-            async with trio.open_nursery() as self._handlers:
-                async with trio.open_nursery() as accepting:
-                    for listener in self.listeners:
-                        listener.setblocking(False)
-                        accepting.start_soon(self._accept, listener, self._handlers)
-                    task_status.started()
-                    await self._stop.wait()
-                    await trio.sleep(self.config.daemon.ready_delay_s)
-                    accepting.cancel_scope.cancel()
-                await self._drain(self._handlers)
-            background.cancel_scope.cancel()
 
     async def _accept(self, listener: socket.socket, handlers: trio.Nursery) -> None:
         limits = self.config.limits
@@ -266,7 +284,8 @@ class Worker:
             sys.excepthook(type(exc), exc, exc.__traceback__)
         finally:
             if must_linger:
-                await client.linger()
+                with trio.move_on_after(LINGER_S, shield=True):
+                    await client.linger()
             client.close()
             self.connections.discard(client)
             self._departure.set()

@@ -91,7 +91,7 @@ def _exchanges(service: Service) -> list[dict[str, object]]:
         {
             "id": exchange.id,
             "client": exchange.client.peer,
-            "path": exchange.request.target.decode("ascii", "replace"),
+            "path": exchange.request.path,
             "model": exchange.facts.model,
             "upstream": exchange.upstream and exchange.upstream.config.url,
             "phase": exchange.phase.name.lower(),

@@ -17,6 +17,7 @@ import trio
 
 from relay.config import LimitsConfig, TimeoutsConfig
 from relay.core import headers, strict
+from relay.core.framing import ChunkDecoder, decode_into
 from relay.errors import ClientGone, ExchangeError, Phase, RequestRefused, RequestTimeout
 from relay.net import sockets
 
@@ -26,7 +27,7 @@ LINGER_S: Final = 5.0
 LINGER_BYTES: Final = 16_777_216
 
 _CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
-_HEAD_END: Final = b"\r\n\r\n"
+_EMPTY_LINE: Final = b"\r\n"
 
 
 class Request:
@@ -42,6 +43,11 @@ class Request:
         self.body = b""
         self.has_body = False  #: it came with a body, be it an empty one
         self.is_keep_alive = self.version >= b"1.1" and not headers.wants_close(self.version, self.headers)
+
+    @property
+    def path(self) -> str:
+        """The target without its query, which may hold secrets: what goes into records."""
+        return self.target.partition(b"?")[0].decode("ascii", "replace")
 
     def __repr__(self) -> str:
         return f"<Request {self.method!r} {self.target!r} body={len(self.body)}>"
@@ -115,17 +121,18 @@ class ClientConnection:
         The body counts against the worker's budget until `release`.
         """
         timeouts = self.timeouts
-        self.is_waiting = not self._buffer
-        if self.is_waiting:
-            self._limit_next_wait(timeouts.client_idle_s)
+        buffer = self._buffer
+        self.is_waiting = True
+        self._limit_next_wait(timeouts.client_idle_s)
+        # One empty line before a request is ignored (RFC 9112 §2.2); alone, it is no beginning of one.
+        while not buffer or _EMPTY_LINE.startswith(buffer):
             if not await self._more():
                 return None
-            self.is_waiting = False
+        self.is_waiting = False
+        del buffer[: strict.leading_crlf(buffer)]
         self.request_started = time.monotonic()
         self._limit_next_wait(timeouts.client_head_s)
         head = await self._head()
-        if head is None:
-            return None
         connection, request = self._parse(head)
         self._limit_next_wait(timeouts.client_body_s)
         await self._body(connection, request)
@@ -155,16 +162,17 @@ class ClientConnection:
         self.sock.close()
 
     async def linger(self) -> None:
-        """Closes so that an answer already sent is not lost, although the client may still be sending."""
-        with trio.move_on_after(LINGER_S, shield=True):
-            try:
-                self.sock.shutdown(socket.SHUT_WR)
-                left = LINGER_BYTES
-                while left > 0 and (data := await sockets.receive(self.sock)):
-                    left -= len(data)
-            except OSError:
-                pass
-        self.close()
+        """Says that no more comes, and reads on, so that an answer already sent is not lost to a reset; then `close`.
+
+        The caller bounds it by `LINGER_S`.
+        """
+        try:
+            self.sock.shutdown(socket.SHUT_WR)
+            left = LINGER_BYTES
+            while left > 0 and (data := await sockets.receive(self.sock)):
+                left -= len(data)
+        except OSError:
+            pass  # it is gone, and with it the need
 
     def _limit_next_wait(self, limit_s: float) -> None:
         """Begins a phase of `limit_s` seconds, 0 for no limit. Its clock starts where it first waits.
@@ -189,22 +197,18 @@ class ClientConnection:
         self._buffer += data
         return bool(data)
 
-    async def _head(self) -> bytes | None:
-        """The next head, with its blank line; None when the client ended between two requests."""
+    async def _head(self) -> bytes:
+        """The next head, with its blank line."""
         buffer = self._buffer
         searched = 0
         while True:
-            if not searched and (skip := strict.leading_crlf(buffer)):
-                del buffer[:skip]
             end = strict.head_end(buffer, searched, max_head_bytes=self.limits.max_head_bytes)
             if end:
                 head = bytes(buffer[:end])
                 del buffer[:end]
                 return head
-            searched = len(buffer) if len(buffer) > 2 else 0
+            searched = len(buffer)
             if not await self._more():
-                if not buffer.strip(b"\r\n"):
-                    return None
                 raise ClientGone("the client left in the middle of a request's head", phase=Phase.REQUEST)
 
     def _parse(self, head: bytes) -> tuple[h11.Connection, Request]:
@@ -233,7 +237,7 @@ class ClientConnection:
         if length is not None:
             await self._body_of_length(request, int(length))
         else:
-            await self._chunked_body(connection, request, limit)
+            await self._chunked_body(request, limit)
 
     async def _body_of_length(self, request: Request, length: int) -> None:
         """A body of ``Content-Length``, which `strict` has made sure is one number; no need of h11 for that."""
@@ -245,39 +249,25 @@ class ClientConnection:
         request.body = bytes(memoryview(buffer)[:length]) if length < len(buffer) else bytes(buffer)
         del buffer[:length]
 
-    async def _chunked_body(self, connection: h11.Connection, request: Request, limit: int) -> None:
-        parts: list[bytes] = []
-        size = 0
-        data = self._take_buffer()
-        try:
-            while True:
-                if data:
-                    connection.receive_data(data)
-                    data = b""
-                event = connection.next_event()
-                if isinstance(event, h11.Data):
-                    parts.append(bytes(event.data))
-                    size += len(event.data)
-                    if size > limit:
-                        raise _too_large(limit)
-                    if size > self._held:
-                        await self._hold(size - self._held)
-                elif isinstance(event, h11.EndOfMessage):
-                    strict.check_trailers(list(event.headers))
-                    break
-                elif not await self._more():
-                    raise ClientGone("the client left in the middle of a request's body", phase=Phase.REQUEST)
-                else:
-                    data = self._take_buffer()
-        except h11.RemoteProtocolError as exc:
-            raise strict.refusal_of(exc) from None
-        self._buffer += connection.trailing_data[0]
-        request.body = parts[0] if len(parts) == 1 else b"".join(parts)
-
-    def _take_buffer(self) -> bytes:
-        data = bytes(self._buffer)
-        self._buffer.clear()
-        return data
+    async def _chunked_body(self, request: Request, limit: int) -> None:
+        """A chunked body, read by the decoder that reads engines' bodies: h11 takes bare LF and folded trailers."""
+        decoder = ChunkDecoder()
+        body = bytearray()
+        buffer = self._buffer
+        while True:
+            del buffer[: decode_into(body, decoder, buffer)]
+            if decoder.error is not None:
+                raise RequestRefused(400, "bad_request", f"the request's body is malformed: {decoder.error}")
+            if len(body) > limit:
+                raise _too_large(limit)
+            if len(body) > self._held:
+                await self._hold(len(body) - self._held)
+            if decoder.is_done:
+                break
+            if not await self._more():
+                raise ClientGone("the client left in the middle of a request's body", phase=Phase.REQUEST)
+        strict.check_trailers([(name, b"") for name in decoder.trailer_names])
+        request.body = bytes(body)
 
     async def _hold(self, size: int) -> None:
         """Counts body bytes against the worker's budget, waiting for room; the scope bounds the wait."""

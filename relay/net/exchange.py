@@ -18,7 +18,7 @@ import trio
 from relay.core import headers
 from relay.core.dialect import Meter
 from relay.core.frames import LAST_CHUNK, FrameRelay
-from relay.core.framing import BodyKind
+from relay.core.framing import BodyKind, decode_into
 from relay.core.histogram import Histogram
 from relay.core.request import Route, peek, route_of
 from relay.core.timeline import make_record
@@ -29,6 +29,7 @@ from relay.errors import (
     ExchangeError,
     NoUpstream,
     Phase,
+    RequestRefused,
     Side,
     UpstreamDisconnected,
     UpstreamProtocolError,
@@ -37,10 +38,10 @@ from relay.errors import (
 )
 from relay.net import upstream
 from relay.net.downstream import ClientConnection, Request
-from relay.net.opening import Opening, decode
+from relay.net.opening import Opening
 from relay.net.pool import Upstream, UpstreamConnection
 from relay.net.pump import Pair, Stop
-from relay.net.reply import Reply, new_id
+from relay.net.reply import FAREWELL_S, Reply, new_id
 from relay.net.service import Service, local_answer
 
 #: Of a JSON answer, at most this much is kept for its usage.
@@ -85,12 +86,13 @@ class Exchange:
             self.is_complete = True
         except ExchangeError as failure:
             self.failure = failure
-            await self.reply.farewell(failure)
         except trio.Cancelled:
             self.failure = self._interruption()
-            await self.reply.farewell(self.failure)  # shielded, and short
             raise
         finally:
+            if self.failure is not None:
+                with trio.move_on_after(FAREWELL_S, shield=True):
+                    await self.reply.farewell(self.failure)
             if self.config.timeouts.total_s:
                 self.client.scope.deadline = math.inf
             self.pair.close()
@@ -111,6 +113,7 @@ class Exchange:
         if local is not None:
             await self.reply.answer(*local)
             return
+        self._check_model()
         failover = self.config.failover
         no_more_after = time.monotonic() + failover.budget_s
         tried: list[Upstream] = []
@@ -131,6 +134,19 @@ class Exchange:
                     continue
                 await self._finish(opening)
                 return
+
+    def _check_model(self) -> None:
+        """Refuses what the pool does not serve. Requests that name no model are for any engine."""
+        pool, model = self.service.pool, self.facts.model
+        if not pool.config.models or self.route is Route.OTHER:
+            return
+        if not self.facts.is_json:
+            raise RequestRefused(
+                400, "invalid_json", "the body is not JSON, so it names no model to choose an engine by"
+            )
+        if model is not None and not pool.serves(model):
+            known = ", ".join(pool.config.models)
+            raise RequestRefused(404, "model_not_found", f"no pool serves the model {model!r}; known: {known}")
 
     async def _attempt(self, chosen: Upstream, *, may_go_on: bool) -> Opening:
         """Asks one engine, and waits until there is something to commit to."""
@@ -271,11 +287,12 @@ class Exchange:
         kept = bytearray()
         data = answer.rest
         while True:
-            payload, has_excess = decode(decoder, data)
+            payload = bytearray()
+            has_excess = decode_into(payload, decoder, data) < len(data)
             if len(kept) + len(payload) <= MOST_METERED_BYTES:
                 kept += payload
             if payload:
-                out += b"%x\r\n%b\r\n" % (len(payload), payload) if framing == "chunked" else payload
+                out += b"%x\r\n%b\r\n" % (len(payload), bytes(payload)) if framing == "chunked" else payload
             if decoder.is_done and framing == "chunked":
                 out += LAST_CHUNK
             self._commit(answer.status)
@@ -350,7 +367,7 @@ class Exchange:
                 id=self.id,
                 client=self.client.peer,
                 method=self.request.method.decode("ascii"),
-                path=self.request.target.decode("ascii", "replace"),
+                path=self.request.path,
                 model=self.facts.model,
                 pool=self.service.pool.name if self.upstream else None,
                 upstream=self.upstream.config.url if self.upstream else None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from relay.core import headers
 from relay.core.dialect import Meter
 from relay.core.frames import FrameRelay, Pieces
-from relay.core.framing import BodyDecoder, BodyKind, decoder_for
+from relay.core.framing import BodyKind, decode_into, decoder_for
 from relay.core.sse import looks_like_event_stream
 from relay.errors import Phase, UpstreamDisconnected, UpstreamProtocolError
 from relay.net import upstream
@@ -41,8 +41,9 @@ class Opening:
             return False
         while True:
             decoder = decoder_for(answer.kind, answer.fields)
-            payload, _ = decode(decoder, answer.rest)
-            verdict = looks_like_event_stream(payload)
+            payload = bytearray()
+            decode_into(payload, decoder, answer.rest)
+            verdict = looks_like_event_stream(bytes(payload))
             if verdict is not None or decoder.is_done or decoder.error is not None:
                 return verdict or False
             data = await upstream.receive(pair, self.connection)
@@ -73,13 +74,3 @@ class Opening:
                 if relay.decoder.error is not None:
                     message = f"the engine's stream is cut: {relay.decoder.error}"
                     raise UpstreamDisconnected(message, phase=Phase.HEAD)
-
-
-def decode(decoder: BodyDecoder, data: bytes) -> tuple[bytes, bool]:
-    """The payload in `data`, and whether bytes are left behind the body's end."""
-    parts = []
-    position = 0
-    while position < len(data) and not decoder.is_done and decoder.error is None:
-        begin, end, position = decoder.next(data, position, len(data))
-        parts.append(data[begin:end])
-    return b"".join(parts), position < len(data)

@@ -6,11 +6,12 @@ Deciding is synchronous: `Pool.pick` reads and changes counts without an await i
 from __future__ import annotations
 
 import os
+import re
 import socket
 import time
 from collections import deque
 from collections.abc import Container, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import trio
 
@@ -141,13 +142,13 @@ async def _connect_to(family: int, address: object) -> socket.socket:
     try:
         sock.setblocking(False)
         sockets.set_no_delay(sock)
-        try:
+        with suppress(BlockingIOError):
             sock.connect(address)  # type: ignore[arg-type]
-        except BlockingIOError:
-            await trio.lowlevel.wait_writable(sock)
-            error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-            if error:
-                raise OSError(error, os.strerror(error)) from None
+            return sock
+        await trio.lowlevel.wait_writable(sock)
+        error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if error:
+            raise OSError(error, os.strerror(error))
     except BaseException:
         sock.close()
         raise
@@ -162,6 +163,11 @@ class Pool:
         self.name = config.name
         self.upstreams = [Upstream(upstream) for upstream in config.upstreams]
         self._turn = 0
+        self._patterns = [re.compile(".*".join(map(re.escape, model.split("*"))), re.DOTALL) for model in config.models]
+
+    def serves(self, model: str) -> bool:
+        """Whether the pool is meant for `model`: one of its own names it, ``*`` standing for any text."""
+        return not self._patterns or any(pattern.fullmatch(model) for pattern in self._patterns)
 
     def pick(self, tried: Container[Upstream]) -> Upstream | None:
         """The upstream with the least outstanding among those not `tried`; equals take turns."""

@@ -80,16 +80,17 @@ class Reply:
             try:
                 sent = self.client.sock.send(view)
             except BlockingIOError:
+                sent = 0
+            except OSError:
+                raise ClientGone("the client closed its connection", phase=phase) from None
+            self.bytes_out += sent
+            view = view[sent:]
+            if view:
                 with trio.move_on_after(stall_s) as limit:
                     await trio.lowlevel.wait_writable(self.client.sock)
                 if limit.cancelled_caught:
                     message = f"the client read nothing for client_stall_s = {stall_s:g} s"
-                    raise ClientStalled(message, phase=phase) from None
-            except OSError:
-                raise ClientGone("the client closed its connection", phase=phase) from None
-            else:
-                self.bytes_out += sent
-                view = view[sent:]
+                    raise ClientStalled(message, phase=phase)
 
     async def answer(self, status: int, body: bytes, *fields: tuple[bytes, bytes]) -> None:
         """Sends a whole JSON answer of the relay's own."""
@@ -98,21 +99,30 @@ class Reply:
         await self.send(head if self.request.method == b"HEAD" else head + body)
 
     async def farewell(self, failure: ExchangeError) -> None:
-        """Tells the client what happened, where anything can still be said; the connection is then to be closed."""
+        """Tells the client what happened, where anything can still be said; the connection is then to be closed.
+
+        The caller shields it, and bounds it by `FAREWELL_S`.
+        """
         self.keep_alive = False
         if isinstance(failure, ClientGone):
             return
-        with trio.move_on_after(FAREWELL_S, shield=True), suppress(ClientGone):
+        with suppress(ClientGone):
             if self.status is None:
                 body = dialect.error_body(self.route, failure.status, failure.code, failure.message)
-                await self.answer(failure.status, body, *_retry_after(failure))
+                await self.answer(failure.status, body, *_fields_of(failure))
             elif self.is_stream and not self.is_torn:
                 frame = dialect.error_frame(self.route, failure.status, failure.code, failure.message)
                 await self.send(b"%x\r\n%b\r\n" % (len(frame), frame) if self.takes_chunks else frame)
 
 
-def _retry_after(failure: ExchangeError) -> list[tuple[bytes, bytes]]:
-    return [] if failure.retry_after_s is None else [(b"retry-after", b"%d" % failure.retry_after_s)]
+def _fields_of(failure: ExchangeError) -> list[tuple[bytes, bytes]]:
+    """What an error answer's head holds beside its type."""
+    fields = []
+    if failure.retry_after_s is not None:
+        fields.append((b"retry-after", b"%d" % failure.retry_after_s))
+    if failure.status == 405:
+        fields.append((b"allow", b"GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"))  # RFC 9110 §15.5.6
+    return fields
 
 
 async def refuse(service: Service, client: ClientConnection, failure: ExchangeError) -> None:
@@ -122,7 +132,7 @@ async def refuse(service: Service, client: ClientConnection, failure: ExchangeEr
         head = headers.response_head(
             failure.status,
             b"",
-            [_JSON, *_retry_after(failure)],
+            [_JSON, *_fields_of(failure)],
             framing=len(body),
             keep_alive=False,
             date=_http_date(),

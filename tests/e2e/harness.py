@@ -312,7 +312,7 @@ async def scripted(
             listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
             port = listeners[0].socket.getsockname()[1]
             engine.urls.append(f"http://127.0.0.1:{port}")
-            nursery.start_soon(trio.serve_listeners, engine._serve, listeners)
+            await nursery.start(trio.serve_listeners, engine._serve, listeners)
         yield engine
         nursery.cancel_scope.cancel()
 

@@ -1,0 +1,74 @@
+"""How many tokens an exchange took, as the engine counts them, in one form for all dialects.
+
+OpenAI's chat and completions say ``prompt_tokens`` and ``completion_tokens``, the Responses API and Anthropic's
+Messages ``input_tokens`` and ``output_tokens``. The cached part of the prompt is inside the first three's prompt count
+and beside the fourth's, which counts only what was neither read from the cache nor written to it. Here it is always
+inside.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class Usage(msgspec.Struct, frozen=True, gc=False):
+    """Tokens of one exchange; None: the engine did not say."""
+
+    prompt_tokens: int | None = None  #: of the prompt, cached ones included
+    cached_tokens: int | None = None  #: those of the prompt that came from the engine's prefix cache
+    completion_tokens: int | None = None  #: generated, reasoning included
+    reasoning_tokens: int | None = None
+    total_tokens: int | None = None
+
+
+class _Details(msgspec.Struct, gc=False):
+    cached_tokens: int | None = None
+    reasoning_tokens: int | None = None
+
+
+class WireUsage(msgspec.Struct, gc=False):
+    """The usage object of all four dialects at once; their names do not collide."""
+
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    total_tokens: int | None = None
+    prompt_tokens_details: _Details | None = None
+    completion_tokens_details: _Details | None = None
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    input_tokens_details: _Details | None = None
+    output_tokens_details: _Details | None = None
+    cache_read_input_tokens: int | None = None
+    cache_creation_input_tokens: int | None = None
+
+
+def updated(before: Usage | None, wire: WireUsage) -> Usage | None:
+    """`before` with the engine's newest figures; what a later object leaves out (``message_delta`` may) stays."""
+    old = before or Usage()
+    prompt = wire.prompt_tokens
+    if prompt is None and wire.input_tokens is not None:
+        # vLLM follows Anthropic in this (vllm#40912); on Responses neither of the two cache fields exists.
+        prompt = wire.input_tokens + (wire.cache_read_input_tokens or 0) + (wire.cache_creation_input_tokens or 0)
+    prompt = _first(prompt, old.prompt_tokens)
+    completion = _first(wire.completion_tokens, wire.output_tokens, old.completion_tokens)
+    inputs = wire.prompt_tokens_details or wire.input_tokens_details or _Details()
+    outputs = wire.completion_tokens_details or wire.output_tokens_details or _Details()
+    total = wire.total_tokens
+    if total is None and prompt is not None and completion is not None:
+        total = prompt + completion
+    if prompt is None and completion is None and total is None:
+        return before
+    return Usage(
+        prompt,
+        _first(inputs.cached_tokens, wire.cache_read_input_tokens, old.cached_tokens),
+        completion,
+        _first(outputs.reasoning_tokens, old.reasoning_tokens),
+        total,
+    )
+
+
+def _first(*values: int | None) -> int | None:
+    for value in values:
+        if value is not None:
+            return value
+    return None
