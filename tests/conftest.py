@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import trio
@@ -44,15 +44,12 @@ class RunningRelay:
         return await trio.open_tcp_stream("127.0.0.1", self.port)
 
 
-StartRelay = Callable[..., AbstractAsyncContextManager[RunningRelay]]
-
-
 @asynccontextmanager
 async def running_relay(
-    *upstreams: str, listener: socket.socket | None = None, **tables: Any
+    *upstreams: str, listener: socket.socket | None = None, models: tuple[str, ...] = (), **tables: Any
 ) -> AsyncIterator[RunningRelay]:
     """A relay in front of `upstreams`, on a free port or `listener`; further arguments are configuration tables."""
-    pool = PoolConfig(upstreams=tuple(parse_upstream(url) for url in upstreams))
+    pool = PoolConfig(models=models, upstreams=tuple(parse_upstream(url) for url in upstreams))
     config = Config(pools=(pool,), log=LogConfig(format="off"), **tables)
     listener = listener or socket.create_server(("127.0.0.1", 0), backlog=512)
     relay = RunningRelay(config, listener)

@@ -32,3 +32,21 @@ async def test_a_streamed_completion_arrives_as_the_engine_sent_it() -> None:
             assert record.error is None
             assert record.ttft_ms is not None
         nursery.cancel_scope.cancel()
+
+
+async def test_a_model_that_the_pool_does_not_name_is_refused() -> None:
+    async with trio.open_nursery() as nursery:
+        engine: Engine = await nursery.start(serve_engine, EngineConfig(listen="127.0.0.1:0"))
+        async with running_relay(engine.url, models=("tin*",)) as relay, httpx.AsyncClient() as client:
+            url = f"http://127.0.0.1:{relay.port}/v1/chat/completions"
+            assert (await client.post(url, json=CHAT)).status_code == 200
+            unknown = await client.post(url, json=CHAT | {"model": "other"})
+            assert unknown.status_code == 404
+            assert unknown.json()["error"]["code"] == "model_not_found"
+            assert "tin*" in unknown.json()["error"]["message"]
+            garbage = await client.post(url, content=b"{")
+            assert garbage.status_code == 400
+            assert garbage.json()["error"]["code"] == "invalid_json"
+            assert engine.stats()["served"] == 1
+            assert (await relay.record(2)).outcome == "RR"
+        nursery.cancel_scope.cancel()
