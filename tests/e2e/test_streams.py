@@ -3,14 +3,67 @@
 from __future__ import annotations
 
 import httpx
+import pytest
 import trio
 
+from relay.config import TimeoutsConfig
+from relay.net import poller
 from relay_bench.engine import Engine, EngineConfig, serve_engine
 from tests.conftest import running_relay
+from tests.e2e.harness import until
 
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 6, "stream": True}
 
 
+@pytest.fixture(params=["in trio's poller", "as a task"])
+def pump_form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways in which the pump is driven; the second is what a trio with unknown insides gets."""
+    if request.param == "as a task":
+        monkeypatch.setattr(poller, "_io_manager", lambda: None)
+    return str(request.param)
+
+
+@pytest.mark.usefixtures("pump_form")
+async def test_many_streams_at_once_lose_nothing() -> None:
+    answers: list[bytes] = []
+
+    async def ask(client: httpx.AsyncClient, url: str, number: int) -> None:
+        body = CHAT | {"max_tokens": 40 + number % 7}
+        answers.append((await client.post(url, json=body, headers={"x-request-id": str(number)})).content)
+
+    limits = httpx.Limits(max_connections=100)
+    async with trio.open_nursery() as nursery:
+        engine: Engine = await nursery.start(serve_engine, EngineConfig(listen="127.0.0.1:0", step_ms=2))
+        async with running_relay(engine.url) as relay, httpx.AsyncClient(limits=limits, timeout=20) as client:
+            url = f"http://127.0.0.1:{relay.port}/v1/chat/completions"
+            async with trio.open_nursery() as asking:
+                for number in range(100):
+                    asking.start_soon(ask, client, url, number)
+            # role, one frame a token, [DONE]
+            assert sorted(answer.count(b"\n\n") for answer in answers) == sorted(42 + n % 7 for n in range(100))
+            assert all(answer.endswith(b"data: [DONE]\n\n") for answer in answers)
+            assert {(await relay.record(n + 1)).outcome for n in range(100)} == {"--"}
+        nursery.cancel_scope.cancel()
+
+
+@pytest.mark.usefixtures("pump_form")
+async def test_a_silent_engine_is_noticed_and_a_leaving_client_frees_it() -> None:
+    async with trio.open_nursery() as nursery:
+        engine: Engine = await nursery.start(serve_engine, EngineConfig(listen="127.0.0.1:0"))
+        timeouts = TimeoutsConfig(between_tokens_s=0.3)
+        async with running_relay(engine.url, timeouts=timeouts) as relay, httpx.AsyncClient() as client:
+            url = f"http://127.0.0.1:{relay.port}/v1/chat/completions"
+            with pytest.raises(httpx.RemoteProtocolError):
+                await client.post(url, json=CHAT, headers={"x-sim-fault": "stall-after:2"})
+            assert (await relay.record()).outcome == "uD"
+            with trio.move_on_after(0.3):
+                await client.post(url, json=CHAT, headers={"x-sim-fault": "stall-before-head"})
+            assert (await relay.record(2)).outcome == "CH"
+            await until(lambda: engine.stats()["running"] == 0, 0.5)
+        nursery.cancel_scope.cancel()
+
+
+@pytest.mark.usefixtures("pump_form")
 async def test_a_streamed_completion_arrives_as_the_engine_sent_it() -> None:
     async with trio.open_nursery() as nursery:
         engine: Engine = await nursery.start(serve_engine, EngineConfig(listen="127.0.0.1:0"))
