@@ -32,6 +32,7 @@ class RecordWriter:
         self.dropped = 0  #: lines that found the buffer full
         self._lines: deque[bytes] = deque()
         self._waiting_bytes = 0
+        self._writing = b""  # taken from the lines, and not yet written: survives a cancelled wait
         self._wake = trio.Event()
         self._fileno, self._write, self._can_wait = _open_write(fileno)
 
@@ -59,18 +60,20 @@ class RecordWriter:
                 await self._drain()
 
     async def _drain(self) -> None:
-        while self._lines:
-            data = self._take()
-            while data:
-                try:
-                    data = data[self._write(data) :]
-                except BlockingIOError:
-                    if not self._can_wait:
-                        return
-                    await trio.lowlevel.wait_writable(self._fileno)
-                except OSError:
-                    self.dropped += 1  # the reader is gone
+        while self._writing or self._lines:
+            self._writing = self._writing or self._take()
+            is_full = False
+            try:
+                self._writing = self._writing[self._write(self._writing) :]
+            except BlockingIOError:
+                is_full = True
+            except OSError:  # the reader is gone
+                self.dropped += self._writing.count(b"\n")
+                self._writing = b""
+            if is_full:
+                if not self._can_wait:
                     return
+                await trio.lowlevel.wait_writable(self._fileno)
 
     def _take(self) -> bytes:
         """The next lines, as many as one write takes."""

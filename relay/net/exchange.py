@@ -262,7 +262,7 @@ class Exchange:
             await self._pump(relay)
         finally:
             self.frames = relay.finder.frames
-            reply.is_torn = relay.is_unaligned or bool(pair.unsent)
+            reply.is_torn = relay.is_unaligned or bool(pair.unsent) or pair.stop is Stop.FAULT
         return answer.is_reusable and not relay.has_excess
 
     async def _pump(self, relay: FrameRelay) -> None:
@@ -401,6 +401,8 @@ def _failure_of(stop: Stop, relay: FrameRelay, idle_s: float) -> ExchangeError:
     """What a stream that the pump gave back unfinished died of."""
     if stop is Stop.CLIENT_GONE:
         return ClientGone("the client closed its connection", phase=Phase.DATA)
+    if stop is Stop.FAULT:
+        return ExchangeError("the relay failed; its standard error says how", phase=Phase.DATA)
     if stop is Stop.UPSTREAM_IDLE:
         return UpstreamTimeout(f"the engine was silent for between_tokens_s = {idle_s:g} s", phase=Phase.DATA)
     if stop is Stop.UPSTREAM_MALFORMED:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from relay.core import headers
 from relay.core.dialect import Meter
 from relay.core.frames import FrameRelay, Pieces
@@ -11,6 +13,9 @@ from relay.errors import Phase, UpstreamDisconnected, UpstreamProtocolError
 from relay.net import upstream
 from relay.net.pool import UpstreamConnection
 from relay.net.pump import Pair
+
+#: How much of a body of doubtful type is read for its first non-blank byte.
+MOST_LOOKED_AT_BYTES: Final = 4096
 
 
 class Opening:
@@ -44,7 +49,8 @@ class Opening:
             payload = bytearray()
             decode_into(payload, decoder, answer.rest)
             verdict = looks_like_event_stream(bytes(payload))
-            if verdict is not None or decoder.is_done or decoder.error is not None:
+            is_over = decoder.is_done or decoder.error is not None or len(answer.rest) > MOST_LOOKED_AT_BYTES
+            if verdict is not None or is_over:
                 return verdict or False
             data = await upstream.receive(pair, self.connection)
             if not data:

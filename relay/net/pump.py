@@ -15,6 +15,7 @@ from __future__ import annotations
 import select
 import socket
 import time
+import traceback
 from collections.abc import Callable
 from enum import Enum
 from typing import Final
@@ -43,6 +44,7 @@ class Stop(Enum):
     UPSTREAM_CLOSED = "the engine closed its connection before the end of its body"
     UPSTREAM_RESET = "the engine's connection broke"
     UPSTREAM_MALFORMED = "the engine's body breaks its framing (`FrameRelay.decoder.error`)"
+    FAULT = "the relay itself failed; what of the last read went out is not known"
     UPSTREAM_IDLE = "nothing came from the engine for `between_tokens_s`"
 
 
@@ -215,7 +217,12 @@ class Pump:
             pair = self._upstreams.get(fd)
             if pair is not None:
                 if pair.relay is not None:
-                    self._serve(pair, pair.relay, now)
+                    try:
+                        self._serve(pair, pair.relay, now)
+                    except Exception:  # a fault of ours ends this stream, not the others
+                        traceback.print_exc()
+                        self._out.clear()
+                        self._give_back(pair, Stop.FAULT)
                 elif pair.wake():
                     self._woken = True
             elif (pair := self._clients.get(fd)) is not None:

@@ -7,6 +7,7 @@ import pytest
 import trio
 
 from relay.config import TimeoutsConfig
+from relay.core.frames import FrameRelay, Pieces
 from relay.net import poller
 from relay_bench.engine import Engine, EngineConfig, serve_engine
 from tests.conftest import running_relay
@@ -60,6 +61,30 @@ async def test_a_silent_engine_is_noticed_and_a_leaving_client_frees_it() -> Non
                 await client.post(url, json=CHAT, headers={"x-sim-fault": "stall-before-head"})
             assert (await relay.record(2)).outcome == "CH"
             await until(lambda: engine.stats()["running"] == 0, 0.5)
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_fault_of_the_relays_own_ends_one_stream_and_no_other(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    feed = FrameRelay.feed
+
+    def fail_on_the_marked(self: FrameRelay, buffer: bytearray, view: memoryview, stop: int, out: Pieces) -> None:
+        if self.finder.frames and b"broken" in buffer[:stop]:
+            raise RuntimeError("a bug")
+        feed(self, buffer, view, stop, out)
+
+    monkeypatch.setattr(FrameRelay, "feed", fail_on_the_marked)
+    async with trio.open_nursery() as nursery:
+        engine: Engine = await nursery.start(serve_engine, EngineConfig(listen="127.0.0.1:0", step_ms=5))
+        async with running_relay(engine.url) as relay, httpx.AsyncClient() as client:
+            url = f"http://127.0.0.1:{relay.port}/v1/chat/completions"
+            with pytest.raises(httpx.RemoteProtocolError):
+                await client.post(url, json=CHAT, headers={"x-request-id": "broken"})
+            assert (await relay.record()).outcome == "RD"
+            good = await client.post(url, json=CHAT, headers={"x-request-id": "good"})
+            assert good.content.endswith(b"data: [DONE]\n\n")
+            assert "a bug" in capsys.readouterr().err
         nursery.cancel_scope.cancel()
 
 
