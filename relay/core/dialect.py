@@ -1,19 +1,8 @@
 """What the frames of a stream mean, in the dialect of each route: content, usage, finish reason, error, end.
 
-Most frames of a stream are alike: one more piece of content. They are not parsed. Once a content frame has been
-inspected, a `Meter` says how its like begins (`ordinary_prefix`) and which words (`markers`) must not occur in what was
-received; frames that pass both are merely counted. All others are inspected: decoded by narrow structs that skip over
-the content, and never fatal. A frame that is not JSON is counted and passed on, since a relay that dies of `data:`
-serves nobody.
-
-The short cut must not miss an error, a finish reason, usage or the end. Two kinds of prefix are safe; where a
-stream offers neither, every frame is inspected:
-
-- The event's type, where it says that nothing but content is inside (``event: content_block_delta``). No markers.
-- Of a chunk with ``choices``, everything up to its first value, with that value whole if it is a string: usually the
-  ``id``, the same in all chunks of a stream. ``{"error": …}``, ``{"object":"error", …}``, ``[DONE]`` and JSON spaced
-  in another way begin differently. The rest is up to the markers, in the spacing of that first key. Text of the model
-  cannot hold a marker: inside a JSON string its quotes are escaped.
+Most frames of a stream are alike, one more piece of content, and are merely counted (`relay.core.ordinary`). All
+others are inspected: decoded by narrow structs that skip over the content, and never fatal. A frame that is not JSON is
+counted and passed on, since a relay that dies of `data:` serves nobody.
 
 Which field means what is in vLLM's ``entrypoints/openai/protocol.py`` and Anthropic's and OpenAI's streaming
 references; the recordings of a real engine in ``tests/captures`` are the judge.
@@ -26,6 +15,7 @@ from typing import Any, Final, TypeVar
 
 import msgspec
 
+from relay.core import ordinary
 from relay.core.framing import Buffer
 from relay.core.request import Route
 from relay.core.usage import Usage, WireUsage, updated
@@ -100,36 +90,18 @@ _STOP: Final = msgspec.json.Decoder(_Stop)
 _FIELDS: Final = tuple((field.name, msgspec.json.Decoder(field.type)) for field in msgspec.structs.fields(_Event))
 _encode = msgspec.json.encode
 
-_DELTA_TYPE: Final = rb"(?:content_block_delta|response\.[a-z_.]+\.delta)"
-#: How a frame begins whose type says that it is content, and nothing else.
-_TYPED_PREFIX = re.compile(rb"event: ?%b\r?\n|data: ?\{\"type\": ?\"%b\"" % (_DELTA_TYPE, _DELTA_TYPE))
-#: How a chunk with choices begins: up to its first value, and all of that if it is a string.
-_CHUNK_PREFIX = re.compile(rb'(?:event: ?[^\r\n]*\r?\n)?data: ?\{"\w+":( ?)(?:"[^"\\]{1,128}"|\[\{|\d)')
-
-#: What makes a chunk with choices more than a piece of content, by route; then what makes it less: no text in it.
-_COMMON: Final = (b'"usage":{', b'"finish_reason":"', b'"error":')
-_MARKERS: Final = {
-    **dict.fromkeys(Route, (*_COMMON, b'"content":""', b'"delta":{}', b'"text":""')),
-    Route.CHAT: (*_COMMON, b'"content":""', b'"delta":{}'),
-    Route.COMPLETIONS: (*_COMMON, b'"text":""'),
-}
-_SPACED_MARKERS: Final = {
-    route: tuple(marker.replace(b":", b": ") for marker in markers) for route, markers in _MARKERS.items()
-}
-
 
 class Meter:
-    """What one exchange's frames amount to. `inspect` a frame, or count it as ordinary."""
+    """What one exchange's frames amount to. `take` each, or count those known to be ordinary."""
 
     __slots__ = (
-        "comments", "content_frames", "error", "finish_reason", "markers", "opaque_frames", "ordinary_prefix", "route",
-        "saw_end", "saw_id_field", "usage",
+        "_is_ordinary", "comments", "content_frames", "error", "finish_reason", "opaque_frames", "route", "saw_end",
+        "saw_id_field", "usage",
     )  # fmt: skip
 
     def __init__(self, route: Route) -> None:
         self.route = route
-        self.ordinary_prefix = b""  #: how content frames of this stream begin; empty: not known, inspect each
-        self.markers: tuple[bytes, ...] = _MARKERS[route]  #: what an ordinary frame does not hold
+        self._is_ordinary = ordinary.FRAMES[route].fullmatch
         self.usage: Usage | None = None  #: the engine's last word on it
         self.finish_reason: str | None = None  #: of the choice that ended last
         self.error: str | None = None  #: an error the engine reported inside its stream
@@ -152,9 +124,12 @@ class Meter:
         """Whether streams of this route end with a mark."""
         return self.route is not Route.OTHER
 
-    def count_ordinary(self, number: int) -> None:
-        """Counts content frames recognised by `ordinary_prefix` and `markers`."""
-        self.content_frames += number
+    def take(self, frame: Buffer) -> None:
+        """Takes note of a frame: counts an ordinary one, inspects any other. Never raises."""
+        if self._is_ordinary(frame):
+            self.content_frames += 1
+        else:
+            self.inspect(frame)
 
     def inspect(self, frame: Buffer) -> None:
         """Takes note of all that one frame says. Never raises."""
@@ -181,8 +156,6 @@ class Meter:
             self.usage = updated(self.usage, body.usage)
         if self._is_content(body):
             self.content_frames += 1
-            if not self.ordinary_prefix or not frame.startswith(self.ordinary_prefix):
-                self._learn(frame, is_chunk=body.choices is not None)
         self._take_end(body)
 
     def take_body(self, body: bytes) -> None:
@@ -252,15 +225,6 @@ class Meter:
                 self.usage = updated(self.usage, response.usage)
             if bytes(response.error) not in _NO_ERROR:
                 self.error = _error_text(response.error)
-
-    def _learn(self, frame: bytes, *, is_chunk: bool) -> None:
-        """Remembers how content frames begin just now; a stream may go from reasoning to text to a tool call."""
-        found = (_CHUNK_PREFIX if is_chunk else _TYPED_PREFIX).match(frame)
-        self.ordinary_prefix = found[0] if found else b""
-        if not is_chunk:
-            self.markers = ()
-        elif found:
-            self.markers = (_SPACED_MARKERS if found[1] else _MARKERS)[self.route]
 
 
 def _salvaged(data: bytes) -> _Event | None:

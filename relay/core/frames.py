@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from typing import Final
 
+from relay.core import ordinary
 from relay.core.dialect import Meter
 from relay.core.framing import BodyDecoder, Buffer, ChunkDecoder
 from relay.core.sse import FrameFinder, missing_blank_line, split_frames
@@ -31,6 +32,7 @@ class FrameRelay:
     __slots__ = (
         "_chunks",
         "_last_byte",
+        "_match_ordinary",
         "decoder",
         "finder",
         "has_excess",
@@ -51,6 +53,7 @@ class FrameRelay:
         self.has_excess = False  #: bytes came behind the end of the body: the connection is of no further use
         self.is_unaligned = False  #: the frame being read outgrew the limit; its beginning has gone out
         self._last_byte = b""  # of what has gone out of that frame: half a blank line, perhaps
+        self._match_ordinary = ordinary.CHUNKS[meter.route].match
         self._chunks = decoder if is_chunked and isinstance(decoder, ChunkDecoder) else None
 
     def feed(self, buffer: Buffer, view: memoryview, stop: int, out: Pieces) -> None:
@@ -80,7 +83,7 @@ class FrameRelay:
         rest = bytes(self.pending)
         if rest:
             rest += missing_blank_line(rest)
-            self.meter.inspect(rest)
+            self.meter.take(rest)
         elif self.is_unaligned:
             rest = b"\n" if self._last_byte == b"\n" else b"\n\n"
         if rest:
@@ -92,35 +95,43 @@ class FrameRelay:
 
     def _whole_chunks(self, buffer: Buffer, start: int, stop: int) -> int:
         """How far from `start` there are only whole chunks of one frame each; meters those."""
-        finder, meter = self.finder, self.meter
+        finder, meter, match = self.finder, self.meter, self._match_ordinary
         if not finder.at_boundary:
             return start
-        prefix = meter.ordinary_prefix
-        if prefix:
-            for marker in meter.markers:
-                if buffer.find(marker, start, stop) >= 0:
-                    prefix = b""
-                    break
-        frames = ordinary = 0
+        frames = counted = 0
         position = start
-        while (header := _CHUNK_SIZE.match(buffer, position, stop)) is not None:
-            begin = header.end()
-            end = begin + int(header[1], 16)
-            if end + 2 > stop or buffer.find(b"\n\n", begin, end) != end - 2 or buffer[end : end + 2] != b"\r\n":
+        while position < stop:
+            found = match(buffer, position, stop)
+            if found is not None:
+                end = found.end()
+                if int(found[1], 16) == end - found.end(1) - 4:
+                    counted += 1
+                    position = end
+                    continue
+            end = self._other_chunk(buffer, position, stop)
+            if end == position:
                 break
-            if prefix and buffer.startswith(prefix, begin, end):
-                ordinary += 1
-            elif end - begin == 2 or buffer.find(b"\r", begin, end) >= 0:
-                break  # no frame but a blank line more, or perhaps several frames: for the frame finder
-            else:
-                meter.inspect(bytes(buffer[begin:end]))
             frames += 1
-            position = end + 2
-        meter.count_ordinary(ordinary)
-        finder.frames += frames
+            position = end
+        meter.content_frames += counted
+        finder.frames += frames + counted
         if self._chunks is not None:
             self._chunks.skip(position - start)
         return position
+
+    def _other_chunk(self, buffer: Buffer, position: int, stop: int) -> int:
+        """The end of a whole chunk of one frame that is not ordinary; `position` where there is none."""
+        header = _CHUNK_SIZE.match(buffer, position, stop)
+        if header is None:
+            return position
+        begin = header.end()
+        end = begin + int(header[1], 16)
+        if end + 2 > stop or buffer.find(b"\n\n", begin, end) != end - 2 or buffer[end : end + 2] != b"\r\n":
+            return position
+        if end - begin == 2 or buffer.find(b"\r", begin, end) >= 0:
+            return position  # no frame but a blank line more, or perhaps several frames: for the frame finder
+        self.meter.inspect(bytes(buffer[begin:end]))
+        return end + 2
 
     def _take(self, buffer: Buffer, view: memoryview, begin: int, end: int, payload: Pieces) -> None:
         """Takes a run of payload: what completes frames goes to `payload`, the rest to `pending`."""
@@ -142,7 +153,7 @@ class FrameRelay:
             split = self._first_end(self.pending, buffer, begin, boundary)
             frame = bytes(self.pending) + view[begin:split]
             self.pending.clear()
-            self.meter.inspect(frame)
+            self.meter.take(frame)
             payload.append(frame)
             begin = split
         elif self.is_unaligned:
@@ -164,7 +175,7 @@ class FrameRelay:
 
     def _inspect(self, buffer: Buffer, begin: int, end: int) -> None:
         for frame_begin, frame_end in split_frames(buffer, begin, end):
-            self.meter.inspect(bytes(buffer[frame_begin:frame_end]))
+            self.meter.take(bytes(buffer[frame_begin:frame_end]))
 
     def _emit(self, payload: Pieces, out: Pieces) -> None:
         """Moves payload to `out`, as one chunk where the client takes chunks."""

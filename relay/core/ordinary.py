@@ -1,0 +1,48 @@
+"""The short cut past parsing: frames that hold one more piece of content and nothing else, known by their form.
+
+Nearly all frames of a stream are such, and all that is to be known of them is their number. So one pattern per dialect,
+run once over a frame, takes the place of JSON parsing: it spells out the whole frame, with the few values that vary. A
+frame with anything more (usage, a finish reason, an error, log probabilities, another key order, blanks behind colons)
+does not match and is parsed; so a pattern can miss an ordinary frame, at the price of some time, but not take another
+for one. The engine's text cannot look like JSON's structure, since its quotes are escaped.
+
+The forms are vLLM's and SGLang's (``id`` first) and llama.cpp's (``choices`` first), all written without blanks.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+from relay.core.request import Route
+
+# Single negated characters rather than classes, and possessive repeats: what sre runs fastest.
+#: The rest of a JSON string behind its opening quote, with something in it.
+_TEXT: Final = rb'(?!")[^"\\]*+(?:\\.[^"\\]*+)*+"'
+_NOTHING: Final = rb"(?:null|\[[\d,]*+\])"  # or token ids
+#: Up to the first choice, which is all there is: what comes before holds no object.
+_HEAD: Final = rb'data: \{"[^{]*+\{(?:"finish_reason":null,)?+"index":\d++,'
+_TAIL: Final = rb'(?:,"[^"]++":%b)*+\}\](?:,"(?!error")[^"]++":(?:%b|\d++|"[^"\\]*+"))*+\}\n\n' % (_NOTHING, _NOTHING)
+_CALL: Final = rb'tool_calls":\[\{"index":\d++,"function":\{"arguments":"%b\}\}\]' % _TEXT
+_DELTA: Final = rb'"delta":\{(?:"[^"]++":null,)*+"(?:(?!role"|tool_calls")[^"]++":"%b|%b)(?:,"[^"]++":null)*+\}' % (
+    _TEXT,
+    _CALL,
+)
+_CHAT: Final = _HEAD + _DELTA + _TAIL
+_COMPLETION: Final = _HEAD + rb'"text":"' + _TEXT + _TAIL
+#: The event's type says that nothing but content is inside.
+_TYPE: Final = rb"(?:content_block_delta|response\.[a-z_.]++(?<=\.delta))"
+_TYPED: Final = rb'(?:event: %b\ndata: |data: \{"type":"%b")[^\r\n]++\n\n' % (_TYPE, _TYPE)
+
+_FORMS: Final = {
+    Route.CHAT: _CHAT,
+    Route.COMPLETIONS: _COMPLETION,
+    Route.RESPONSES: _TYPED,
+    Route.MESSAGES: _TYPED,
+    Route.OTHER: _CHAT,
+}
+
+#: An ordinary frame, by route.
+FRAMES: Final = {route: re.compile(form) for route, form in _FORMS.items()}
+#: A whole chunk that holds one ordinary frame, if group 1, its size, says so too.
+CHUNKS: Final = {route: re.compile(rb"([0-9A-Fa-f]{1,8}+)\r\n(?:%b)\r\n" % form) for route, form in _FORMS.items()}
