@@ -13,7 +13,6 @@ recognise it changes nothing, and the worker runs the pump as a task (`Pump.run_
 from __future__ import annotations
 
 import select
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
@@ -27,7 +26,7 @@ class Turner(Protocol):
     epoll: select.epoll
 
     def turn(self, timeout: float) -> bool:
-        """Waits up to `timeout` seconds, serves what is ready once; True when trio has to run now."""
+        """Serves what comes until trio has to run (True), or for `timeout` seconds (False); 0: what is ready, once."""
         ...
 
 
@@ -36,7 +35,7 @@ class NestedPoller:
 
     def __init__(self, real: select.epoll, pump: Turner) -> None:
         self.real = real
-        self._pump = pump
+        self._turn = pump.turn
         self.register = real.register
         self.modify = real.modify
         self.unregister = real.unregister
@@ -45,16 +44,9 @@ class NestedPoller:
 
     def poll(self, timeout: float = -1, maxevents: int = -1) -> list[tuple[int, int]]:
         """As `select.epoll.poll`; may come back empty before the timeout, which trio takes as a spurious wake-up."""
-        turn = self._pump.turn
-        if timeout <= 0:
-            # Tasks are runnable: serve what is ready all the same, or a busy trio would starve the streams.
-            turn(0)
-        else:
-            wake_at = time.monotonic() + timeout
-            while not turn(timeout):
-                timeout = wake_at - time.monotonic()
-                if timeout <= 0:
-                    break
+        # With a timeout of 0 tasks are runnable: serve what is ready all the same, or a busy trio would starve the
+        # streams.
+        self._turn(max(0, timeout))
         return self.real.poll(0, maxevents)
 
 

@@ -207,33 +207,44 @@ class Pump:
     # -- serving
 
     def turn(self, timeout: float) -> bool:
-        """Waits up to `timeout` seconds and serves what is ready, once; True when trio has to run now."""
-        if self._upstreams:
-            timeout = min(timeout, SWEEP_S)
-        trio_ready = False
-        events = self.epoll.poll(timeout, EVENTS_PER_TURN)
-        now = time.monotonic_ns()
-        for fd, flags in events:
-            pair = self._upstreams.get(fd)
-            if pair is not None:
-                if pair.relay is not None:
+        """Serves what comes until trio has to run (True), or for `timeout` seconds (False); 0: what is ready, once."""
+        poll, pairs = self.epoll.poll, self._upstreams
+        wait = timeout
+        wake_at = time.monotonic_ns() + int(timeout * 1e9)
+        while True:
+            events = poll(SWEEP_S if wait > SWEEP_S and pairs else wait, EVENTS_PER_TURN)
+            now = time.monotonic_ns()
+            is_trios_turn = False
+            for fd, flags in events:
+                pair = pairs.get(fd)
+                if pair is None:
+                    is_trios_turn |= self._other_event(fd, flags)
+                elif pair.relay is None:
+                    self._woken |= pair.wake()
+                else:
                     try:
                         self._serve(pair, pair.relay, now)
                     except Exception:  # a fault of ours ends this stream, not the others
                         traceback.print_exc()
                         self._out.clear()
                         self._give_back(pair, Stop.FAULT)
-                elif pair.wake():
-                    self._woken = True
-            elif (pair := self._clients.get(fd)) is not None:
-                self._client_hung_up(pair, flags)
-            else:
-                trio_ready = True  # trio's own descriptor; or one that left in this batch, which costs a turn of trio
-        if now >= self._next_sweep_ns:
-            self._next_sweep_ns = now + int(SWEEP_S * 1e9)
-            self.sweep(now)
-        woken, self._woken = self._woken, False
-        return trio_ready or woken
+            if now >= self._next_sweep_ns:
+                self._next_sweep_ns = now + int(SWEEP_S * 1e9)
+                self.sweep(now)
+            if is_trios_turn or self._woken:
+                self._woken = False
+                return True
+            if now >= wake_at:
+                return False
+            wait = (wake_at - now) / 1e9
+
+    def _other_event(self, fd: int, flags: int) -> bool:
+        """What is not an engine's socket; True if it is trio's own descriptor, and trio has to run."""
+        pair = self._clients.get(fd)
+        if pair is None:
+            return True  # or a descriptor that left in this batch, which costs a turn of trio
+        self._client_hung_up(pair, flags)
+        return False
 
     def sweep(self, now: int) -> None:
         """Gives back every pair whose engine has been silent for too long at `now` (ns of the monotonic clock)."""
