@@ -12,8 +12,12 @@ import re
 
 import msgspec
 
+#: How an engine's URL may look, for messages.
+UPSTREAM_FORMS = "http://HOST:PORT, dns+http://NAME:PORT or unix:/path"
+
 _UNIX_PREFIX = "unix:"
 _HTTP_PREFIX = "http://"
+_DNS_PREFIX = "dns+"
 _HTTP_PORT = 80
 
 #: `sun_path` holds 108 bytes with the closing zero (unix(7)).
@@ -46,6 +50,11 @@ class Address(msgspec.Struct, frozen=True):
         """The address as log lines and curl have it: ``http://…``, or ``unix:/…``."""
         return str(self) if self.unix_path is not None else _HTTP_PREFIX + str(self)
 
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine can reach it."""
+        return self.unix_path is not None or self.host in _LOOPBACK or self.host.startswith("127.")
+
     def collides_with(self, other: Address) -> bool:
         """Whether both cannot be bound by one process: the same, or one is every interface of the other's family."""
         if self.unix_path is not None or other.unix_path is not None:
@@ -60,7 +69,7 @@ class UpstreamConfig(msgspec.Struct, frozen=True):
     """An engine as configured.
 
     `url` is the normal form, the engine's name in records and metrics; `authority` is the ``Host`` field sent to it.
-    For a unix socket `host` is empty and `port` 0.
+    For a unix socket `host` is empty and `port` 0. With `is_dns`, it stands for an engine at each address of its name.
     """
 
     url: str
@@ -68,6 +77,13 @@ class UpstreamConfig(msgspec.Struct, frozen=True):
     port: int
     unix_path: str | None
     authority: str
+    weight: int = 1  #: its share of the requests, beside the other weights
+    max_in_flight: int = 0  #: most exchanges at once; 0: no limit
+    is_dns: bool = False
+
+    def at(self, ip: str) -> UpstreamConfig:
+        """The engine at one of the addresses of a name; it is called by the name all the same."""
+        return msgspec.structs.replace(self, url=f"{_HTTP_PREFIX}{_bracketed(ip)}:{self.port}", host=ip, is_dns=False)
 
     def is_served_by(self, address: Address) -> bool:
         """Whether a listener at `address` on this machine would answer calls to this upstream."""
@@ -101,11 +117,16 @@ def parse_upstream(text: str) -> UpstreamConfig:
     if text.startswith(_UNIX_PREFIX):
         path = _unix_path(text)
         return UpstreamConfig(url=_UNIX_PREFIX + path, host="", port=0, unix_path=path, authority="localhost")
+    if text[: len(_DNS_PREFIX)].lower() == _DNS_PREFIX:
+        config = parse_upstream(text[len(_DNS_PREFIX) :])
+        if config.unix_path is not None:
+            raise ValueError("has no name to resolve; allowed: dns+http://NAME:PORT")
+        return msgspec.structs.replace(config, url=_DNS_PREFIX + config.url, is_dns=True)
     scheme = text[: len(_HTTP_PREFIX)].lower()
     if scheme != _HTTP_PREFIX:
         if scheme.startswith("https:"):
-            raise ValueError("is https, which this version does not speak; allowed: http://HOST:PORT or unix:/path")
-        raise ValueError("is not an engine's URL; allowed: http://HOST:PORT or unix:/path")
+            raise ValueError(f"is https, which this version does not speak; allowed: {UPSTREAM_FORMS}")
+        raise ValueError(f"is not an engine's URL; allowed: {UPSTREAM_FORMS}")
     rest = text[len(_HTTP_PREFIX) :]
     end = min((at for at in map(rest.find, "/?#") if at >= 0), default=len(rest))
     host_and_port, path = rest[:end], rest[end:]

@@ -45,14 +45,21 @@ def _serve(arguments: argparse.Namespace) -> int:
     def override(config: Config) -> Config:
         return _with_flags(config, arguments)
 
-    if arguments.config is None:
-        config = settings.check(override(Config()), source="relay serve")
-    else:
-        config = settings.load(arguments.config, override)
-
     from relay.daemon import worker
 
-    return worker.run(config)
+    if arguments.config is None:
+        return worker.run(settings.check(override(Config()), source="relay serve"))
+
+    def load() -> Config:
+        return settings.load(arguments.config, override)
+
+    return worker.run(load(), load)
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from relay import status
+
+    return status.main(arguments.admin.url, watch=arguments.watch, as_json=arguments.json)
 
 
 def _check(arguments: argparse.Namespace) -> int:
@@ -74,7 +81,7 @@ def _version(_: argparse.Namespace) -> int:
 
     print(f"relay {relay.__version__}")
     print(f"Python {platform.python_version()} ({platform.python_implementation()})")
-    for name in ("trio", "h11", "httpx", "msgspec"):
+    for name in ("trio", "h11", "httpx", "msgspec", "prometheus-client", "rich"):
         print(f"{name} {metadata.version(name)}")
     return _DONE
 
@@ -106,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     flag("--upstream", metavar="URL", action="append", type=_read(settings.Upstream),
          help="an engine: http://HOST:PORT or unix:/path; repeatable")  # fmt: skip
     flag("--balance", metavar="NAME", type=_read(settings.Balance),
-         help="least_outstanding or round_robin (default least_outstanding)")  # fmt: skip
+         help="how an engine is picked (default least_outstanding; the README tells of the others)")  # fmt: skip
     flag("--workers", metavar="N", type=_read(settings.Workers), help="auto or 1 (default auto)")
     flag("--log-format", metavar="FORMAT", type=_read(settings.LogFormat), help="json, text or off (default json)")
     flag("--drain-s", metavar="SECONDS", type=_read(settings.Delay),
@@ -114,6 +121,13 @@ def _parser() -> argparse.ArgumentParser:
 
     check = command("check", _check, "Validate a configuration, and print what it would do.")
     check.add_argument("--config", metavar="FILE", required=True, help="configuration file (TOML)")
+
+    status = command("status", _status, "Show what a running daemon is doing.")
+    status.add_argument(
+        "--admin", metavar="ADDR", default="127.0.0.1:8081", help="its admin side (default %(default)s)"
+    )
+    status.add_argument("--watch", action="store_true", help="go on showing it")
+    status.add_argument("--json", action="store_true", help="as GET /-/status answers it")
 
     demo = command("demo", _demo, "Stream a chat completion from the built-in engine through a relay.")
     demo.add_argument("--once", action="store_true", help="exit after it, instead of leaving both running")
@@ -173,14 +187,18 @@ def _summary(config: Config) -> Iterator[str]:
     for pool in config.pools:
         yield f"pool {pool.name}: {', '.join(pool.models) or 'every model'}; {pool.balance} over"
         for upstream in pool.upstreams:
-            yield f"  {upstream.url}"
+            weight = f", weight {upstream.weight}" if upstream.weight != 1 else ""
+            most = f", at most {upstream.max_in_flight} in flight" if upstream.max_in_flight else ""
+            yield f"  {upstream.url}{weight}{most}"
+        if pool.max_in_flight:
+            yield f"  at most {pool.max_in_flight} in flight, {pool.max_queue} waiting"
     changed = [*_differences(config)]
     yield "differs from the defaults:" if changed else "all limits are the defaults"
     yield from changed
 
 
 def _differences(config: Config) -> Iterator[str]:
-    for table in ("daemon", "stream", "failover", "timeouts", "limits", "log"):
+    for table in ("daemon", "stream", "failover", "timeouts", "limits", "health", "log"):
         mine, default = getattr(config, table), getattr(Config(), table)
         for name in mine.__struct_fields__:
             value, usual = getattr(mine, name), getattr(default, name)

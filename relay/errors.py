@@ -154,6 +154,21 @@ class NoUpstream(ExchangeError):
     code = "no_upstream"
 
 
+class QueueFull(ExchangeError):
+    """The pool has no place, and no room to wait for one."""
+
+    status = 429
+    code = "queue_full"
+
+
+class QueueTimeout(ExchangeError):
+    """No place became free within ``queue_s``."""
+
+    status = 429
+    code = "queue_full"
+    is_timeout = True
+
+
 class Draining(ExchangeError):
     """The relay is shutting down and had to cut the exchange."""
 

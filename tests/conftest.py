@@ -10,7 +10,7 @@ from typing import Any
 import trio
 
 from relay.address import parse_upstream
-from relay.config import Config, LogConfig, PoolConfig
+from relay.config import Config, HealthConfig, LogConfig, PoolConfig
 from relay.core.timeline import Record
 from relay.daemon.worker import Worker
 
@@ -50,6 +50,7 @@ async def running_relay(
 ) -> AsyncIterator[RunningRelay]:
     """A relay in front of `upstreams`, on a free port or `listener`; further arguments are configuration tables."""
     pool = PoolConfig(models=models, upstreams=tuple(parse_upstream(url) for url in upstreams))
+    tables.setdefault("health", HealthConfig(interval_s=0.0))  # an engine played by the test expects no probes
     config = Config(pools=(pool,), log=LogConfig(format="off"), **tables)
     listener = listener or socket.create_server(("127.0.0.1", 0), backlog=512)
     relay = RunningRelay(config, listener)
@@ -64,5 +65,5 @@ async def running_relay(
                 await relay.worker.stopped.wait()
             nursery.cancel_scope.cancel()
             assert not relay.worker.service.active
-            assert all(upstream.outstanding == 0 for upstream in relay.worker.service.pool.upstreams)
+            assert all(upstream.outstanding == 0 for upstream in relay.worker.service.fleet.upstreams)
             assert relay.worker.budget.used == 0

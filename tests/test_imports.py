@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 MAX_LINES = 420
 
 #: What a plain install brings.
-DEPENDENCIES = frozenset({"h11", "httpx", "msgspec", "trio"})
+DEPENDENCIES = frozenset({"h11", "httpx", "msgspec", "prometheus_client", "rich", "trio"})
 
 #: What reaches for the world, or for its time.
 IMPURE = frozenset({
@@ -46,14 +46,17 @@ ROOMS = {
     "relay": Room(_names(""), others=_names("")),
     "relay.errors": Room(_names(""), others=_names(""), without=IMPURE),
     "relay.address": Room(_names(""), others=_names("msgspec"), without=IMPURE),
-    "relay.config": Room(_names("relay.address"), others=_names("msgspec"), without=IMPURE),
+    "relay.config": Room(_names("relay.address relay.config"), others=_names("msgspec"), without=IMPURE),
     "relay.core": Room(_names("relay.errors relay.core"), others=_names("h11 msgspec"), without=IMPURE),
     "relay.net": Room(_names("relay.errors relay.address relay.config relay.core relay.net")),
     "relay.daemon": Room(_names("relay.errors relay.address relay.config relay.core relay.net relay.daemon")),
+    "relay.status": Room(_names("relay.core")),
+    "relay.install": Room(_names("relay.core")),
+    "relay.keys": Room(_names("relay.core")),
     "relay.demo": Room(_names("")),
-    "relay.cli": Room(_names("relay.address relay.config relay.daemon relay.demo")),
+    "relay.cli": Room(_names("relay.address relay.config relay.daemon relay.demo relay.status")),
     "relay.__main__": Room(_names("relay.cli")),
-    "relay_bench": Room(_names("relay.errors relay.core relay_bench"), others=DEPENDENCIES | {"rich"}),
+    "relay_bench": Room(_names("relay.errors relay.core relay_bench")),
 }
 
 #: Anybody may ask for the version.

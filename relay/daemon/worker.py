@@ -18,16 +18,18 @@ from typing import Final
 import trio
 
 from relay.address import Address
-from relay.config import Config
+from relay.config import Config, ConfigError
 from relay.core.timeline import Record, record_text
 from relay.daemon import systemd
 from relay.daemon.records import RecordWriter
 from relay.errors import ExchangeError, RequestRefused
-from relay.net import admin, poller, sockets
+from relay.net import poller, sockets
+from relay.net.admin import Admin
 from relay.net.downstream import LINGER_S, BodyBudget, ClientConnection
 from relay.net.exchange import Exchange
 from relay.net.pump import Pump
 from relay.net.reply import refuse
+from relay.net.roster import Roster
 from relay.net.service import Service
 
 #: Clients waiting to be accepted; the kernel caps it at net.core.somaxconn.
@@ -36,6 +38,8 @@ BACKLOG: Final = 4096
 ACCEPTS_PER_TURN: Final = 16
 #: How long accepting pauses when descriptors or memory have run out.
 ACCEPT_PAUSE_S: Final = 0.1
+#: Tables that a reload leaves as they are.
+_FIXED: Final = ("listen", "admin", "log")
 #: Seconds that cut exchanges get for their error frames.
 CUT_S: Final = 3.0
 
@@ -44,19 +48,24 @@ class StartError(Exception):
     """The daemon cannot start; the message says what to do."""
 
 
-def run(config: Config) -> int:
-    """Runs the daemon until SIGTERM or SIGINT; the process's exit status."""
+def run(config: Config, load_config: Callable[[], Config] | None = None) -> int:
+    """Runs the daemon until SIGTERM or SIGINT; the process's exit status. `load_config` reads it again: SIGHUP."""
     try:
         listeners, admin_listener = open_listeners(config)
     except StartError as exc:
         print(f"relay: {exc}", file=sys.stderr)
         return 1
     _raise_descriptor_limit()
-    trio.run(_run, config, listeners, admin_listener)
+    trio.run(_run, config, listeners, admin_listener, load_config)
     return 0
 
 
-async def _run(config: Config, listeners: list[socket.socket], admin_listener: socket.socket | None) -> None:
+async def _run(
+    config: Config,
+    listeners: list[socket.socket],
+    admin_listener: socket.socket | None,
+    load_config: Callable[[], Config] | None,
+) -> None:
     """A worker with what a process has around it: signals, and records on standard output."""
     log_format = config.log.format
     writer = RecordWriter(sys.stdout.fileno())
@@ -67,11 +76,11 @@ async def _run(config: Config, listeners: list[socket.socket], admin_listener: s
         elif log_format == "text":
             writer.put(record_text(record).encode() + b"\n")
 
-    worker = Worker(config, listeners, None if log_format == "off" else write_record, admin_listener)
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+    worker = Worker(config, listeners, None if log_format == "off" else write_record, admin_listener, load_config)
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(writer.run)
-            nursery.start_soon(_stop_on_signals, worker, signals)
+            nursery.start_soon(_obey, worker, signals)
             await nursery.start(worker.run)
             # What lives as long as the process is not looked at again by the garbage collector.
             gc.collect()
@@ -83,10 +92,15 @@ async def _run(config: Config, listeners: list[socket.socket], admin_listener: s
             nursery.cancel_scope.cancel()
 
 
-async def _stop_on_signals(worker: Worker, signals: AsyncIterator[int]) -> None:
-    """The first signal drains, the second cuts."""
-    async for _ in signals:
-        if not worker.service.is_ready:
+async def _obey(worker: Worker, signals: AsyncIterator[int]) -> None:
+    """SIGHUP reloads; the first signal to stop drains, the second cuts."""
+    async for number in signals:
+        if number == signal.SIGHUP:
+            try:
+                print(f"relay: reloaded: {worker.reload()}", file=sys.stderr, flush=True)
+            except ValueError as problem:
+                print(f"relay: not reloaded: {problem}", file=sys.stderr, flush=True)
+        elif not worker.service.is_ready:
             worker.cut()
         else:
             systemd.notify("STOPPING=1")
@@ -178,12 +192,15 @@ class Worker:
         listeners: list[socket.socket],
         write_record: Callable[[Record], None] | None,
         admin_listener: socket.socket | None = None,
+        load_config: Callable[[], Config] | None = None,
     ) -> None:
         self.config = config
+        self._load_config = load_config
         self.listeners = listeners
         self.admin_listener = admin_listener
         self.pump = Pump()
         self.service = Service(config, self.pump, write_record)
+        self.roster = Roster(self.service)
         self.budget = BodyBudget(config.limits.max_buffered_bytes)
         self.connections: set[ClientConnection] = set()
         self.stopped = trio.Event()  #: drained, and all that is left closed
@@ -199,6 +216,25 @@ class Worker:
         self.service.is_ready = False
         self._stop.set()
 
+    def reload(self) -> str:
+        """Takes on what the configuration file says now; answers what came of it. Raises ValueError: nothing changed.
+
+        Streams in flight, and connections open already, go on under what they began with.
+        """
+        if self._load_config is None:
+            raise ValueError("there is no file to read again: the daemon was started without --config")
+        try:
+            config = self._load_config()
+        except ConfigError as exc:
+            raise ValueError("; ".join(problem.line(exc.source) for problem in exc.problems)) from None
+        fixed = [name for name in _FIXED if getattr(config, name) != getattr(self.config, name)]
+        self.config = config
+        self.roster.reconfigure(config)
+        self.budget.limit = config.limits.max_buffered_bytes
+        if fixed:
+            return f"yes, but a restart is needed for: {', '.join(fixed)}"
+        return "yes"
+
     def cut(self) -> None:
         """Ends at once whatever is still open."""
         if self._handlers is not None:
@@ -212,7 +248,10 @@ class Worker:
                     if not is_installed:
                         background.start_soon(self.pump.run_as_task)
                     if self.admin_listener is not None:
-                        background.start_soon(admin.serve, self.admin_listener, self.service)
+                        side = Admin(self.service, self.roster, self.reload)
+                        background.start_soon(side.serve, self.admin_listener)
+                    background.start_soon(self.service.tally.run, self.service)
+                    await background.start(self.roster.run)
                     async with trio.open_nursery() as self._handlers:
                         async with trio.open_nursery() as accepting:
                             for listener in self.listeners:
@@ -228,7 +267,7 @@ class Worker:
             self._close_listeners()
             if self.admin_listener is not None:
                 self.admin_listener.close()
-            self.service.pool.close_idle()
+            self.service.fleet.close_idle()
             self.pump.epoll.close()
             self.stopped.set()
 

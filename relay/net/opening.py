@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from relay.core import headers
 from relay.core.dialect import Meter
@@ -14,6 +14,9 @@ from relay.net import upstream
 from relay.net.pool import UpstreamConnection
 from relay.net.pump import Pair
 
+if TYPE_CHECKING:
+    from relay.net.leg import Leg
+
 #: How much of a body of doubtful type is read for its first non-blank byte.
 MOST_LOOKED_AT_BYTES: Final = 4096
 
@@ -21,9 +24,10 @@ MOST_LOOKED_AT_BYTES: Final = 4096
 class Opening:
     """An answer to commit to: its head, and the first frame where it is an event stream."""
 
-    __slots__ = ("answer", "connection", "first", "relay")
+    __slots__ = ("answer", "connection", "first", "leg", "relay")
 
-    def __init__(self, connection: UpstreamConnection, answer: upstream.Answer) -> None:
+    def __init__(self, leg: Leg, connection: UpstreamConnection, answer: upstream.Answer) -> None:
+        self.leg = leg
         self.connection = connection
         self.answer = answer
         self.relay: FrameRelay | None = None  #: an event stream's

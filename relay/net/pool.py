@@ -1,22 +1,19 @@
-"""The engines a request may go to, their idle connections, and what is outstanding at each.
-
-Deciding is synchronous: `Pool.pick` reads and changes counts without an await in between; dialling comes after.
-"""
+"""An engine that may be used: its idle connections, dialling, and what the relay knows of it."""
 
 from __future__ import annotations
 
 import os
-import re
 import socket
 import time
 from collections import deque
-from collections.abc import Container, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 
+import msgspec
 import trio
 
 from relay.address import UpstreamConfig
-from relay.config import PoolConfig
+from relay.core.balance import Seat
+from relay.core.health import Health
 from relay.errors import Phase, UpstreamTimeout, UpstreamUnreachable
 from relay.net import sockets
 
@@ -56,29 +53,40 @@ class UpstreamConnection:
 
 
 class Upstream:
-    """An engine that may be used."""
+    """An engine that may be used, in one role of one pool."""
 
-    def __init__(self, config: UpstreamConfig) -> None:
+    def __init__(self, config: UpstreamConfig, role: str, health: Health) -> None:
         self.config = config
-        self.outstanding = 0  #: exchanges that hold a load on it
+        self.role = role  #: of `relay.core.metrics.ROLES`
+        self.health = health
+        self.seat = Seat(config.url, config.weight)
+        self.added_at = time.monotonic()
+        self.is_resolved = False  #: found by its name, and not configured itself
+        self.is_leaving = False  #: taken out: what it has goes on, nothing more comes
+        self.failures = 0  #: attempts that failed by its fault
+        self.last_error: str | None = None
+        self.probe_s: float | None = None  #: what its last probe took
+        self.models: dict[str, msgspec.Raw] | None = None  #: its own list, by id; None: never heard
+        self.models_at = float("-inf")  #: when that was
         self._idle: deque[UpstreamConnection] = deque()
 
     def __repr__(self) -> str:
-        return f"<Upstream {self.config.url} outstanding={self.outstanding} idle={len(self._idle)}>"
+        return f"<Upstream {self.config.url} {self.role} outstanding={self.outstanding} idle={len(self._idle)}>"
+
+    @property
+    def outstanding(self) -> int:
+        """Exchanges that hold a load on it."""
+        return self.seat.streams
+
+    @property
+    def is_full(self) -> bool:
+        """Whether it has as many exchanges as its configuration allows."""
+        return 0 < self.config.max_in_flight <= self.seat.streams
 
     @property
     def idle(self) -> int:
         """Connections waiting for an exchange."""
         return len(self._idle)
-
-    @contextmanager
-    def load(self) -> Iterator[None]:
-        """Counts one exchange for as long as the block lasts, however it ends."""
-        self.outstanding += 1
-        try:
-            yield
-        finally:
-            self.outstanding -= 1
 
     def take_idle(self, max_idle_s: float) -> UpstreamConnection | None:
         """The idle connection used last, if one is still usable. The last used is the least likely to have expired."""
@@ -93,6 +101,9 @@ class Upstream:
 
     def give_back(self, connection: UpstreamConnection, max_idle_s: float) -> None:
         """Keeps a connection whose exchange ended cleanly; drops from the other end those that have expired."""
+        if self.is_leaving:
+            connection.close()
+            return
         connection.idle_since = now = time.monotonic()
         self._idle.append(connection)
         while self._idle and (
@@ -153,42 +164,3 @@ async def _connect_to(family: int, address: object) -> socket.socket:
         sock.close()
         raise
     return sock
-
-
-class Pool:
-    """Upstreams that serve the same models."""
-
-    def __init__(self, config: PoolConfig) -> None:
-        self.config = config
-        self.name = config.name
-        self.upstreams = [Upstream(upstream) for upstream in config.upstreams]
-        self._turn = 0
-        self._patterns = [re.compile(".*".join(map(re.escape, model.split("*"))), re.DOTALL) for model in config.models]
-
-    def serves(self, model: str) -> bool:
-        """Whether the pool is meant for `model`: one of its own names it, ``*`` standing for any text."""
-        return not self._patterns or any(pattern.fullmatch(model) for pattern in self._patterns)
-
-    def pick(self, tried: Container[Upstream]) -> Upstream | None:
-        """The upstream with the least outstanding among those not `tried`; equals take turns."""
-        self._turn += 1
-        count = len(self.upstreams)
-        best: Upstream | None = None
-        for offset in range(count):
-            upstream = self.upstreams[(self._turn + offset) % count]
-            if upstream in tried:
-                continue
-            if self.config.balance == "round_robin":
-                return upstream
-            if best is None or upstream.outstanding < best.outstanding:
-                best = upstream
-        return best
-
-    def has_other(self, tried: Container[Upstream]) -> bool:
-        """Whether an upstream is left that has not been tried."""
-        return any(upstream not in tried for upstream in self.upstreams)
-
-    def close_idle(self) -> None:
-        """Closes every connection that is not in use."""
-        for upstream in self.upstreams:
-            upstream.close_idle()

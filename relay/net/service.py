@@ -7,20 +7,22 @@ from typing import TYPE_CHECKING
 
 from relay.config import Config
 from relay.core.timeline import Record
-from relay.net.pool import Pool
+from relay.net.fleet import Fleet
 from relay.net.pump import Pump
+from relay.net.tally import Tally
 
 if TYPE_CHECKING:
     from relay.net.exchange import Exchange
 
 
 class Service:
-    """Configuration, pool, pump and the exchanges in flight."""
+    """Configuration, fleet, pump and the exchanges in flight."""
 
     def __init__(self, config: Config, pump: Pump, write_record: Callable[[Record], None] | None) -> None:
         self.config = config
         self.pump = pump
-        self.pool = Pool(config.pools[0])
+        self.fleet = Fleet(config)
+        self.tally = Tally()
         self.write_record = write_record  #: None: nobody reads records
         self.is_ready = True  #: false: load balancers are to send no more, but what comes is served
         self.is_draining = False  #: no more requests
@@ -30,10 +32,13 @@ class Service:
         return f"<Service active={len(self.active)} {'draining' if self.is_draining else 'serving'}>"
 
 
-def local_answer(service: Service, path: bytes) -> tuple[int, bytes] | None:
+def local_answer(service: Service, method: bytes, path: bytes) -> tuple[int, bytes] | None:
     """Status and JSON body of a path that the relay answers on every listener; None for all others."""
     if path == b"/-/live":
         return 200, b'{"status":"live"}\n'
     if path == b"/-/ready":
         return (200, b'{"status":"ready"}\n') if service.is_ready else (503, b'{"status":"draining"}\n')
+    if path == b"/v1/models" and method == b"GET":
+        models = service.fleet.models()
+        return None if models is None else (200, models)
     return None

@@ -1,0 +1,159 @@
+"""What counting costs the relay: ``python -m relay_bench.micro_metrics``.
+
+Counters are moved once per request or less, and the gaps between frames are folded in from histograms that the pump
+keeps anyway, so what a frame pays for metrics is the cost of a fold divided by the frames of a stream between two: at
+a fold each second and 40 tokens/s a fortieth of it. Each figure is the best of several rounds, since a round can only
+be disturbed upwards.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+import time
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+
+from relay.core import metrics
+from relay.core.board import BOARD_BYTES, Board, total
+from relay.core.histogram import Histogram
+from relay_bench.micro import print_table
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+#: Folded together, as a worker would.
+STREAMS: Final = 1000
+#: What the blocks of a scrape hold: so many workers, pools and models.
+WORKERS: Final = 4
+POOLS: Final = 3
+MODELS: Final = 5
+
+
+class MetricsCost(msgspec.Struct, frozen=True):
+    """What one step of metrics costs."""
+
+    step: str
+    ns: float
+
+
+def _counter(times: int) -> None:
+    series = Board(bytearray(BOARD_BYTES)).counter(metrics.FRAMES)
+    for _ in range(times):
+        series.add()
+
+
+def _find(times: int) -> None:
+    board = Board(bytearray(BOARD_BYTES))
+    for _ in range(times):
+        board.counter(metrics.REQUESTS, "chat", "chat", "200", "--")
+
+
+def _observe(times: int) -> None:
+    series = Board(bytearray(BOARD_BYTES)).histogram(metrics.FIRST_TOKEN, "chat", "m")
+    for _ in range(times):
+        series.observe(0.084)
+
+
+def _streams(number: int) -> list[Histogram]:
+    """Gaps of streams that have run for a while, around 25 ms."""
+    streams = []
+    for stream in range(number):
+        gaps = Histogram()
+        for frame in range(200):
+            gaps.add(15_000_000 + 100_000 * ((frame * 7 + stream) % 200))
+        streams.append(gaps)
+    return streams
+
+
+def _fold(times: int) -> None:
+    series = Board(bytearray(BOARD_BYTES)).histogram(metrics.INTER_FRAME, "chat", "m")
+    streams = _ALL_STREAMS
+    seen = [series.fold(gaps, 0) for gaps in streams]
+    for _ in range(times // len(streams)):
+        for at, gaps in enumerate(streams):
+            seen[at] = series.fold(gaps, seen[at])
+
+
+def _flush(times: int) -> None:
+    series = Board(bytearray(BOARD_BYTES)).histogram(metrics.INTER_FRAME, "chat", "m")
+    for _ in range(times):
+        series.fold(_ALL_STREAMS[0], 0)
+        series.flush()
+
+
+def _blocks() -> list[bytearray]:
+    """The boards of some workers that have served every model of every pool."""
+    blocks = [bytearray(BOARD_BYTES) for _ in range(WORKERS)]
+    for board in map(Board, blocks):
+        for pool in range(POOLS):
+            for route in ("chat", "completions"):
+                board.counter(metrics.REQUESTS, f"pool-{pool}", route, "200", "--").add()
+            for model in range(MODELS):
+                labels = f"pool-{pool}", f"model-{model}"
+                board.histogram(metrics.FIRST_TOKEN, *labels).observe(0.08)
+                board.histogram(metrics.INTER_FRAME, *labels).observe(0.02)
+                for kind in metrics.TOKEN_KINDS:
+                    board.counter(metrics.TOKENS, *labels, kind).add(100)
+    return blocks
+
+
+def _total(times: int) -> None:
+    for _ in range(times):
+        total(_ALL_BLOCKS)
+
+
+_ALL_STREAMS: Final = _streams(STREAMS)
+_ALL_BLOCKS: Final = _blocks()
+
+#: Each step, and how often a round does it.
+STEPS: Final[dict[str, tuple[Callable[[int], None], int]]] = {
+    "a counter's increment": (_counter, 200_000),
+    "finding a counter by five values": (_find, 100_000),
+    "observing a value in a histogram": (_observe, 100_000),
+    "folding a stream's gaps": (_fold, 50 * STREAMS),
+    "flushing what was folded for a model": (_flush, 2_000),
+    f"adding up {WORKERS} boards of {POOLS * MODELS} models": (_total, 20),
+}
+
+
+def measure(*, rounds: int = 5, share: float = 1.0) -> list[MetricsCost]:
+    """Costs of all steps; `share` of the usual number in each round."""
+    return [
+        MetricsCost(step, round(_best_ns(work, max(1, int(times * share)), rounds), 1))
+        for step, (work, times) in STEPS.items()
+    ]
+
+
+def _best_ns(work: Callable[[int], None], times: int, rounds: int) -> float:
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        best = float("inf")
+        for _ in range(rounds):
+            began = time.perf_counter_ns()
+            work(times)
+            best = min(best, (time.perf_counter_ns() - began) / times)
+        return best
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the table, or JSON; the exit status."""
+    parser = argparse.ArgumentParser(prog="relay_bench.micro_metrics", description="What counting costs the relay.")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    options = parser.parse_args(argv)
+    costs = measure()
+    if options.json:
+        print(msgspec.json.format(msgspec.json.encode(costs)).decode())
+        return 0
+    print_table("Metrics", ("step", "ns"), [(cost.step, f"{cost.ns:,.0f}") for cost in costs])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

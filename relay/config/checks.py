@@ -1,0 +1,90 @@
+"""Settings that are right each for itself and wrong together."""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING
+
+from relay.config.reading import Problem, shown
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator, Sequence
+
+    from relay.address import Address
+    from relay.config.tables import Config
+
+
+def conflicts(config: Config, wrong: Collection[str] = ()) -> Iterator[Problem]:
+    """Compare settings with each other; tables known to be `wrong` are left out, as they hold defaults by now."""
+    if "pool" not in wrong:
+        yield from _useless_pools(config)
+        yield from _rival_pools(config)
+    if "admin" not in wrong:
+        yield from _exposed_admin(config)
+    if "listen" not in wrong and "admin" not in wrong:
+        yield from _colliding_addresses(config)
+        yield from _loops(config)
+    if "limits" not in wrong and config.limits.max_buffered_bytes < config.limits.max_body_bytes:
+        least = config.limits.max_body_bytes
+        yield Problem("limits.max_buffered_bytes", f"has no room for max_body_bytes; allowed: {least} or more")
+
+
+def _own_addresses(config: Config) -> list[tuple[str, Address]]:
+    own = [(f"listen.addresses[{at}]", address) for at, address in enumerate(config.listen.addresses)]
+    return own if config.admin.address is None else [*own, ("admin.address", config.admin.address)]
+
+
+def _colliding_addresses(config: Config) -> Iterator[Problem]:
+    for (first, address), (second, other) in itertools.combinations(_own_addresses(config), 2):
+        if address.collides_with(other):
+            yield Problem(second, f"{other} collides with {address} ({first}); allowed: an address of its own")
+
+
+def _exposed_admin(config: Config) -> Iterator[Problem]:
+    address = config.admin.address
+    if address is not None and not address.is_loopback and not config.admin.allow_remote:
+        message = f"{address} can be reached from other machines; allowed: loopback, or admin.allow_remote = true"
+        yield Problem("admin.address", message)
+
+
+def _useless_pools(config: Config) -> Iterator[Problem]:
+    for at, pool in enumerate(config.pools):
+        if not pool.upstreams:
+            message = "no upstream to send requests to; give --upstream http://HOST:PORT, or upstreams in a [[pool]]"
+            yield Problem(f"pool[{at}].upstreams", message)
+        yield from _repeated([upstream.url for upstream in pool.upstreams], f"pool[{at}].upstreams")
+        yield from _repeated(pool.models, f"pool[{at}].models")
+        if pool.max_queue and not pool.max_in_flight and not all(one.max_in_flight for one in pool.upstreams):
+            message = "nothing ever waits without a max_in_flight, of the pool or of all its upstreams"
+            yield Problem(f"pool[{at}].max_queue", message)
+    if not config.pools:
+        message = "no upstream to send requests to; give --upstream http://HOST:PORT, or upstreams in a [[pool]]"
+        yield Problem("pool[0].upstreams", message)
+
+
+def _rival_pools(config: Config) -> Iterator[Problem]:
+    """Pools between which a name or a model does not decide."""
+    for (first, pool), (second, other) in itertools.combinations(enumerate(config.pools), 2):
+        if pool.name == other.name:
+            yield Problem(f"pool[{second}].name", f"{shown(pool.name)} is pool[{first}]'s too; allowed: another name")
+        if not pool.models and not other.models:
+            message = f"is empty, and pool[{first}]'s is; allowed: one pool for every model not claimed by another"
+            yield Problem(f"pool[{second}].models", message)
+        for model in other.models:
+            if model in pool.models:
+                yield Problem(f"pool[{second}].models", f"{shown(model)} is pool[{first}]'s too; allowed: one of both")
+
+
+def _loops(config: Config) -> Iterator[Problem]:
+    for at, pool in enumerate(config.pools):
+        for index, upstream in enumerate(pool.upstreams):
+            for key, address in _own_addresses(config):
+                if upstream.is_served_by(address):
+                    message = f"{upstream.url} is this relay itself ({key}); allowed: an engine's URL"
+                    yield Problem(f"pool[{at}].upstreams[{index}]", message)
+
+
+def _repeated(items: Sequence[str], key: str) -> Iterator[Problem]:
+    for at, item in enumerate(items):
+        if item in items[:at]:
+            yield Problem(f"{key}[{at}]", f"{shown(item)} is there twice; allowed: once")

@@ -1,0 +1,193 @@
+"""The configuration: what each setting means, its unit, its default and the reason for it.
+
+The structs are what the daemon works with. What a mistake's line says is the `description` of the setting's type, so a
+type is described once, here.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+from relay.address import UPSTREAM_FORMS, Address, UpstreamConfig
+
+_YEAR_S = 31_536_000.0
+
+Limit = Annotated[float, Meta(ge=0, le=_YEAR_S, description="seconds, 0 or more (0: no limit)")]
+Delay = Annotated[float, Meta(ge=0, le=_YEAR_S, description="seconds, 0 or more (0: none at all)")]
+Budget = Annotated[float, Meta(gt=0, le=_YEAR_S, description="seconds, more than 0")]
+Size = Annotated[int, Meta(ge=1, description="a whole number of bytes, at least 1")]
+Count = Annotated[int, Meta(ge=1, description="a whole number, at least 1")]
+Status = Annotated[int, Meta(ge=400, le=599, description="an HTTP error status, 400 to 599")]
+Name = Annotated[str, Meta(pattern=r"^\S+\Z", description="text without spaces")]
+AddressOrOff = Annotated[Address | None, Meta(description='HOST:PORT, [::1]:PORT, unix:/path or "off"')]
+Listener = Annotated[Address, Meta(description="HOST:PORT, [::1]:PORT or unix:/path")]
+Listeners = Annotated[tuple[Listener, ...], Meta(min_length=1, description="a list of at least one address")]
+Upstream = Annotated[UpstreamConfig, Meta(description=f"{UPSTREAM_FORMS}, as text or {{ url = … }}")]
+MostOrNone = Annotated[int, Meta(ge=0, description="a whole number, 0 or more (0: no limit)")]
+Places = Annotated[int, Meta(ge=0, description="a whole number, 0 or more (0: none)")]
+Weight = Annotated[int, Meta(ge=1, le=1000, description="a whole number, 1 to 1000")]
+UrlPath = Annotated[str, Meta(pattern=r"^/[!-~]*\Z", description="a path, beginning with /")]
+FieldName = Annotated[str, Meta(pattern=r"^[!#$%&'*+.^_`|~0-9A-Za-z-]+\Z", description="the name of a header field")]
+Balance = Annotated[
+    Literal["least_outstanding", "round_robin", "random", "power_of_two", "session_affinity", "prefix_affinity"],
+    Meta(
+        description='"least_outstanding", "round_robin", "random", "power_of_two", "session_affinity" or '
+        '"prefix_affinity"'
+    ),
+]
+Workers = Annotated[Literal["auto", 1], Meta(description='"auto" or 1 (this version runs one worker)')]
+LogFormat = Annotated[Literal["json", "text", "off"], Meta(description='"json", "text" or "off"')]
+
+
+class Table(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One table of the file."""
+
+
+class ListenConfig(Table, frozen=True):
+    """Where clients connect."""
+
+    #: Loopback: whoever opens an engine to a network should say so. Ignored where systemd passes sockets.
+    addresses: Listeners = (Address("127.0.0.1", 8080),)
+
+
+class AdminConfig(Table, frozen=True):
+    """Where operators and Prometheus connect."""
+
+    #: Apart from the public listener, so that no client ever reaches it; None (in the file "off"): no admin side.
+    address: AddressOrOff = Address("127.0.0.1", 8081)
+    #: Whether `address` may be reached from other machines: whoever reaches it can take engines out.
+    allow_remote: bool = False
+
+
+class DaemonConfig(Table, frozen=True):
+    """The life of the process."""
+
+    #: Processes that carry traffic; this version runs one, and "auto" will mean one per core.
+    workers: Workers = "auto"
+    #: Seconds for open streams after SIGTERM; below systemd's stop limit of 90 s, 0 cuts them at once.
+    drain_s: Delay = 30.0
+    #: Seconds that readiness says 503 before accepting stops; 0, as only a load balancer that polls it needs more.
+    ready_delay_s: Delay = 0.0
+
+
+class UpstreamTable(Table, frozen=True):
+    """An engine's long form."""
+
+    url: Upstream
+    #: Its share of the requests, beside the other weights.
+    weight: Weight = 1
+    #: Exchanges at once; none, as for the pool.
+    max_in_flight: MostOrNone = 0
+
+
+class PoolConfig(Table, frozen=True):
+    """Engines that serve the same models."""
+
+    #: The pool's name in records and metrics.
+    name: Name = "default"
+    #: Models served here, `*` matches any text; empty: every model.
+    models: tuple[Name, ...] = ()
+    #: The engines; none is an error unless flags give some.
+    upstreams: tuple[Upstream, ...] = ()
+    #: Streams differ in length by orders of magnitude, so counting what is open beats taking turns.
+    balance: Balance = "least_outstanding"
+    #: Exchanges at the pool's engines at once; none, as engines queue by themselves, but see the README.
+    max_in_flight: MostOrNone = 0
+    #: Requests that wait for a place beyond `max_in_flight`; the next gets 429. None: it gets that at once.
+    max_queue: Places = 0
+    #: The request field that names a session, for `session_affinity`.
+    session_header: FieldName = "X-Session-Id"
+
+
+class StreamConfig(Table, frozen=True):
+    """What happens to event streams."""
+
+    #: Bytes held while waiting for a frame's end; beyond it the frame goes on unaligned. Far above any token's frame.
+    max_frame_bytes: Size = 1_048_576
+
+
+class FailoverConfig(Table, frozen=True):
+    """Trying another engine; before the first byte of an answer has gone out, never after."""
+
+    #: Engines tried for one request, the first included: two may fail at once in a rolling restart. 1: no failover.
+    attempts: Count = 3
+    #: Seconds after which no further attempt is begun: a client's patience, not an engine's.
+    budget_s: Budget = 30.0
+    #: Statuses that count as the engine's failure: a gateway's. 500 is not one, as it may be the request's own fault.
+    statuses: tuple[Status, ...] = (502, 503, 504)
+
+
+class TimeoutsConfig(Table, frozen=True):
+    """One limit for each wait."""
+
+    #: Seconds for a request's head, from its first byte: a head is one packet; nginx takes 60, HAProxy's guide 10.
+    client_head_s: Limit = 10.0
+    #: Seconds for a request's whole body: a large one with images over a slow line.
+    client_body_s: Limit = 60.0
+    #: Seconds a client's connection may idle between requests: nginx's keepalive_timeout.
+    client_idle_s: Limit = 75.0
+    #: Seconds a client may take no byte while some wait for it; memory is held meanwhile.
+    client_stall_s: Limit = 30.0
+    #: Seconds a request may wait for a place at an engine: as long as people wait for a first word.
+    queue_s: Limit = 60.0
+    #: Seconds to reach an engine: one lost SYN is sent again after 1 s, a second after 3 s.
+    connect_s: Limit = 3.0
+    #: Seconds from the request sent to the first frame: a long prompt behind a long queue; openai's SDK waits 600.
+    first_token_s: Limit = 600.0
+    #: Seconds between two reads of a stream: preemption and recomputation of a long context pause for tens of seconds.
+    between_tokens_s: Limit = 120.0
+    #: Seconds for a whole exchange: none, as length is the request's own business (`max_tokens`).
+    total_s: Limit = 0.0
+    #: Seconds an unused connection to an engine is kept: below the 5 s after which uvicorn closes it.
+    upstream_idle_s: Limit = 4.0
+
+
+class LimitsConfig(Table, frozen=True):
+    """What one client, and all together, may hold."""
+
+    #: Bytes of a request's head: nginx takes 8 KiB a line, gateways add long tokens and cookies.
+    max_head_bytes: Size = 65_536
+    #: Bytes of a request's body: a long context is about 1 MB, images come as base64.
+    max_body_bytes: Size = 67_108_864
+    #: Client connections of a worker; each takes two descriptors while it streams.
+    max_connections: Count = 20_000
+    #: Bytes of request bodies held at once; beyond it bodies wait unread, then get 503.
+    max_buffered_bytes: Size = 1_073_741_824
+
+
+class HealthConfig(Table, frozen=True):
+    """How the engines are watched; what requests themselves tell of them is watched always."""
+
+    #: What is asked for; any answer of 200 to 299 is good.
+    path: UrlPath = "/health"
+    #: Seconds between two probes of an engine: HAProxy asks each 2, Kubernetes each 10. 0: no probes.
+    interval_s: Delay = 5.0
+    #: Failed probes in a row that take an engine out: one may be a hiccup of a busy event loop.
+    failures: Count = 3
+    #: Good probes in a row that bring it back.
+    successes: Count = 2
+
+
+class LogConfig(Table, frozen=True):
+    """The records of exchanges, on standard output."""
+
+    #: One JSON object a line, for the journal and jq; "text" for people, "off" for neither.
+    format: LogFormat = "json"
+
+
+class Config(Table, frozen=True):
+    """A whole configuration; `Config()` is what an empty file means."""
+
+    listen: ListenConfig = ListenConfig()
+    admin: AdminConfig = AdminConfig()
+    daemon: DaemonConfig = DaemonConfig()
+    pools: tuple[PoolConfig, ...] = msgspec.field(name="pool", default=())
+    stream: StreamConfig = StreamConfig()
+    failover: FailoverConfig = FailoverConfig()
+    timeouts: TimeoutsConfig = TimeoutsConfig()
+    limits: LimitsConfig = LimitsConfig()
+    health: HealthConfig = HealthConfig()
+    log: LogConfig = LogConfig()

@@ -1,0 +1,117 @@
+"""What ``GET /-/status`` answers, and the rates and quantiles in it, made from two readings of the boards.
+
+Times are milliseconds, rates per second, both over the last seconds rather than since the start; None: nothing to
+measure in that time.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from operator import add, sub
+from typing import Final
+
+import msgspec
+
+from relay.core import metrics
+from relay.core.metrics import Family, HistogramFamily
+
+#: All series of the boards by family name and label values, as `relay.core.board.total` answers them.
+Series = Mapping[tuple[str, ...], Sequence[float]]
+
+STATES: Final = ("ready", "draining")
+UPSTREAM_STATES: Final = ("healthy", "unhealthy", "ejected", "half-open", "draining")
+
+
+class UpstreamStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """One engine as the relay sees it."""
+
+    url: str
+    role: str = "serve"  #: of `relay.core.metrics.ROLES`
+    state: str  #: of `UPSTREAM_STATES`
+    weight: int = 1
+    in_flight: int = 0
+    idle: int = 0  #: connections kept for later requests
+    failures: int = 0  #: attempts that failed by its fault, since it was added
+    last_error: str | None = None
+    probe_ms: float | None = None  #: what its last probe took
+    age_s: float = 0.0  #: since it was added
+
+
+class Rates(msgspec.Struct, frozen=True, kw_only=True):
+    """What a pool did in the last seconds."""
+
+    requests_per_s: float = 0.0
+    tokens_per_s: float = 0.0  #: generated ones
+    ttft_p50_ms: float | None = None
+    ttft_p99_ms: float | None = None
+    gap_p50_ms: float | None = None
+    gap_p99_ms: float | None = None
+
+
+class PoolStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """Upstreams that serve the same models."""
+
+    name: str
+    models: tuple[str, ...] = ()  #: as configured; empty: every model no other pool claims
+    policy: str
+    in_flight: int = 0
+    queued: int = 0
+    rates: Rates = Rates()
+    upstreams: tuple[UpstreamStatus, ...] = ()
+
+
+class Status(msgspec.Struct, frozen=True, kw_only=True):
+    """The whole daemon."""
+
+    version: str
+    state: str  #: of `STATES`
+    uptime_s: float
+    workers: int = 1
+    in_flight: int = 0
+    frames: int = 0  #: passed on since the start
+    pools: tuple[PoolStatus, ...] = ()
+
+
+def rates(pool: str, before: Series, after: Series, elapsed_s: float) -> Rates:
+    """What a pool did between two readings, `elapsed_s` seconds apart. Series that are only in `after` began at 0."""
+
+    def gained(family: Family, **labels: str) -> list[float]:
+        return _gained(family, {"pool": pool, **labels}, before, after)
+
+    per_s = 1 / elapsed_s if elapsed_s > 0 else 0.0
+    ttft, gaps = gained(metrics.FIRST_TOKEN), gained(metrics.INTER_FRAME)
+    return Rates(
+        requests_per_s=gained(metrics.REQUESTS)[0] * per_s,
+        tokens_per_s=gained(metrics.TOKENS, kind="completion")[0] * per_s,
+        ttft_p50_ms=_quantile_ms(metrics.FIRST_TOKEN, ttft, 0.5),
+        ttft_p99_ms=_quantile_ms(metrics.FIRST_TOKEN, ttft, 0.99),
+        gap_p50_ms=_quantile_ms(metrics.INTER_FRAME, gaps, 0.5),
+        gap_p99_ms=_quantile_ms(metrics.INTER_FRAME, gaps, 0.99),
+    )
+
+
+def _gained(family: Family, labels: Mapping[str, str], before: Series, after: Series) -> list[float]:
+    """The sum of a family's series with these label values, less what they were before."""
+    places = [(1 + family.labels.index(name), value) for name, value in labels.items()]
+    gained = [0.0] * family.cells
+    for key, cells in after.items():
+        if key[0] == family.name and all(key[place] == value for place, value in places):
+            gained = [*map(add, gained, map(sub, cells, before.get(key, [0.0] * len(cells))))]
+    return gained
+
+
+def _quantile_ms(family: HistogramFamily, cells: Sequence[float], q: float) -> float | None:
+    """The `q` quantile of a histogram, evenly spread between two bounds, as PromQL's histogram_quantile has it."""
+    counts = cells[:-1]
+    total = sum(counts)
+    if total <= 0:
+        return None
+    reached = [*accumulate(counts)]
+    at = bisect_left(reached, q * total)
+    if at >= len(family.bounds):
+        return family.bounds[-1] * 1000
+    low = family.bounds[at - 1] if at else 0.0
+    inside = (q * total - (reached[at] - counts[at])) / counts[at]
+    return (low + (family.bounds[at] - low) * inside) * 1000

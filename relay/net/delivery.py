@@ -1,0 +1,161 @@
+"""An engine's answer on its way to the client, from the commit point on."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from relay.core import headers
+from relay.core.frames import LAST_CHUNK, FrameRelay
+from relay.core.framing import BodyKind, decode_into
+from relay.core.request import Route
+from relay.errors import (
+    ClientGone,
+    ExchangeError,
+    Phase,
+    UpstreamDisconnected,
+    UpstreamProtocolError,
+    UpstreamTimeout,
+)
+from relay.net import upstream as wire
+from relay.net.pump import Stop
+
+if TYPE_CHECKING:
+    from relay.net.exchange import Exchange
+    from relay.net.opening import Opening
+
+#: Of a JSON answer, at most this much is kept for its usage.
+MOST_METERED_BYTES: Final = 1_048_576
+
+
+class Delivery:
+    """Takes one answer to the client."""
+
+    def __init__(self, exchange: Exchange, opening: Opening) -> None:
+        self.exchange = exchange
+        self.opening = opening
+        self._timeouts = exchange.config.timeouts
+
+    async def run(self) -> None:
+        """Commits to the answer, relays it, and parks or closes the engine's connection. Raises ExchangeError."""
+        opening = self.opening
+        is_reusable = False
+        try:
+            if opening.relay is not None:
+                is_reusable = await self._relay_stream(opening.relay)
+            else:
+                is_reusable = await self._relay_body()
+        finally:
+            opening.leg.close(opening.connection, is_reusable=is_reusable)
+
+    async def _relay_stream(self, relay: FrameRelay) -> bool:
+        """Head and first frame in one write, then the pump; True if the engine's connection can be used again."""
+        exchange, opening = self.exchange, self.opening
+        answer, reply, pair = opening.answer, exchange.reply, exchange.pair
+        now_ns = time.monotonic_ns()
+        framing: headers.Framing = "chunked" if relay.is_chunked else "close"
+        reply.keep_alive = reply.keep_alive and relay.is_chunked
+        head = reply.head(answer.status, answer.reason, answer.fields, framing, event_stream=True)
+        exchange.commit(answer.status)
+        reply.is_stream = reply.is_torn = True
+        await reply.send(head + opening.first)
+        reply.is_torn = False
+        exchange.service.pump.frames += relay.finder.frames
+        pair.last_read_ns = pair.last_frame_ns = now_ns
+        if exchange.meter.saw_content:
+            pair.content_read_ns, pair.content_sent_ns = now_ns, time.monotonic_ns()
+        try:
+            await self._pump(relay)
+        finally:
+            exchange.frames = relay.finder.frames
+            reply.is_torn = relay.is_unaligned or bool(pair.unsent) or pair.stop is Stop.FAULT
+        return answer.is_reusable and not relay.has_excess
+
+    async def _pump(self, relay: FrameRelay) -> None:
+        """Lets the pump stream until the engine's body has ended, waiting for a full client in between."""
+        exchange = self.exchange
+        pair = exchange.pair
+        idle_s = self._timeouts.between_tokens_s
+        while not relay.decoder.is_done:
+            if relay.decoder.error is not None:
+                raise _failure_of(Stop.UPSTREAM_MALFORMED, relay, idle_s)
+            stop = await pair.stream(relay, exchange.gaps, idle_limit_s=idle_s)
+            if stop is Stop.CLIENT_BLOCKED:
+                await exchange.reply.send(pair.unsent)
+                pair.unsent = b""
+                pair.last_read_ns = time.monotonic_ns()  # the client's delay is not the engine's silence
+            elif stop is not Stop.DONE:
+                raise _failure_of(stop, relay, idle_s)
+
+    async def _relay_body(self) -> bool:
+        """An answer that is no event stream, as it comes; True if the engine's connection can be used again."""
+        exchange, answer = self.exchange, self.opening.answer
+        reply, decoder = exchange.reply, answer.decoder
+        framing = self._body_framing(answer)
+        out = reply.head(answer.status, answer.reason, answer.fields, framing)
+        kept = bytearray()
+        data = answer.rest
+        while True:
+            payload = bytearray()
+            has_excess = decode_into(payload, decoder, data) < len(data)
+            if len(kept) + len(payload) <= MOST_METERED_BYTES:
+                kept += payload
+            if payload:
+                out += b"%x\r\n%b\r\n" % (len(payload), bytes(payload)) if framing == "chunked" else payload
+            if decoder.is_done and framing == "chunked":
+                out += LAST_CHUNK
+            exchange.commit(answer.status)
+            await reply.send(out)
+            out = b""
+            if decoder.is_done:
+                break
+            if decoder.error is not None:
+                raise UpstreamProtocolError(f"the engine's answer is malformed: {decoder.error}", phase=Phase.DATA)
+            data = await self._read_body()
+            if not data:
+                decoder.at_close()
+                if decoder.error is not None:
+                    raise UpstreamDisconnected(f"the engine's answer is cut: {decoder.error}", phase=Phase.DATA)
+        if exchange.route is not Route.OTHER:
+            exchange.meter.take_body(bytes(kept))
+        return answer.is_reusable and not has_excess
+
+    def _body_framing(self, answer: wire.Answer) -> headers.Framing:
+        """How the client is told where a body ends: as the engine tells it, where the client's version allows."""
+        if answer.kind is BodyKind.NONE:
+            return "none"
+        if answer.kind is BodyKind.LENGTH:
+            return answer.length
+        reply = self.exchange.reply
+        if reply.takes_chunks:
+            return "chunked"
+        reply.keep_alive = False
+        return "close"
+
+    async def _read_body(self) -> bytes:
+        pair = self.exchange.pair
+        limit_s = self._timeouts.between_tokens_s
+        pair.limit(limit_s)
+        try:
+            return await wire.receive(pair, self.opening.connection)
+        except UpstreamDisconnected as exc:
+            raise UpstreamDisconnected(exc.message, phase=Phase.DATA) from None
+        except trio.TooSlowError:
+            message = f"the engine was silent for between_tokens_s = {limit_s:g} s"
+            raise UpstreamTimeout(message, phase=Phase.DATA) from None
+
+
+def _failure_of(stop: Stop, relay: FrameRelay, idle_s: float) -> ExchangeError:
+    """What a stream that the pump gave back unfinished died of."""
+    if stop is Stop.CLIENT_GONE:
+        return ClientGone("the client closed its connection", phase=Phase.DATA)
+    if stop is Stop.FAULT:
+        return ExchangeError("the relay failed; its standard error says how", phase=Phase.DATA)
+    if stop is Stop.UPSTREAM_IDLE:
+        return UpstreamTimeout(f"the engine was silent for between_tokens_s = {idle_s:g} s", phase=Phase.DATA)
+    if stop is Stop.UPSTREAM_MALFORMED:
+        return UpstreamProtocolError(f"the engine's stream is malformed: {relay.decoder.error}", phase=Phase.DATA)
+    how = "reset" if stop is Stop.UPSTREAM_RESET else "closed"
+    return UpstreamDisconnected(f"the engine {how} its connection in the middle of the stream", phase=Phase.DATA)

@@ -1,0 +1,131 @@
+"""One attempt: a request to one engine, up to the commit point."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import trio
+
+from relay.core import headers
+from relay.core.request import Route
+from relay.errors import ExchangeError, Phase, Side, UpstreamRefused, UpstreamTimeout
+from relay.net import upstream as wire
+from relay.net.opening import Opening
+
+if TYPE_CHECKING:
+    from relay.net.exchange import Exchange
+    from relay.net.fleet import Group
+    from relay.net.pool import Upstream, UpstreamConnection
+
+
+class Leg:
+    """One request to one engine. `open` answers with what there is to commit to; then `close`, once."""
+
+    def __init__(self, exchange: Exchange, group: Group, upstream: Upstream, *, may_go_on: bool) -> None:
+        self.exchange = exchange
+        self.group = group
+        self.upstream = upstream
+        self.may_go_on = may_go_on  #: another engine is left, so this one's failure need not be the client's answer
+        self._timeouts = exchange.config.timeouts
+
+    async def open(self) -> Opening:
+        """Asks the engine, and tells its health of the outcome. Raises ExchangeError."""
+        attempt = self.group.begin(self.upstream)
+        try:
+            opening = await self._over_idle() or await self._over(await self._dial())
+            attempt.answered(opening.answer.status, time.monotonic())
+            return opening
+        except ExchangeError as failure:
+            if failure.side is Side.UPSTREAM:
+                attempt.failed(time.monotonic())
+                self.upstream.failures += 1
+                self.upstream.last_error = failure.message
+                self.exchange.service.tally.upstream_failed(failure.phase)
+            raise
+        finally:
+            attempt.abandoned(time.monotonic())
+            self.group.refresh(self.upstream)
+
+    def close(self, connection: UpstreamConnection, *, is_reusable: bool) -> None:
+        """Parks the connection, or drops it, which frees the engine at once."""
+        self.exchange.pair.detach()
+        if is_reusable:
+            self.upstream.give_back(connection, self._timeouts.upstream_idle_s)
+        else:
+            connection.close()
+
+    async def _over_idle(self) -> Opening | None:
+        """Over an idle connection; None where there is none, or the engine closed it just then: no failure."""
+        connection = self.upstream.take_idle(self._timeouts.upstream_idle_s)
+        if connection is None:
+            return None
+        try:
+            return await self._over(connection)
+        except wire.ConnectionDied:
+            return None
+
+    async def _dial(self) -> UpstreamConnection:
+        exchange = self.exchange
+        exchange.phase = Phase.CONNECT
+        began = time.monotonic()
+        try:
+            return await self.upstream.dial(self._timeouts.connect_s)
+        finally:
+            exchange.timeline.add_connect(time.monotonic() - began)
+
+    async def _over(self, connection: UpstreamConnection) -> Opening:
+        """Sends the request, and reads the answer up to the commit point, within ``first_token_s``."""
+        exchange = self.exchange
+        pair, facts = exchange.pair, exchange.facts
+        limit_s = self._timeouts.first_token_s
+        url = self.upstream.config.url
+        exchange.phase = Phase.HEAD
+        try:
+            pair.attach(connection.sock)
+            pair.limit(limit_s)
+            opening = Opening(self, connection, await self._ask(connection))
+            if self.may_go_on and opening.answer.status in exchange.config.failover.statuses:
+                raise UpstreamRefused(f"{url} answered {opening.answer.status}", phase=Phase.HEAD)
+            is_expected = facts.wants_stream and exchange.route is not Route.OTHER
+            if await opening.is_event_stream(pair, is_expected=is_expected):
+                await opening.read_first_frame(
+                    pair,
+                    exchange.meter,
+                    is_chunked=exchange.reply.takes_chunks,
+                    max_frame_bytes=exchange.config.stream.max_frame_bytes,
+                )
+            exchange.timeline.answered = time.monotonic()
+            return opening
+        except trio.TooSlowError:
+            self.close(connection, is_reusable=False)
+            message = f"{url} sent no token within first_token_s = {limit_s:g} s"
+            raise UpstreamTimeout(message, phase=Phase.HEAD) from None
+        except BaseException:
+            self.close(connection, is_reusable=False)
+            raise
+
+    async def _ask(self, connection: UpstreamConnection) -> wire.Answer:
+        exchange = self.exchange
+        request, reply, timeline = exchange.request, exchange.reply, exchange.timeline
+        head = headers.request_head(
+            request.method,
+            request.target,
+            request.headers,
+            host=self.upstream.config.authority.encode("ascii"),
+            body=len(request.body) if request.has_body else "none",
+            version=request.version,
+            client_ip=exchange.client.peer,
+            scheme=b"http",
+            original_host=request.host,
+            request_id=exchange.id if exchange.attempts == 1 else f"{exchange.id}-{exchange.attempts}",
+            identity=exchange.route is not Route.OTHER,
+        )
+        timeline.request_sent = time.monotonic()
+        answer, interim = await wire.ask(exchange.pair, connection, request.method, head, request.body)
+        timeline.head = time.monotonic()
+        if request.version >= b"1.1":
+            for event in interim:
+                fields = list(event.headers)
+                await reply.send(reply.head(event.status_code, event.reason, fields, "none"))
+        return answer

@@ -1,0 +1,246 @@
+"""Who is in the fleet while it runs: probes, names that are resolved again and again, additions, removals, reloads.
+
+Probes and lists of models come over httpx, each on a connection of its own: engines close idle ones after 5 s, and a
+probe that fails for that reason would be a lie.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any, Final
+
+import httpx
+import msgspec
+import trio
+
+from relay.address import UpstreamConfig
+from relay.config import Config
+from relay.core.health import next_probe_delay
+from relay.net.fleet import Group, Pool
+from relay.net.pool import Upstream
+from relay.net.service import Service
+
+#: Longest time for one probe, seconds; a shorter interval is its limit.
+PROBE_S: Final = 5.0
+#: How long the first round of probes may hold up readiness: an engine that does not answer is a reason to start.
+FIRST_PROBES_S: Final = 3.0
+#: How old an engine's list of models may become, seconds: adapters are loaded while it runs.
+MODELS_S: Final = 30.0
+#: How often a name is resolved, seconds: the cache time of Kubernetes' headless services (CoreDNS) is 5 s.
+RESOLVE_S: Final = 5.0
+#: Longest list of models that is read.
+_MOST_MODELS_BYTES: Final = 4_194_304
+
+
+class _Model(msgspec.Struct):
+    id: str
+
+
+class _Models(msgspec.Struct):
+    data: list[msgspec.Raw]
+
+
+_decode_models = msgspec.json.Decoder(_Models).decode
+_decode_model = msgspec.json.Decoder(_Model).decode
+
+
+class RosterError(Exception):
+    """An engine cannot be added or removed; the message says why."""
+
+
+class Roster:
+    """Keeps a service's fleet as it should be. `run` it; the other methods may be called meanwhile."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._rng = random.Random()
+        self._watched: set[Upstream] = set()
+        self._names: set[tuple[str, str]] = set()  # of pools, and of what is resolved for them
+        self._unresolved: set[tuple[str, str]] = set()  # those of them not tried yet
+        self._probed = trio.Event()
+        self._nursery: trio.Nursery | None = None
+        self._clients: dict[str | None, httpx.AsyncClient] = {}  # by unix path
+
+    def __repr__(self) -> str:
+        return f"<Roster watched={len(self._watched)} names={len(self._names)}>"
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Watches the fleet until cancelled; started once the first probes are done, or have taken too long."""
+        try:
+            async with trio.open_nursery() as nursery:
+                self._nursery = nursery
+                self._look_around()
+                with trio.move_on_after(FIRST_PROBES_S):
+                    await self._probed.wait()
+                task_status.started()
+                await trio.sleep_forever()
+        finally:
+            self._nursery = None
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + 1):
+                for client in self._clients.values():
+                    await client.aclose()
+
+    # -- who is in
+
+    def add(self, pool: str, role: str, config: UpstreamConfig) -> None:
+        """Puts an engine into a running pool. Raises RosterError."""
+        if config.is_dns:
+            raise RosterError("a name to resolve belongs into the configuration; give http://HOST:PORT here")
+        try:
+            self._group(pool, role).add(config)
+        except ValueError:
+            raise RosterError(f"{config.url} is in pool {pool} already") from None
+        self._look_around()
+        self._pool(pool).advance()
+
+    def remove(self, pool: str, role: str, url: str) -> None:
+        """Takes an engine out of a running pool; what it is doing goes on to its end. Raises RosterError."""
+        try:
+            self._group(pool, role).remove(url)
+        except KeyError:
+            known = ", ".join(self._group(pool, role).upstreams) or "none"
+            raise RosterError(f"{url} is not in pool {pool}; in it: {known}") from None
+
+    def reconfigure(self, config: Config) -> None:
+        """Takes on another configuration; streams in flight go on under the old one."""
+        self._service.config = config
+        self._service.fleet.reconfigure(config)
+        self._look_around()
+
+    def _pool(self, name: str) -> Pool:
+        for pool in self._service.fleet.pools:
+            if pool.name == name:
+                return pool
+        known = ", ".join(pool.name for pool in self._service.fleet.pools)
+        raise RosterError(f"there is no pool {name}; there are: {known}")
+
+    def _group(self, pool: str, role: str) -> Group:
+        groups = self._pool(pool).groups
+        if role not in groups:
+            raise RosterError(f"pool {pool} has no role {role}; it has: {', '.join(groups)}")
+        return groups[role]
+
+    def _members(self) -> Iterator[tuple[Pool, Group, Upstream]]:
+        for pool in self._service.fleet.pools:
+            for group in pool.groups.values():
+                for upstream in group.upstreams.values():
+                    yield pool, group, upstream
+
+    def _look_around(self) -> None:
+        """Begins to watch what is new; what has left is no longer watched after its next probe."""
+        if self._nursery is None:
+            return
+        for pool, group, upstream in self._members():
+            if upstream not in self._watched:
+                self._watched.add(upstream)
+                self._nursery.start_soon(self._watch, pool, group, upstream)
+        for pool in self._service.fleet.pools:
+            for config in pool.config.upstreams:
+                if config.is_dns and (pool.name, config.url) not in self._names:
+                    self._names.add((pool.name, config.url))
+                    self._unresolved.add((pool.name, config.url))
+                    self._nursery.start_soon(self._follow, pool, pool.serving.role, config)
+        self._note_probed()
+
+    def _note_probed(self) -> None:
+        is_probed = not self._service.config.health.interval_s or self._service.fleet.is_probed
+        if is_probed and not self._unresolved:
+            self._probed.set()
+
+    # -- probes
+
+    async def _watch(self, pool: Pool, group: Group, upstream: Upstream) -> None:
+        while not upstream.is_leaving:
+            rules = self._service.config.health
+            if rules.interval_s:
+                began = time.monotonic()
+                is_well = await self._probe(upstream, rules.path, min(PROBE_S, max(1.0, rules.interval_s)))
+                upstream.probe_s = time.monotonic() - began
+                was_up = upstream.health.is_up
+                upstream.health.on_probe(is_well, time.monotonic())
+                if was_up != upstream.health.is_up:
+                    word = "is up" if upstream.health.is_up else f"is down: {upstream.last_error}"
+                    print(f"relay: {upstream.config.url} {word}", file=sys.stderr, flush=True)
+                group.refresh(upstream)
+                pool.advance()
+                self._note_probed()
+                if is_well and time.monotonic() - upstream.models_at > MODELS_S:
+                    await self._ask_models(upstream)
+            await trio.sleep(next_probe_delay(rules.interval_s or PROBE_S, self._rng))
+        self._watched.discard(upstream)
+
+    async def _probe(self, upstream: Upstream, path: str, limit_s: float) -> bool:
+        try:
+            with trio.fail_after(limit_s):
+                answer = await self._client(upstream).get(**_call(upstream, path))
+        except (httpx.HTTPError, OSError) as exc:
+            upstream.last_error = f"probe: {str(exc) or type(exc).__name__}"
+            return False
+        except trio.TooSlowError:
+            upstream.last_error = f"probe: no answer within {limit_s:g} s"
+            return False
+        if not answer.is_success:
+            upstream.last_error = f"probe: {path} answered {answer.status_code}"
+        return answer.is_success
+
+    async def _ask_models(self, upstream: Upstream) -> None:
+        """Refreshes an engine's list of models; one that has none to show is asked again with the next probe."""
+        with suppress(httpx.HTTPError, OSError, trio.TooSlowError, msgspec.DecodeError):
+            with trio.fail_after(PROBE_S):
+                answer = await self._client(upstream).get(**_call(upstream, "/v1/models"))
+            if answer.is_success and len(answer.content) <= _MOST_MODELS_BYTES:
+                upstream.models = {
+                    _decode_model(entry).id: entry.copy() for entry in _decode_models(answer.content).data
+                }
+                upstream.models_at = time.monotonic()
+
+    def _client(self, upstream: Upstream) -> httpx.AsyncClient:
+        path = upstream.config.unix_path
+        client = self._clients.get(path)
+        if client is None:
+            # Neither proxies nor certificates of the environment have a say in how an engine is reached.
+            limits = httpx.Limits(max_keepalive_connections=0)
+            transport = httpx.AsyncHTTPTransport(verify=False, trust_env=False, uds=path, limits=limits)
+            client = self._clients[path] = httpx.AsyncClient(transport=transport, trust_env=False, timeout=None)
+        return client
+
+    # -- names
+
+    async def _follow(self, pool: Pool, role: str, config: UpstreamConfig) -> None:
+        """Keeps an engine in the pool for each address of a name. While it does not resolve, those known stay."""
+        group = pool.groups[role]
+        before: set[str] = set()
+        while config in pool.config.upstreams and pool in self._service.fleet.pools:
+            try:
+                found = await trio.socket.getaddrinfo(config.host, config.port, type=trio.socket.SOCK_STREAM)
+            except OSError as exc:
+                print(f"relay: {config.url} does not resolve: {exc.strerror}", file=sys.stderr, flush=True)
+            else:
+                group = pool.groups[role]
+                now = {str(address[4][0]) for address in found}
+                for ip in now - before:
+                    with suppress(ValueError):  # it is configured by its address too
+                        group.add(config.at(ip)).is_resolved = True
+                for ip in before - now:
+                    with suppress(KeyError):
+                        group.remove(config.at(ip).url)
+                before = now
+            self._unresolved.discard((pool.name, config.url))
+            self._look_around()
+            pool.advance()
+            await trio.sleep(next_probe_delay(RESOLVE_S, self._rng))
+        self._names.discard((pool.name, config.url))
+        for ip in before:
+            with suppress(KeyError):
+                group.remove(config.at(ip).url)
+
+
+def _call(upstream: Upstream, path: str) -> dict[str, Any]:
+    """What to ask of an engine: at its address, under its name."""
+    config = upstream.config
+    base = "http://localhost" if config.unix_path is not None else config.url
+    return {"url": base + path, "headers": {"host": config.authority}}

@@ -1,0 +1,138 @@
+"""A worker's metrics: what each exchange adds to its board."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from relay.core import metrics
+from relay.core.board import BOARD_BYTES, Board, Buckets
+from relay.errors import Phase, Side
+
+if TYPE_CHECKING:
+    from relay.net.exchange import Exchange
+    from relay.net.service import Service
+
+#: How often what is under way is looked at: gaps of running streams, gauges, and the event loop's lag.
+BEAT_S: Final = 1.0
+
+
+class Tally:
+    """Counts exchanges as they end, and folds in the gaps of those that go on."""
+
+    def __init__(self, block: bytearray | None = None) -> None:
+        self.block = block if block is not None else bytearray(BOARD_BYTES)
+        self.board = Board(self.block)
+        board = self.board
+        self._frames = board.counter(metrics.FRAMES)
+        self._frames_counted = 0
+        self._bytes_in = board.counter(metrics.BYTES, "in")
+        self._bytes_out = board.counter(metrics.BYTES, "out")
+        self._duration = board.histogram(metrics.REQUEST_DURATION)
+        self._added = {stage: board.histogram(metrics.ADDED, stage) for stage in metrics.STAGES}
+        self._failovers = board.counter(metrics.FAILOVERS)
+        self._shown: set[tuple[str, str, str]] = set()  # upstreams with gauges: pool, role, URL
+        self._lag = board.histogram(metrics.EVENT_LOOP_LAG)
+
+    def __repr__(self) -> str:
+        return f"<Tally {self.board!r}>"
+
+    def upstream_failed(self, phase: Phase) -> None:
+        """An attempt failed by its engine's fault."""
+        self.board.counter(metrics.UPSTREAM_FAILURES, phase.name.lower()).add()
+
+    def failed_over(self) -> None:
+        """Another attempt is made because one has failed."""
+        self._failovers.add()
+
+    def ended(self, exchange: Exchange) -> None:
+        """An exchange has ended."""
+        board, timeline = self.board, exchange.timeline
+        pool = exchange.pool.name if exchange.pool else ""
+        status = exchange.status
+        labels = (pool, exchange.route.value, str(status) if status else "", exchange.outcome)
+        board.counter(metrics.REQUESTS, *labels).add()
+        if timeline.ended is not None:
+            self._duration.observe(timeline.ended - timeline.request_started)
+        self._bytes_in.add(len(exchange.request.body))
+        self._bytes_out.add(exchange.bytes_out)
+        failure = exchange.failure
+        if failure is not None and failure.side is Side.CLIENT:
+            board.counter(metrics.CLIENT_DISCONNECTS, failure.phase.name.lower()).add()
+        if exchange.pool is None:
+            return
+        self._times(exchange, pool)
+        self._tokens(exchange, pool)
+        self.fold(exchange)
+
+    def _times(self, exchange: Exchange, pool: str) -> None:
+        timeline = exchange.timeline
+        if timeline.queue_s:
+            self._added["queue"].observe(timeline.queue_s)
+        if timeline.connect_s is not None:
+            self._added["connect"].observe(timeline.connect_s)
+        ttft_s = timeline.ttft_s
+        if ttft_s is not None:
+            self.board.histogram(metrics.FIRST_TOKEN, pool, exchange.facts.model or "").observe(ttft_s)
+        own = timeline.relay_s(
+            timeline.first_content_sent or timeline.head, timeline.first_content_read or timeline.head
+        )
+        if own is not None:
+            self._added["relay"].observe(own)
+
+    def _tokens(self, exchange: Exchange, pool: str) -> None:
+        usage = exchange.meter.usage
+        if usage is None:
+            return
+        model = exchange.facts.model or ""
+        for kind, number in (
+            ("prompt", usage.prompt_tokens),
+            ("cached", usage.cached_tokens),
+            ("completion", usage.completion_tokens),
+            ("reasoning", usage.reasoning_tokens),
+        ):
+            if number:
+                self.board.counter(metrics.TOKENS, pool, model, kind).add(number)
+
+    def fold(self, exchange: Exchange) -> None:
+        """Adds the gaps that an exchange's stream has had since the last time."""
+        if exchange.gaps.count > exchange.gaps_folded and exchange.pool is not None:
+            exchange.gaps_folded = self._gaps(exchange).fold(exchange.gaps, exchange.gaps_folded)
+
+    def _gaps(self, exchange: Exchange) -> Buckets:
+        assert exchange.pool is not None
+        return self.board.histogram(metrics.INTER_FRAME, exchange.pool.name, exchange.facts.model or "")
+
+    def take_in(self, service: Service) -> None:
+        """Brings the board up to date with what is under way."""
+        frames = service.pump.frames
+        self._frames.add(frames - self._frames_counted)
+        self._frames_counted = frames
+        for exchange in service.active:
+            self.fold(exchange)
+        self.board.flush()
+        seen: set[tuple[str, str, str]] = set()
+        for pool in service.fleet.pools:
+            self.board.gauge(metrics.IN_FLIGHT, pool.name).set(pool.in_flight)
+            self.board.gauge(metrics.QUEUE_DEPTH, pool.name).set(pool.queued)
+            for upstream in pool.upstreams:
+                labels = (pool.name, upstream.role, upstream.config.url)
+                seen.add(labels)
+                is_healthy = upstream.health.is_up and not upstream.health.is_open
+                self.board.gauge(metrics.UPSTREAM_HEALTHY, *labels).set(is_healthy)
+                self.board.gauge(metrics.UPSTREAM_IN_FLIGHT, *labels).set(upstream.outstanding)
+        for labels in self._shown - seen:  # they have left
+            self.board.gauge(metrics.UPSTREAM_HEALTHY, *labels).clear()
+            self.board.gauge(metrics.UPSTREAM_IN_FLIGHT, *labels).clear()
+        self._shown = seen
+
+    async def run(self, service: Service) -> None:
+        """Does so each second, and notes how late that was, until cancelled."""
+        due = time.monotonic() + BEAT_S
+        while True:
+            await trio.sleep(max(0.0, due - time.monotonic()))
+            self._lag.observe(time.monotonic() - due)
+            self.take_in(service)
+            due = time.monotonic() + BEAT_S
