@@ -15,6 +15,7 @@ import time
 import trio
 
 from relay.core import headers
+from relay.core.connectors.base import Leg as Sends
 from relay.core.dialect import Meter
 from relay.core.histogram import Histogram
 from relay.core.request import peek, route_of
@@ -44,6 +45,7 @@ class Exchange:
         self.id = headers.request_id(request.headers, new_id)
         self.reply = Reply(service, client, request, self.route, self.id)
         self.timeline = self.reply.timeline
+        self.body = request.body  #: what engines get of it
         self.meter = Meter(self.route)
         self.gaps = Histogram()
         self.gaps_folded = 0  #: of its gaps, how many the metrics have
@@ -134,8 +136,10 @@ class Exchange:
             self.upstream = upstream
             self.attempts += 1
             may_go_on = self.attempts < failover.attempts and group.has_other(tried)
+            sends = Sends(self.body, self.id if self.attempts == 1 else f"{self.id}-{self.attempts}")
+            leg = Leg(self, group, upstream, sends, failure_statuses=failover.statuses, may_go_on=may_go_on)
             try:
-                return await Leg(self, group, upstream, may_go_on=may_go_on).open()
+                return await leg.open()
             except ExchangeError as failure:
                 if not (failure.may_retry and may_go_on and time.monotonic() < no_more_after):
                     raise

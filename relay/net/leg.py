@@ -1,4 +1,4 @@
-"""One attempt: a request to one engine, up to the commit point."""
+"""One request to one engine, up to the commit point: the whole of a plain attempt, or the decode part of a split one."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING
 import trio
 
 from relay.core import headers
+from relay.core.connectors.base import Leg as Sends
 from relay.core.request import Route
 from relay.errors import ExchangeError, Phase, Side, UpstreamRefused, UpstreamTimeout
 from relay.net import upstream as wire
 from relay.net.opening import Opening
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from relay.net.exchange import Exchange
     from relay.net.fleet import Group
     from relay.net.pool import Upstream, UpstreamConnection
@@ -22,10 +25,22 @@ if TYPE_CHECKING:
 class Leg:
     """One request to one engine. `open` answers with what there is to commit to; then `close`, once."""
 
-    def __init__(self, exchange: Exchange, group: Group, upstream: Upstream, *, may_go_on: bool) -> None:
+    def __init__(
+        self,
+        exchange: Exchange,
+        group: Group,
+        upstream: Upstream,
+        sends: Sends,
+        *,
+        failure_statuses: Collection[int],
+        may_go_on: bool,
+    ) -> None:
         self.exchange = exchange
         self.group = group
         self.upstream = upstream
+        self.sends = sends
+        self.is_sent = False  #: the engine may have got the request
+        self.failure_statuses = failure_statuses  #: that another engine is tried after
         self.may_go_on = may_go_on  #: another engine is left, so this one's failure need not be the client's answer
         self._timeouts = exchange.config.timeouts
 
@@ -85,7 +100,7 @@ class Leg:
             pair.attach(connection.sock)
             pair.limit(limit_s)
             opening = Opening(self, connection, await self._ask(connection))
-            if self.may_go_on and opening.answer.status in exchange.config.failover.statuses:
+            if self.may_go_on and opening.answer.status in self.failure_statuses:
                 raise UpstreamRefused(f"{url} answered {opening.answer.status}", phase=Phase.HEAD)
             is_expected = facts.wants_stream and exchange.route is not Route.OTHER
             if await opening.is_event_stream(pair, is_expected=is_expected):
@@ -108,24 +123,33 @@ class Leg:
     async def _ask(self, connection: UpstreamConnection) -> wire.Answer:
         exchange = self.exchange
         request, reply, timeline = exchange.request, exchange.reply, exchange.timeline
-        head = headers.request_head(
-            request.method,
-            request.target,
-            request.headers,
-            host=self.upstream.config.authority.encode("ascii"),
-            body=len(request.body) if request.has_body else "none",
-            version=request.version,
-            client_ip=exchange.client.peer,
-            scheme=b"http",
-            original_host=request.host,
-            request_id=exchange.id if exchange.attempts == 1 else f"{exchange.id}-{exchange.attempts}",
-            identity=exchange.route is not Route.OTHER,
-        )
+        head = head_of(exchange, self.upstream, self.sends)
         timeline.request_sent = time.monotonic()
-        answer, interim = await wire.ask(exchange.pair, connection, request.method, head, request.body)
+        self.is_sent = True
+        answer, interim = await wire.ask(exchange.pair, connection, request.method, head, self.sends.body)
         timeline.head = time.monotonic()
         if request.version >= b"1.1":
             for event in interim:
                 fields = list(event.headers)
                 await reply.send(reply.head(event.status_code, event.reason, fields, "none"))
         return answer
+
+
+def head_of(exchange: Exchange, upstream: Upstream, sends: Sends) -> bytes:
+    """The head of a request to an engine: the client's own, with what `sends` changes."""
+    request = exchange.request
+    replaced = {name for name, _ in sends.headers}
+    fields = [field for field in request.headers if field[0] not in replaced] if replaced else request.headers
+    return headers.request_head(
+        request.method,
+        request.target,
+        [*fields, *sends.headers] if replaced else fields,
+        host=upstream.config.authority.encode("ascii"),
+        body=len(sends.body) if request.has_body else "none",
+        version=request.version,
+        client_ip=exchange.client.peer,
+        scheme=b"http",
+        original_host=request.host,
+        request_id=sends.request_id,
+        identity=exchange.route is not Route.OTHER,
+    )
