@@ -1,4 +1,4 @@
-"""One request to one engine, up to the commit point: the whole of a plain attempt, or the decode part of a split one."""
+"""One request to one engine, up to the commit point: a plain attempt, or the decode part of a split one."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from typing import Final
 import h11
 
 from relay.core import headers
-from relay.core.framing import BodyDecoder, BodyKind, FramingError, decoder_for, response_body_kind
+from relay.core.framing import BodyDecoder, BodyKind, Buffer, FramingError, decoder_for, response_body_kind
 from relay.errors import Phase, UpstreamDisconnected, UpstreamProtocolError
 from relay.net.pool import UpstreamConnection
 from relay.net.pump import Pair
@@ -63,7 +63,7 @@ class ConnectionDied(UpstreamDisconnected):
 
 
 async def ask(
-    pair: Pair, connection: UpstreamConnection, method: bytes, head: bytes, body: bytes
+    pair: Pair, connection: UpstreamConnection, method: bytes, head: bytes, body: Buffer
 ) -> tuple[Answer, list[h11.InformationalResponse]]:
     """Sends a request and waits for the head of the final answer; also the interim ones that came before it.
 
@@ -113,7 +113,7 @@ async def receive(pair: Pair, connection: UpstreamConnection) -> bytes:
             raise UpstreamDisconnected(f"the engine's connection broke: {exc.strerror}", phase=Phase.HEAD) from None
 
 
-async def _send(pair: Pair, connection: UpstreamConnection, head: bytes, body: bytes) -> bool:
+async def _send(pair: Pair, connection: UpstreamConnection, head: bytes, body: Buffer) -> bool:
     """Sends the request; False where the engine answered, or hung up, before it had read all of it."""
     sock = connection.sock
     parts = [head + body] if len(body) < _JOIN_BYTES else [head, body]
