@@ -80,6 +80,9 @@ class UpstreamConfig(msgspec.Struct, frozen=True):
     weight: int = 1  #: its share of the requests, beside the other weights
     max_in_flight: int = 0  #: most exchanges at once; 0: no limit
     is_dns: bool = False
+    kv_address: str = ""  #: ``HOST:PORT`` of its key-value sockets (p2p_nccl)
+    bootstrap: str = ""  #: URL of its bootstrap server (mooncake)
+    bootstrap_port: int = 0  #: port of its bootstrap server (sglang)
 
     def at(self, ip: str) -> UpstreamConfig:
         """The engine at one of the addresses of a name; it is called by the name all the same."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import platform
-import re
 import sys
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -23,8 +22,11 @@ if TYPE_CHECKING:
 
 _DONE, _WRONG_USAGE = 0, 2
 
-#: The flag that a table's settings come from, for what is found once flags and file are one.
-_FLAG_OF_TABLE = {"listen": "listen", "admin": "admin", "pool": "upstream"}
+#: The flag that settings come from, by the beginning of their keys, for what is found once flags and file are one.
+_FLAG_OF_KEY = {
+    "listen.": "listen", "admin.": "admin", "pool[0].upstreams": "upstream", "pool[0].prefill": "prefill",
+    "pool[0].decode": "decode",
+}  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _serve(arguments: argparse.Namespace) -> int:
+    _with_ascend_flags(arguments)
+
     def override(config: Config) -> Config:
         return _with_flags(config, arguments)
 
@@ -112,6 +116,12 @@ def _parser() -> argparse.ArgumentParser:
          help="where /metrics and /-/status are, or off (default 127.0.0.1:8081)")  # fmt: skip
     flag("--upstream", metavar="URL", action="append", type=_read(settings.Upstream),
          help="an engine: http://HOST:PORT or unix:/path; repeatable")  # fmt: skip
+    flag("--prefill", metavar="URL", action="append", type=_read(settings.Upstream),
+         help="an engine that computes prompts, for disaggregated prefill; repeatable")  # fmt: skip
+    flag("--decode", metavar="URL", action="append", type=_read(settings.Upstream),
+         help="an engine that goes on from there; repeatable")  # fmt: skip
+    flag("--connector", metavar="NAME", type=_read(settings.Connector),
+         help="how a prefiller hands over to a decoder (default nixl)")  # fmt: skip
     flag("--balance", metavar="NAME", type=_read(settings.Balance),
          help="how an engine is picked (default least_outstanding; the README tells of the others)")  # fmt: skip
     flag("--workers", metavar="N", type=_read(settings.Workers), help="auto or 1 (default auto)")
@@ -119,13 +129,19 @@ def _parser() -> argparse.ArgumentParser:
     flag("--drain-s", metavar="SECONDS", type=_read(settings.Delay),
          help="time for open streams to finish after SIGTERM (default 30)")  # fmt: skip
 
+    ascend = serve.add_argument_group("as the vLLM-Ascend example proxy takes them").add_argument
+    ascend("--host", metavar="HOST", help="where to listen, with --port")
+    ascend("--port", metavar="N", type=int)
+    for name in ("prefiller", "decoder"):
+        ascend(f"--{name}-hosts", metavar="HOST", nargs="+")
+        ascend(f"--{name}-ports", metavar="N", nargs="+", type=int)
+
     check = command("check", _check, "Validate a configuration, and print what it would do.")
     check.add_argument("--config", metavar="FILE", required=True, help="configuration file (TOML)")
 
     status = command("status", _status, "Show what a running daemon is doing.")
-    status.add_argument(
-        "--admin", metavar="ADDR", default="127.0.0.1:8081", help="its admin side (default %(default)s)"
-    )
+    status.add_argument("--admin", metavar="ADDR", type=_read(settings.Listener), default="127.0.0.1:8081",
+                        help="its admin side (default %(default)s)")  # fmt: skip
     status.add_argument("--watch", action="store_true", help="go on showing it")
     status.add_argument("--json", action="store_true", help="as GET /-/status answers it")
 
@@ -164,16 +180,50 @@ def _with_flags(config: Config, arguments: argparse.Namespace) -> Config:
     first, *others = config.pools or (PoolConfig(),)
     if arguments.upstream is not None:
         first = replace(first, upstreams=tuple(arguments.upstream))
+    for name in ("prefill", "decode"):
+        if getattr(arguments, name) is not None:
+            first = replace(first, **{name: tuple(getattr(arguments, name))})
     if arguments.balance is not None:
         first = replace(first, balance=arguments.balance)
+    if arguments.connector is not None:
+        first = replace(first, connector=arguments.connector)
     return replace(config, pools=(first, *others))
+
+
+def _with_ascend_flags(arguments: argparse.Namespace) -> None:
+    """Reads the flags of the vLLM-Ascend example proxy as those of relay's own that mean the same.
+
+    Raises `ConfigError` where a host has no port, or they are none.
+    """
+
+    def read(flag: str, setting: Any, text: str) -> Any:
+        try:
+            return settings.read_flag(setting, text)
+        except ValueError as error:
+            raise ConfigError("relay serve", [Problem(flag, str(error))]) from None
+
+    if arguments.host is not None or arguments.port is not None:
+        address = f"{arguments.host or '127.0.0.1'}:{8000 if arguments.port is None else arguments.port}"
+        arguments.listen = [read("--host", settings.Listener, address)]
+    for name, role in (("prefiller", "prefill"), ("decoder", "decode")):
+        hosts, ports = getattr(arguments, f"{name}_hosts"), getattr(arguments, f"{name}_ports")
+        if hosts is None and ports is None:
+            continue
+        hosts, ports = hosts or ["localhost"] * len(ports or ()), ports or []
+        if len(hosts) != len(ports):
+            message = f"{len(hosts)} hosts and {len(ports)} ports; allowed: as many of both"
+            raise ConfigError("relay serve", [Problem(f"--{name}-ports", message)])
+        urls = [f"http://{host}:{port}" for host, port in zip(hosts, ports, strict=True)]
+        setattr(arguments, role, [read(f"--{name}-hosts", settings.Upstream, url) for url in urls])
 
 
 def _line(problem: Problem, source: str, arguments: argparse.Namespace) -> str:
     """The problem under the name of what it comes from: a flag, or the file's key."""
     if arguments.run is not _serve:
         return problem.line(source)
-    flag = _FLAG_OF_TABLE.get(re.split(r"[.\[]", problem.key)[0])
+    if problem.key.startswith("--"):
+        return f"{source}: {problem.key}: {problem.message}"
+    flag = next((flag for key, flag in _FLAG_OF_KEY.items() if problem.key.startswith(key)), None)
     if flag and (arguments.config is None or getattr(arguments, flag, None)):
         return f"relay serve: --{flag}: {problem.message}"
     return problem.line(source)
@@ -186,12 +236,14 @@ def _summary(config: Config) -> Iterator[str]:
     yield f"admin on {config.admin.address.url}" if config.admin.address else "admin off"
     for pool in config.pools:
         yield f"pool {pool.name}: {', '.join(pool.models) or 'every model'}; {pool.balance} over"
-        for upstream in pool.upstreams:
+        for upstream in (*pool.upstreams, *pool.prefill, *pool.decode):
             weight = f", weight {upstream.weight}" if upstream.weight != 1 else ""
             most = f", at most {upstream.max_in_flight} in flight" if upstream.max_in_flight else ""
             yield f"  {upstream.url}{weight}{most}"
         if pool.max_in_flight:
-            yield f"  at most {pool.max_in_flight} in flight, {pool.max_queue} waiting"
+            yield f"  at most {pool.max_in_flight} in flight"
+        if pool.max_queue:
+            yield f"  at most {pool.max_queue} waiting"
     changed = [*_differences(config)]
     yield "differs from the defaults:" if changed else "all limits are the defaults"
     yield from changed

@@ -147,6 +147,30 @@ class UpstreamRefused(ExchangeError):
     may_retry = True
 
 
+class UpstreamAnswered(ExchangeError):
+    """The engine answered with an error of its own, which is the client's answer unless another attempt does better."""
+
+    side = Side.UPSTREAM
+    code = "upstream_error"
+    may_retry = True
+
+    def __init__(
+        self, message: str, *, phase: Phase, status: int, fields: list[tuple[bytes, bytes]], body: bytes
+    ) -> None:
+        super().__init__(message, phase=phase)
+        self.status = status
+        self.fields = fields
+        self.body = body
+
+
+class UpstreamRecomputed(ExchangeError):
+    """A decoder of vllm-ascend gave the request up: its answer is cut in the middle."""
+
+    side = Side.UPSTREAM
+    status = 502
+    code = "upstream_recomputed"
+
+
 class NoUpstream(ExchangeError):
     """No engine may be tried: none configured for the model, or none left within the attempt budget."""
 

@@ -11,7 +11,9 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence
 
     from relay.address import Address
-    from relay.config.tables import Config
+    from relay.config.tables import Config, PoolConfig
+
+_NO_UPSTREAM = "no upstream to send requests to; give --upstream http://HOST:PORT, or upstreams in a [[pool]]"
 
 
 def conflicts(config: Config, wrong: Collection[str] = ()) -> Iterator[Problem]:
@@ -49,17 +51,28 @@ def _exposed_admin(config: Config) -> Iterator[Problem]:
 
 def _useless_pools(config: Config) -> Iterator[Problem]:
     for at, pool in enumerate(config.pools):
-        if not pool.upstreams:
-            message = "no upstream to send requests to; give --upstream http://HOST:PORT, or upstreams in a [[pool]]"
-            yield Problem(f"pool[{at}].upstreams", message)
-        yield from _repeated([upstream.url for upstream in pool.upstreams], f"pool[{at}].upstreams")
+        yield from _roles(pool, f"pool[{at}]")
         yield from _repeated(pool.models, f"pool[{at}].models")
-        if pool.max_queue and not pool.max_in_flight and not all(one.max_in_flight for one in pool.upstreams):
+        every = (*pool.upstreams, *pool.decode)
+        if pool.max_queue and not pool.max_in_flight and not all(one.max_in_flight for one in every):
             message = "nothing ever waits without a max_in_flight, of the pool or of all its upstreams"
             yield Problem(f"pool[{at}].max_queue", message)
     if not config.pools:
-        message = "no upstream to send requests to; give --upstream http://HOST:PORT, or upstreams in a [[pool]]"
-        yield Problem("pool[0].upstreams", message)
+        yield Problem("pool[0].upstreams", _NO_UPSTREAM)
+
+
+def _roles(pool: PoolConfig, key: str) -> Iterator[Problem]:
+    """Engines that do everything, or both kinds of engines that share the work."""
+    for name in ("upstreams", "prefill", "decode"):
+        yield from _repeated([upstream.url for upstream in getattr(pool, name)], f"{key}.{name}")
+    if pool.prefill or pool.decode:
+        for name in ("prefill", "decode"):
+            if not getattr(pool, name):
+                yield Problem(f"{key}.{name}", "is empty; a split pool has at least one prefill and one decode engine")
+        if pool.upstreams:
+            yield Problem(f"{key}.upstreams", "stands beside prefill and decode; allowed: one or the other")
+    elif not pool.upstreams:
+        yield Problem(f"{key}.upstreams", _NO_UPSTREAM)
 
 
 def _rival_pools(config: Config) -> Iterator[Problem]:
@@ -77,11 +90,12 @@ def _rival_pools(config: Config) -> Iterator[Problem]:
 
 def _loops(config: Config) -> Iterator[Problem]:
     for at, pool in enumerate(config.pools):
-        for index, upstream in enumerate(pool.upstreams):
-            for key, address in _own_addresses(config):
-                if upstream.is_served_by(address):
-                    message = f"{upstream.url} is this relay itself ({key}); allowed: an engine's URL"
-                    yield Problem(f"pool[{at}].upstreams[{index}]", message)
+        for name in ("upstreams", "prefill", "decode"):
+            for index, upstream in enumerate(getattr(pool, name)):
+                for key, address in _own_addresses(config):
+                    if upstream.is_served_by(address):
+                        message = f"{upstream.url} is this relay itself ({key}); allowed: an engine's URL"
+                        yield Problem(f"pool[{at}].{name}[{index}]", message)
 
 
 def _repeated(items: Sequence[str], key: str) -> Iterator[Problem]:

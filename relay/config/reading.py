@@ -35,11 +35,10 @@ class Problem(NamedTuple):
 
 #: Names of the interface that later versions take, indices left out.
 _NOT_YET_SUPPORTED = frozenset({
-    "auth", "cost", "prices", "listen.tls", "timeouts.prefill_s",
+    "auth", "cost", "prices", "listen.tls",
     "stream.force_stream", "stream.include_usage", "stream.keepalive_comment_s",
     "pool.force_stream", "pool.include_usage",
-    "pool.keepalive_comment_s", "pool.prefill", "pool.decode", "pool.on_missing_kv", "pool.drain_kv",
-    "pool.callback_address", "pool.connector",
+    "pool.keepalive_comment_s",
     "pool.upstreams.ca", "pool.upstreams.server_name",
 })  # fmt: skip
 
@@ -124,7 +123,8 @@ def _read_upstream_table(table: dict[str, Any], key: str, problems: list[Problem
     long = read_table(UpstreamTable, table, key, problems)
     if len(problems) > before:
         return _WRONG
-    return msgspec.structs.replace(long.url, weight=long.weight, max_in_flight=long.max_in_flight)
+    own = {name: getattr(long, name) for name in UpstreamTable.__struct_fields__ if name != "url"}
+    return msgspec.structs.replace(long.url, **own)
 
 
 def _unknown(path: str, name: str, known: list[str]) -> Problem:

@@ -39,6 +39,13 @@ Balance = Annotated[
     ),
 ]
 Workers = Annotated[Literal["auto", 1], Meta(description='"auto" or 1 (this version runs one worker)')]
+Port = Annotated[int, Meta(ge=0, le=65535, description="a port, 1 to 65535 (0: the engine's default)")]
+Connector = Annotated[
+    Literal["nixl", "mooncake", "ascend_mooncake", "p2p_nccl", "ascend_layerwise", "sglang", "none"],
+    Meta(description='"nixl", "mooncake", "ascend_mooncake", "p2p_nccl", "ascend_layerwise", "sglang" or "none"'),
+]
+OnMissing = Annotated[Literal["decode", "error"], Meta(description='"decode" or "error"')]
+AddressOrNone = Annotated[str, Meta(pattern=r"^(\S+:\d+)?\Z", description='HOST:PORT, or "" for one of its own')]
 LogFormat = Annotated[Literal["json", "text", "off"], Meta(description='"json", "text" or "off"')]
 
 
@@ -81,6 +88,12 @@ class UpstreamTable(Table, frozen=True):
     weight: Weight = 1
     #: Exchanges at once; none, as for the pool.
     max_in_flight: MostOrNone = 0
+    #: Where a prefiller or decoder of p2p_nccl has its key-value sockets; else vLLM's default port on its host.
+    kv_address: str = ""
+    #: A mooncake prefiller's bootstrap server; else vLLM's default port on its host.
+    bootstrap: str = ""
+    #: The port of an sglang prefiller's bootstrap server; else SGLang's default.
+    bootstrap_port: Port = 0
 
 
 class PoolConfig(Table, frozen=True):
@@ -100,6 +113,27 @@ class PoolConfig(Table, frozen=True):
     max_queue: Places = 0
     #: The request field that names a session, for `session_affinity`.
     session_header: FieldName = "X-Session-Id"
+    #: Instead of `upstreams`, for disaggregated prefill and decode: engines that compute prompts,
+    prefill: tuple[Upstream, ...] = ()
+    #: and engines that go on from there.
+    decode: tuple[Upstream, ...] = ()
+    #: How a prefiller hands over to a decoder.
+    connector: Connector = "nixl"
+    #: What a prefiller's answer without a handle leads to: the decoder computes the prompt itself, or 502.
+    on_missing_kv: OnMissing = "decode"
+    #: Whether a handle whose client left before its decode request was sent is freed by a decoder all the same.
+    drain_kv: bool = True
+    #: Where decoders reach this worker (ascend_layerwise).
+    callback_address: AddressOrNone = ""
+
+    @property
+    def is_split(self) -> bool:
+        """Whether prefill and decode are different engines' work."""
+        return bool(self.prefill or self.decode)
+
+    def upstreams_of(self, role: str) -> tuple[UpstreamConfig, ...]:
+        """The engines of a role: ``serve``, ``prefill`` or ``decode``."""
+        return {"serve": self.upstreams, "prefill": self.prefill, "decode": self.decode}[role]
 
 
 class StreamConfig(Table, frozen=True):
@@ -135,6 +169,8 @@ class TimeoutsConfig(Table, frozen=True):
     queue_s: Limit = 60.0
     #: Seconds to reach an engine: one lost SYN is sent again after 1 s, a second after 3 s.
     connect_s: Limit = 3.0
+    #: Seconds for the prefill leg of a split request: a long prompt behind a long queue, but nothing generated.
+    prefill_s: Limit = 300.0
     #: Seconds from the request sent to the first frame: a long prompt behind a long queue; openai's SDK waits 600.
     first_token_s: Limit = 600.0
     #: Seconds between two reads of a stream: preemption and recomputation of a long context pause for tens of seconds.

@@ -5,6 +5,8 @@ brings is a run of whole chunks, each ending where a frame ends. Such a run goes
 one view of the receive buffer: no byte is copied, and nothing is allocated but the view. Everything else (frames over
 several chunks, several in one, a body without chunks, a client without them) is decoded, and what is complete of it
 goes out as one new chunk, still as views of the buffer; only an unfinished frame is kept, in `pending`.
+
+Where an editor changes frames, those it is concerned with go the second way, and all others as before.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from typing import Final
 
 from relay.core import ordinary
 from relay.core.dialect import Meter
+from relay.core.editor import UsageEditor
 from relay.core.framing import BodyDecoder, Buffer, ChunkDecoder
 from relay.core.sse import FrameFinder, missing_blank_line, split_frames
 
@@ -34,6 +37,7 @@ class FrameRelay:
         "_last_byte",
         "_match_ordinary",
         "decoder",
+        "editor",
         "finder",
         "has_excess",
         "is_chunked",
@@ -43,9 +47,18 @@ class FrameRelay:
         "pending",
     )
 
-    def __init__(self, decoder: BodyDecoder, meter: Meter, *, is_chunked: bool, max_frame_bytes: int) -> None:
+    def __init__(
+        self,
+        decoder: BodyDecoder,
+        meter: Meter,
+        *,
+        is_chunked: bool,
+        max_frame_bytes: int,
+        editor: UsageEditor | None = None,
+    ) -> None:
         self.decoder = decoder
         self.meter = meter
+        self.editor = editor  #: changes frames, and meters those with the same `meter`; None: all pass as they come
         self.finder = FrameFinder()
         self.is_chunked = is_chunked  #: the client takes chunks (HTTP/1.1)
         self.max_frame_bytes = max_frame_bytes
@@ -83,12 +96,13 @@ class FrameRelay:
         rest = bytes(self.pending)
         if rest:
             rest += missing_blank_line(rest)
-            self.meter.take(rest)
-        elif self.is_unaligned:
-            rest = b"\n" if self._last_byte == b"\n" else b"\n\n"
-        if rest:
             self.finder.frames += 1
             self.pending.clear()
+            rest = self._metered(rest) or b""
+        elif self.is_unaligned:
+            rest = b"\n" if self._last_byte == b"\n" else b"\n\n"
+            self.finder.frames += 1
+        if rest:
             self._emit([rest], out)
         if self.is_chunked:
             out.append(LAST_CHUNK)
@@ -130,7 +144,10 @@ class FrameRelay:
             return position
         if end - begin == 2 or buffer.find(b"\r", begin, end) >= 0:
             return position  # no frame but a blank line more, or perhaps several frames: for the frame finder
-        self.meter.inspect(bytes(buffer[begin:end]))
+        frame = bytes(buffer[begin:end])
+        if self.editor is not None and self.editor.concerns(frame):
+            return position
+        self.meter.inspect(frame)
         return end + 2
 
     def _take(self, buffer: Buffer, view: memoryview, begin: int, end: int, payload: Pieces) -> None:
@@ -153,8 +170,8 @@ class FrameRelay:
             split = self._first_end(self.pending, buffer, begin, boundary)
             frame = bytes(self.pending) + view[begin:split]
             self.pending.clear()
-            self.meter.take(frame)
-            payload.append(frame)
+            if passed := self._metered(frame):
+                payload.append(passed)
             begin = split
         elif self.is_unaligned:
             # The rest of a frame that outgrew the limit is not metered: alone, it could be taken for something else.
@@ -164,18 +181,33 @@ class FrameRelay:
             begin = split
         self.is_unaligned = False
         if begin < boundary:
-            self._inspect(buffer, begin, boundary)
-            payload.append(view[begin:boundary])
+            self._pass_on(buffer, view, begin, boundary, payload)
         self.pending += view[boundary:end]
+
+    def _pass_on(self, buffer: Buffer, view: memoryview, begin: int, end: int, payload: Pieces) -> None:
+        """Meters a run of whole frames; appends it to `payload`, in one piece where no frame of it changes."""
+        for frame_begin, frame_end in split_frames(buffer, begin, end):
+            frame = bytes(buffer[frame_begin:frame_end])
+            passed = self._metered(frame)
+            if passed is not frame:
+                payload += [piece for piece in (view[begin:frame_begin], passed) if piece]
+                begin = frame_end
+        if begin < end:
+            payload.append(view[begin:end])
+
+    def _metered(self, frame: bytes) -> bytes | None:
+        """Takes note of a frame; answers what goes out in its place, the same object where nothing changes."""
+        if self.editor is None or not self.editor.concerns(frame):
+            self.meter.take(frame)
+            return frame
+        passed = self.editor.edit(frame)
+        self.finder.frames -= passed is None  # it counts what is passed on
+        return passed
 
     def _first_end(self, before: Buffer, buffer: Buffer, begin: int, boundary: int) -> int:
         """Where in ``buffer[begin:boundary]`` the frame ends that began with `before`."""
         _, end = next(split_frames(before + buffer[begin:boundary], 0, len(before) + boundary - begin))
         return begin + max(0, end - len(before))
-
-    def _inspect(self, buffer: Buffer, begin: int, end: int) -> None:
-        for frame_begin, frame_end in split_frames(buffer, begin, end):
-            self.meter.take(bytes(buffer[frame_begin:frame_end]))
 
     def _emit(self, payload: Pieces, out: Pieces) -> None:
         """Moves payload to `out`, as one chunk where the client takes chunks."""

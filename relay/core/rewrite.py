@@ -12,7 +12,7 @@ stay: the engine's parser may be one that takes the first. The type also gets th
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from decimal import Decimal
 from typing import Final, NamedTuple, TypeAlias
 
@@ -67,11 +67,19 @@ class _UsageHolder(msgspec.Struct, gc=False):
 class _Answer(msgspec.Struct, gc=False):
     usage: msgspec.Raw = _NO_OBJECT
     response: _UsageHolder | None = None
+    choices: list[msgspec.Raw] | None = None
+    object: str | None = None
+
+
+class _Counts(msgspec.Struct, gc=False):
+    prompt_tokens: msgspec.Raw = _NO_OBJECT
 
 
 _Members: TypeAlias = dict[_Key, msgspec.Raw]
 _decode_answer = msgspec.json.Decoder(_Answer).decode
+_decode_counts = msgspec.json.Decoder(_Counts).decode
 _encode = msgspec.json.Encoder().encode
+_UNREADABLE: Final = (msgspec.DecodeError, ValueError, RecursionError)
 
 
 def edit(body: Buffer, changes: Mapping[str, Change]) -> bytes:
@@ -93,8 +101,14 @@ def force_stream(body: Buffer, route: Route) -> bytes:
 
 
 def ask_usage(body: Buffer, route: Route) -> bytes:
-    """The streaming request with its option for usage on, where the route has one. Raises as `edit`."""
-    return edit(body, _usage_option(route))
+    """A streaming request that did not ask for usage with the option for it on, where the route has one.
+
+    vLLM takes ``continuous_usage_stats`` for nothing beside it, until now, so it goes: otherwise all frames would
+    change. Raises as `edit`.
+    """
+    if not (option := _usage_option(route)):
+        return bytes(body)
+    return edit(body, {"stream_options": {**option["stream_options"], "continuous_usage_stats": None}})
 
 
 def add_cost(answer: Buffer, costs: Mapping[str, Decimal]) -> bytes:
@@ -103,25 +117,70 @@ def add_cost(answer: Buffer, costs: Mapping[str, Decimal]) -> bytes:
     The object is the top level's ``usage``, or that of ``response`` in the last event of the Responses API. An answer
     without one, or that cannot be read, is returned as it is.
     """
-    # A line break in data stands where JSON has blank space. So blanks in place of all that is not data leave the
-    # JSON at its positions in the frame.
-    text = answer if answer.lstrip().startswith(b"{") else _NOT_DATA.sub(lambda found: b" " * len(found[0]), answer)
     amounts = {name: format(cost, "f").encode() for name, cost in costs.items()}
-    try:
-        found = _decode_answer(text)
-        changes: Mapping[str, Change]
+
+    def changes(found: _Answer) -> Mapping[str, Change]:
         if _is_object(found.usage):
-            changes = {"usage": amounts}
-        elif found.response is not None and _is_object(found.response.usage):
-            changes = {"response": {"usage": amounts}}
-        else:
-            return bytes(answer)
-        return _applied(_edits(text, changes), answer)
-    except (msgspec.DecodeError, ValueError, RecursionError):
-        return bytes(answer)
+            return {"usage": amounts}
+        return {"response": {"usage": amounts}} if _has_usage(found.response) else {}
+
+    return _changed(answer, changes)
 
 
-def _usage_option(route: Route) -> Mapping[str, Change]:
+def set_cached_tokens(answer: Buffer, count: int) -> bytes:
+    """A frame or a whole JSON answer that says in its usage object, as `add_cost` finds it, how much was cached.
+
+    For an engine that got the prompt's key-value cache from another, and cannot know. What changes is the count of
+    ``cached_tokens`` in ``prompt_tokens_details``, of the Responses API in ``input_tokens_details``. Anthropic's usage
+    stays as it is, since its other counts depend on that one.
+    """
+    cached = {"cached_tokens": b"%d" % count}
+
+    def changes(found: _Answer) -> Mapping[str, Change]:
+        if _is_object(found.usage) and bytes(_decode_counts(found.usage).prompt_tokens) != b"null":
+            return {"usage": {"prompt_tokens_details": cached}}
+        if _is_object(found.usage) and found.object == "response":
+            return {"usage": {"input_tokens_details": cached}}
+        return {"response": {"usage": {"input_tokens_details": cached}}} if _has_usage(found.response) else {}
+
+    return _changed(answer, changes)
+
+
+def is_usage_only(frame: Buffer) -> bool:
+    """Whether a frame holds a usage object and not one choice: what ``include_usage`` adds to a stream."""
+    try:
+        found = _decode_answer(_json_of(frame))
+    except _UNREADABLE:
+        return False
+    return found.choices == [] and _is_object(found.usage)
+
+
+def _changed(answer: Buffer, changes: Callable[[_Answer], Mapping[str, Change]]) -> bytes:
+    """A frame or a whole answer with changes that depend on what is in it; as it is, where it cannot be read.
+
+    The same object, if it is bytes and nothing changes.
+    """
+    text = _json_of(answer)
+    try:
+        edits = _edits(text, changed) if (changed := changes(_decode_answer(text))) else []
+    except _UNREADABLE:
+        edits = []
+    return _applied(edits, answer) if edits else bytes(answer)
+
+
+def _has_usage(response: _UsageHolder | None) -> bool:
+    return response is not None and _is_object(response.usage)
+
+
+def _json_of(answer: Buffer) -> Buffer:
+    """The JSON of a frame, or of a whole answer, at its positions there.
+
+    A line break in data stands where JSON has blank space. So blanks in place of all that is not data leave it.
+    """
+    return answer if answer.lstrip().startswith(b"{") else _NOT_DATA.sub(lambda found: b" " * len(found[0]), answer)
+
+
+def _usage_option(route: Route) -> Mapping[str, Mapping[str, Change]]:
     if route in (Route.CHAT, Route.COMPLETIONS):
         return {"stream_options": {"include_usage": b"true"}}
     return {}  # responses and messages always say it

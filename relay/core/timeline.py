@@ -42,6 +42,10 @@ class Timeline:
         """Counts time spent until a connection was there."""
         self.connect_s = (self.connect_s or 0.0) + seconds
 
+    def add_prefill(self, seconds: float) -> None:
+        """Counts time spent on a prefill leg."""
+        self.prefill_s = (self.prefill_s or 0.0) + seconds
+
     @property
     def ttft_s(self) -> float | None:
         """True time to first token: from the request's last byte read to the first content frame sent."""

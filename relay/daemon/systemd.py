@@ -1,12 +1,16 @@
-"""systemd's two conversations with a daemon: sockets it passes (sd_listen_fds(3)), states it is told (sd_notify(3)).
+"""systemd's conversations with a daemon: sockets it passes, states it is told, lines it logs.
 
-Both protocols are a few lines on the environment, and the ready-made libraries are dormant or need systemd's headers.
+sd_listen_fds(3), sd_notify(3), sd_watchdog_enabled(3) and sd-daemon(3) are a few lines each on the environment, and the
+ready-made libraries are dormant or need systemd's headers. Outside of systemd all of it does nothing.
 """
 
 from __future__ import annotations
 
 import os
 import socket
+import sys
+import time
+from enum import IntEnum
 from typing import NamedTuple
 
 #: Passed descriptors begin here; below are standard input, output and error.
@@ -15,12 +19,31 @@ _FIRST_FD = 3
 #: Seconds a notification may wait for room in systemd's queue: its senders must not stop when it does.
 _SEND_LIMIT_S = 0.5
 
+_STDERR = 2
+
 
 class PassedSocket(NamedTuple):
     """A descriptor from systemd, and what its unit calls it (``FileDescriptorName=``; "" if it does not)."""
 
     fd: int
     name: str
+
+
+class PassedListeners(NamedTuple):
+    """The descriptors of listening sockets from systemd, by what is spoken on them."""
+
+    http: list[int]
+    https: list[int]
+    admin: list[int]
+
+
+class Priority(IntEnum):
+    """syslog(3)'s levels, as far as the relay has something to say."""
+
+    ERROR = 3
+    WARNING = 4
+    NOTICE = 5
+    INFO = 6
 
 
 def notify(*lines: str) -> bool:
@@ -38,14 +61,91 @@ def notify(*lines: str) -> bool:
     return True
 
 
+def ready(status: str) -> bool:
+    """Started, or reloaded: requests are served. `status` is shown by ``systemctl status``, as all are below."""
+    return notify("READY=1", _status(status))
+
+
+def reloading(status: str) -> bool:
+    """A reload has begun; `ready` ends it, whether it succeeded or not.
+
+    The time lets systemd (253 and later, ``Type=notify-reload``) tell this reload from one that was asked for earlier.
+    """
+    return notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}", _status(status))
+
+
+def stopping(status: str) -> bool:
+    """The drain has begun."""
+    return notify("STOPPING=1", _status(status))
+
+
+def show_status(status: str) -> bool:
+    """A new status, while the state stays."""
+    return notify(_status(status))
+
+
+def extend_timeout(seconds: float) -> bool:
+    """Ask for `seconds` from now for the start, the reload or the stop that is going on.
+
+    Counts once ``TimeoutStopSec=`` or its like is used up, and has to be repeated before each extension ends.
+    """
+    return notify(f"EXTEND_TIMEOUT_USEC={_microseconds(seconds)}")
+
+
+def feed_watchdog() -> bool:
+    """A sign of life; systemd kills a service that owes one for longer than `watchdog_s`."""
+    return notify("WATCHDOG=1")
+
+
+def watchdog_s() -> float | None:
+    """Seconds within which systemd expects `feed_watchdog`, best done twice as often; `None` if it does not."""
+    limit = os.environ.get("WATCHDOG_USEC", "")
+    if os.environ.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()) or not _is_number(limit):
+        return None
+    return int(limit) / 1e6 or None
+
+
 def listen_fds() -> list[PassedSocket]:
     """Take the sockets that systemd passes to this process; a second call, or a child's, finds none."""
     pid = os.environ.pop("LISTEN_PID", "")
     count = os.environ.pop("LISTEN_FDS", "")
     names = os.environ.pop("LISTEN_FDNAMES", "").split(":")
-    if pid != str(os.getpid()) or not (count.isascii() and count.isdigit()):
+    if pid != str(os.getpid()) or not _is_number(count):
         return []
     fds = range(_FIRST_FD, _FIRST_FD + int(count))
     for fd in fds:
         os.set_inheritable(fd, False)  # FD_CLOEXEC
     return [PassedSocket(fd, names[at] if at < len(names) else "") for at, fd in enumerate(fds)]
+
+
+def passed_listeners() -> PassedListeners:
+    """Take systemd's sockets as `listen_fds` does, sorted by their names; one of another name, or none, is http."""
+    found = PassedListeners([], [], [])
+    for passed in listen_fds():
+        {"https": found.https, "admin": found.admin}.get(passed.name, found.http).append(passed.fd)
+    return found
+
+
+def say(text: str, priority: Priority = Priority.INFO) -> None:
+    """Write `text` on standard error; to the journal, each line with its priority (``SyslogLevelPrefix=``)."""
+    mark = f"<{priority:d}>" if _goes_to_journal(_STDERR) else ""
+    print("\n".join(mark + line for line in text.splitlines()), file=sys.stderr, flush=True)
+
+
+def _goes_to_journal(fd: int) -> bool:
+    """Whether systemd has connected a descriptor to the journal, and nobody redirected it (``$JOURNAL_STREAM``)."""
+    found = os.fstat(fd)
+    return os.environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
+
+
+def _status(text: str) -> str:
+    """A status line; a line break in it would begin another assignment."""
+    return "STATUS=" + " ".join(text.splitlines())
+
+
+def _microseconds(seconds: float) -> int:
+    return round(seconds * 1_000_000)
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit()

@@ -23,7 +23,7 @@ from relay.core.timeline import Record, record_text
 from relay.daemon import systemd
 from relay.daemon.records import RecordWriter
 from relay.errors import ExchangeError, RequestRefused
-from relay.net import poller, sockets
+from relay.net import callbacks, poller, sockets
 from relay.net.admin import Admin
 from relay.net.downstream import LINGER_S, BodyBudget, ClientConnection
 from relay.net.exchange import Exchange
@@ -250,6 +250,10 @@ class Worker:
                     if self.admin_listener is not None:
                         side = Admin(self.service, self.roster, self.reload)
                         background.start_soon(side.serve, self.admin_listener)
+                    self.service.drains.nursery = background
+                    for pool in self.service.fleet.pools:
+                        if pool.is_split and pool.connector.calls_back:
+                            await background.start(callbacks.serve, self.service, pool)
                     background.start_soon(self.service.tally.run, self.service)
                     await background.start(self.roster.run)
                     async with trio.open_nursery() as self._handlers:
@@ -272,11 +276,10 @@ class Worker:
             self.stopped.set()
 
     async def _accept(self, listener: socket.socket, handlers: trio.Nursery) -> None:
-        limits = self.config.limits
         while True:
             await trio.lowlevel.wait_readable(listener)
             for _ in range(ACCEPTS_PER_TURN):
-                while len(self.connections) >= limits.max_connections:
+                while len(self.connections) >= self.config.limits.max_connections:
                     await self._departure.wait()
                 try:
                     sock, peer = listener.accept()
@@ -292,7 +295,7 @@ class Worker:
                 sock.setblocking(False)
                 sockets.set_no_delay(sock)
                 address = peer[0] if isinstance(peer, tuple) else "unix"
-                client = ClientConnection(sock, address, self.config.timeouts, limits, self.budget)
+                client = ClientConnection(sock, address, self.config.timeouts, self.config.limits, self.budget)
                 self.connections.add(client)
                 handlers.start_soon(self._serve, client)
             await trio.lowlevel.checkpoint()

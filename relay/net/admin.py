@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import time
 from collections.abc import Callable
+from http import HTTPStatus
 from typing import Final, NamedTuple
 
 import h11
@@ -13,7 +15,8 @@ import msgspec
 import trio
 
 import relay
-from relay.address import parse_upstream
+from relay import config as settings
+from relay.address import UpstreamConfig
 from relay.core import status
 from relay.core.board import total
 from relay.core.health import State
@@ -37,7 +40,7 @@ _STATES: Final = {
     State.EJECTED: "ejected",
     State.PROBING: "half-open",
 }
-#: Between the two readings that rates are made of, at least, seconds.
+#: How often the readings are taken that rates are made of, seconds: a rate is that of the last one to two of these.
 _RATE_S: Final = 5.0
 
 
@@ -47,6 +50,10 @@ class Answer(NamedTuple):
     status: int
     body: bytes
     content_type: str = _JSON
+
+
+class _Gone(Exception):
+    """An admin client left before it had asked for anything."""
 
 
 class _Change(msgspec.Struct, forbid_unknown_fields=True):
@@ -79,6 +86,7 @@ class Admin:
         """Answers until cancelled."""
         listener.setblocking(False)
         async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._take_readings)
             while True:
                 await trio.lowlevel.wait_readable(listener)
                 try:
@@ -92,33 +100,40 @@ class Admin:
     async def _serve_one(self, sock: socket.socket) -> None:
         with sock, trio.move_on_after(ADMIN_S):
             try:
-                connection = h11.Connection(h11.SERVER, max_incomplete_event_size=MOST_BYTES)
-                request: h11.Request | None = None
-                body = b""
-                while True:
-                    event = connection.next_event()
-                    if event is h11.NEED_DATA:
-                        connection.receive_data(await sockets.receive(sock))
-                    elif isinstance(event, h11.Request):
-                        request = event
-                    elif isinstance(event, h11.Data):
-                        body += event.data
-                        if len(body) > MOST_BYTES:
-                            return
-                    else:
-                        break
-                if request is None:
-                    return
-                answer = self.answer(request.method, request.target, body)
-                fields = [
-                    ("content-type", answer.content_type),
-                    ("content-length", str(len(answer.body))),
-                    ("connection", "close"),
-                ]
-                head = connection.send(h11.Response(status_code=answer.status, headers=fields)) or b""
-                await sockets.send_all(sock, head + (b"" if request.method == b"HEAD" else answer.body))
-            except (OSError, h11.ProtocolError):
+                method, answer = await self._answer_on(sock)
+                await sockets.send_all(sock, _head(answer) + (b"" if method == b"HEAD" else answer.body))
+                sock.shutdown(socket.SHUT_WR)
+                while await sockets.receive(sock):
+                    pass  # what has not been read would reset the connection, and could lose the answer
+            except (OSError, _Gone):
                 return
+            except Exception as exc:  # a fault of ours: this connection ends, the daemon does not
+                print(f"relay: internal error: {exc!r}", file=sys.stderr, flush=True)
+                sys.excepthook(type(exc), exc, exc.__traceback__)
+
+    async def _answer_on(self, sock: socket.socket) -> tuple[bytes, Answer]:
+        """The method of the request that comes, and the answer to it. Raises _Gone, OSError."""
+        connection = h11.Connection(h11.SERVER, max_incomplete_event_size=MOST_BYTES)
+        request: h11.Request | None = None
+        body = b""
+        try:
+            while True:
+                event = connection.next_event()
+                if event is h11.NEED_DATA:
+                    data = await sockets.receive(sock)
+                    if not data:
+                        raise _Gone
+                    connection.receive_data(data)
+                elif isinstance(event, h11.Request):
+                    request = event
+                elif isinstance(event, h11.Data):
+                    body += event.data
+                    if len(body) > MOST_BYTES:
+                        return b"", _refusal(413, f"the body is over {MOST_BYTES} bytes")
+                elif request is not None:
+                    return request.method, self.answer(request.method, request.target, body)
+        except h11.RemoteProtocolError as exc:
+            return b"", _refusal(exc.error_status_hint, f"not a request: {exc}")
 
     def answer(self, method: bytes, target: bytes, body: bytes = b"") -> Answer:
         """The answer to an admin request."""
@@ -149,6 +164,12 @@ class Admin:
 
     # -- telling
 
+    async def _take_readings(self) -> None:
+        while True:
+            await trio.sleep(_RATE_S)
+            self._service.tally.take_in(self._service)
+            self._before, self._last = self._last, (time.monotonic(), total([self._service.tally.block]))
+
     def _metrics(self, _: bytes) -> Answer:
         self._service.tally.take_in(self._service)
         return Answer(200, metrics_text([self._service.tally.block], [Processes([os.getpid()])]), CONTENT_TYPE)
@@ -158,8 +179,6 @@ class Admin:
         service = self._service
         service.tally.take_in(service)
         now = time.monotonic()
-        if now - self._last[0] > _RATE_S:
-            self._before, self._last = self._last, (now, total([service.tally.block]))
         return Status(
             version=relay.__version__,
             state="ready" if service.is_ready else "draining",
@@ -212,13 +231,13 @@ class Admin:
 
     def _add(self, body: bytes) -> Answer:
         change = self._change(body)
-        config = parse_upstream(change.url)
+        config = _engine(change.url)
         self._roster.add(change.pool, change.role, config)
         return Answer(200, msgspec.json.encode({"added": config.url, "pool": change.pool}) + b"\n")
 
     def _remove(self, body: bytes) -> Answer:
         change = self._change(body)
-        url = parse_upstream(change.url).url
+        url = _engine(change.url).url
         self._roster.remove(change.pool, change.role, url)
         return Answer(200, msgspec.json.encode({"removed": url, "pool": change.pool}) + b"\n")
 
@@ -237,8 +256,7 @@ class Admin:
         instances = [wanted.instances] if isinstance(wanted.instances, str) else wanted.instances
         for pool in self._service.fleet.pools:
             if wanted.type in pool.groups:
-                for instance in instances:
-                    config = parse_upstream(instance if "://" in instance else f"http://{instance}")
+                for config in [_engine(each if "://" in each else f"http://{each}") for each in instances]:
                     if is_added:
                         self._roster.add(pool.name, wanted.type, config)
                     else:
@@ -249,6 +267,11 @@ class Admin:
 
     def _reloaded(self, _: bytes) -> Answer:
         return Answer(200, msgspec.json.encode({"reloaded": self._reload()}) + b"\n")
+
+
+def _engine(url: str) -> UpstreamConfig:
+    config: UpstreamConfig = settings.read_flag(settings.Upstream, url)
+    return config
 
 
 def _upstream(upstream: Upstream, now: float) -> UpstreamStatus:
@@ -264,6 +287,16 @@ def _upstream(upstream: Upstream, now: float) -> UpstreamStatus:
         probe_ms=None if upstream.probe_s is None else round(upstream.probe_s * 1000, 3),
         age_s=round(now - upstream.added_at, 3),
     )
+
+
+def _head(answer: Answer) -> bytes:
+    lines = (
+        f"HTTP/1.1 {answer.status} {HTTPStatus(answer.status).phrase}",
+        f"content-type: {answer.content_type}",
+        f"content-length: {len(answer.body)}",
+        "connection: close",
+    )
+    return ("\r\n".join(lines) + "\r\n\r\n").encode("ascii")
 
 
 def _refusal(status_code: int, message: str) -> Answer:

@@ -15,21 +15,20 @@ import time
 import trio
 
 from relay.core import headers
-from relay.core.connectors.base import Leg as Sends
 from relay.core.dialect import Meter
 from relay.core.histogram import Histogram
 from relay.core.request import peek, route_of
 from relay.core.timeline import Record, make_record
 from relay.errors import NORMAL, ClientGone, Draining, ExchangeError, Phase, Side, UpstreamTimeout
-from relay.net.delivery import Delivery
 from relay.net.downstream import ClientConnection, Request
-from relay.net.fleet import Ask, Place, Pool
-from relay.net.leg import Leg
-from relay.net.opening import Opening
+from relay.net.fleet import Place, Pool
+from relay.net.group import Ask
+from relay.net.plain import PlainAttempt
 from relay.net.pool import Upstream
 from relay.net.pump import Pair
 from relay.net.reply import FAREWELL_S, Reply, new_id
 from relay.net.service import Service, local_answer
+from relay.net.split import SplitAttempt
 
 
 class Exchange:
@@ -54,6 +53,7 @@ class Exchange:
         self.frames = 0
         self.pool: Pool | None = None
         self.upstream: Upstream | None = None
+        self.prefill_upstream: Upstream | None = None
         self.failure: ExchangeError | None = None
         self.is_complete = False  #: the answer went out to its end
         self.pair: Pair
@@ -92,6 +92,11 @@ class Exchange:
         """Ends the exchange now: the worker has no more time to drain."""
         self.client.scope.cancel()
 
+    @property
+    def attempt_id(self) -> str:
+        """The request id of the present attempt, where the engine leaves the choice."""
+        return self.id if self.attempts == 1 else f"{self.id}-{self.attempts}"
+
     def commit(self, status: int) -> None:
         """The commit point: from here on there is no other attempt."""
         self.phase = Phase.DATA
@@ -115,39 +120,34 @@ class Exchange:
             finally:
                 self.timeline.queue_s = time.monotonic() - began
         with place:
-            opening = await self._attempts(self.pool, place, ask)
-            await Delivery(self, opening).run()
+            await self._attempts(self.pool, place, ask)
 
     def _ask_for(self, pool: Pool) -> Ask:
         fields, facts = self.request.headers, self.facts
         tenant = headers.find(fields, b"authorization") or self.client.peer.encode()
         session = headers.find(fields, pool.session_field) or (facts.user.encode() if facts.user else None) or tenant
-        return Ask(pool.serving.balancer.key_of(session, self.request.body), facts.size, tenant)
+        return pool.ask(self.route, session, self.request.body, tenant)
 
-    async def _attempts(self, pool: Pool, place: Place, ask: Ask) -> Opening:
-        """An engine's answer to commit to: the first one's, or after its failure another's."""
-        failover, group = self.config.failover, pool.serving
+    async def _attempts(self, pool: Pool, place: Place, ask: Ask) -> None:
+        """Attempt after attempt, each with other engines, until one's answer has gone to the client."""
+        failover = self.config.failover
         no_more_after = time.monotonic() + failover.budget_s
-        tried: list[Upstream] = []
-        upstream = place.upstream
-        assert upstream is not None
+        tried: dict[str, list[Upstream]] = {role: [] for role in ask.roles}
         while True:
-            tried.append(upstream)
-            self.upstream = upstream
             self.attempts += 1
-            may_go_on = self.attempts < failover.attempts and group.has_other(tried)
-            sends = Sends(self.body, self.id if self.attempts == 1 else f"{self.id}-{self.attempts}")
-            leg = Leg(self, group, upstream, sends, failure_statuses=failover.statuses, may_go_on=may_go_on)
+            self.upstream = place.upstreams[ask.roles[-1]]
+            may_go_on = self.attempts < failover.attempts and pool.has_others(place, ask, tried)
+            attempt = (SplitAttempt if pool.is_split else PlainAttempt)(self, pool, place, may_go_on=may_go_on)
             try:
-                return await leg.open()
+                await attempt.run()
+                return
             except ExchangeError as failure:
-                if not (failure.may_retry and may_go_on and time.monotonic() < no_more_after):
+                is_committed = self.reply.status is not None
+                if is_committed or not (failure.may_retry and may_go_on and time.monotonic() < no_more_after):
                     raise
-                place.release_loads()
-                other = place.take(group, ask, tried)
-                if other is None:  # it was there when the attempt began
+                tried[attempt.role].append(place.upstreams[attempt.role])
+                if not place.take_others(ask, tried):  # there were some when the attempt began
                     raise
-                upstream = other
                 self.service.tally.failed_over()
 
     # -- the end
@@ -206,6 +206,7 @@ class Exchange:
             model=self.facts.model,
             pool=self.pool.name if self.pool else None,
             upstream=self.upstream.config.url if self.upstream else None,
+            prefill_upstream=self.prefill_upstream.config.url if self.prefill_upstream else None,
             status=self.status,
             outcome=self.outcome,
             is_stream=self.reply.is_stream,

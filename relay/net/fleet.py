@@ -10,155 +10,72 @@ from __future__ import annotations
 import random
 import re
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from types import TracebackType
-from typing import Self
+from typing import Final, Self
 
 import msgspec
 import trio
 
-from relay.address import UpstreamConfig
 from relay.config import Config, PoolConfig
 from relay.core.admission import DepartureRate, FairQueue
-from relay.core.balance import Load, Seat, make_balancer
-from relay.core.health import Attempt, Health, HealthRules
+from relay.core.balance import Load
+from relay.core.connectors import connector_named
+from relay.core.health import HealthRules
 from relay.core.request import RequestFacts, Route
 from relay.errors import NoUpstream, Phase, QueueFull, QueueTimeout, RequestRefused
+from relay.net.group import Ask, Group
 from relay.net.pool import Upstream
 
 
-class Ask:
-    """What a request asks a pool for: what a policy goes by, and whose turn it takes in the queue."""
-
-    __slots__ = ("key", "prompt_bytes", "tenant")
-
-    def __init__(self, key: bytes | None, prompt_bytes: int, tenant: bytes) -> None:
-        self.key = key
-        self.prompt_bytes = prompt_bytes
-        self.tenant = tenant  #: whose turn it takes
-
-
-class Group:
-    """The engines of one role in a pool, and the policy that picks among them."""
-
-    def __init__(self, role: str, balance: str, rules: HealthRules, rng: random.Random) -> None:
-        self.role = role
-        self.upstreams: dict[str, Upstream] = {}  #: by URL
-        self.balancer = make_balancer(balance, (), rng=rng)
-        self.rules = rules
-        self._rng = rng
-        self._by_seat: dict[Seat, Upstream] = {}
-        self._ejected: set[Upstream] = set()  # to be looked at again when their time has come
-
-    def __repr__(self) -> str:
-        return f"<Group {self.role} {self.balancer!r}>"
-
-    def add(self, config: UpstreamConfig) -> Upstream:
-        """Puts in an engine. Raises ValueError if it is there."""
-        upstream = Upstream(config, self.role, Health(self.rules, self._rng))
-        self.balancer.add(upstream.seat)
-        self.upstreams[upstream.config.url] = upstream
-        self._by_seat[upstream.seat] = upstream
-        return upstream
-
-    def become(self, wanted: dict[str, UpstreamConfig], before: Group) -> None:
-        """Has the engines `wanted` from now on, by URL; `before` is the group whose place this one takes, or this."""
-        resolved = {url for url, upstream in before.upstreams.items() if upstream.is_resolved}
-        for url in list(before.upstreams):
-            if before is not self or wanted.get(url) != before.upstreams[url].config:
-                before.remove(url)
-        for url, config in wanted.items():
-            if url not in self.upstreams:
-                self.add(config).is_resolved = url in resolved
-
-    def remove(self, url: str) -> Upstream:
-        """Takes out an engine; what it is doing goes on. Raises KeyError if it is not there."""
-        upstream = self.upstreams.pop(url)
-        self.balancer.remove(upstream.seat)
-        self._by_seat.pop(upstream.seat)
-        self._ejected.discard(upstream)
-        upstream.is_leaving = True
-        upstream.close_idle()
-        return upstream
-
-    def refresh(self, upstream: Upstream) -> None:
-        """Takes note that an engine's health, or what it has to do, has changed."""
-        if upstream.is_leaving:
-            return
-        health = upstream.health
-        if health.is_open and health.is_up:
-            self._ejected.add(upstream)
-        else:
-            self._ejected.discard(upstream)
-        is_available = health.is_available(time.monotonic()) and not upstream.is_full
-        self.balancer.set_available(upstream.seat, is_available)
-
-    def begin(self, upstream: Upstream) -> Attempt:
-        """An attempt is about to be made: how it goes decides whether the engine is picked again."""
-        attempt = upstream.health.begin()
-        if upstream.health.is_open:
-            self.refresh(upstream)  # one trial at a time
-        return attempt
-
-    def has_other(self, tried: Collection[Upstream]) -> bool:
-        """Whether an engine is left that could be picked."""
-        return any(self._is_usable(upstream) for upstream in self.upstreams.values() if upstream not in tried)
-
-    def _is_usable(self, upstream: Upstream) -> bool:
-        return upstream.health.is_up and not upstream.is_full
-
-    def pick(self, ask: Ask, tried: Collection[Upstream] = ()) -> Upstream | None:
-        """The engine for an attempt, none of those `tried`; None where all that are left are full or down."""
-        for upstream in list(self._ejected):
-            self.refresh(upstream)
-        seat = self.balancer.pick(ask.key, [upstream.seat for upstream in tried])
-        return self._by_seat[seat] if seat is not None else self._last_resort(tried)
-
-    def _last_resort(self, tried: Collection[Upstream]) -> Upstream | None:
-        """Where only failed requests speak against the engines that are left: the least bad of them."""
-        if any(up.health.is_up and not up.health.is_open for up in self.upstreams.values() if up not in tried):
-            return None  # it is full, and will have room
-        left = [up for up in self._ejected if up not in tried and self._is_usable(up)]
-        return min(left, key=lambda upstream: upstream.health.badness, default=None)
-
-    def is_hopeless(self, tried: Collection[Upstream] = ()) -> bool:
-        """Whether waiting would be in vain: no engine is left that is up."""
-        return not any(up.health.is_up for up in self.upstreams.values() if up not in tried)
-
-    def retry_after_s(self) -> int:
-        """Whole seconds until an engine may be available."""
-        now = time.monotonic()
-        return max(1, round(min((up.health.retry_after_s(now) for up in self.upstreams.values()), default=1)))
-
-
 class Place:
-    """An exchange's part of a pool: its slot, and the loads it has put on engines. Given back whole, once."""
+    """An exchange's part of a pool: its slot, and the load it puts on an engine of each role. Given back once."""
 
-    __slots__ = ("_loads", "_pool", "upstream")
+    __slots__ = ("_loads", "_pool", "upstreams")
 
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
-        self._loads: list[tuple[Group, Upstream, Load]] = []
-        self.upstream: Upstream | None = None  #: the engine taken last
+        self._loads: dict[str, tuple[Upstream, Load]] = {}
+        self.upstreams: dict[str, Upstream] = {}  #: the engine taken last, by role
 
-    def take(self, group: Group, ask: Ask, tried: Collection[Upstream] = ()) -> Upstream | None:
-        """Picks an engine and counts the exchange as its load; None where there is none."""
+    def __repr__(self) -> str:
+        return f"<Place {self.upstreams!r}>"
+
+    def take(self, role: str, ask: Ask, tried: Collection[Upstream] = ()) -> Upstream | None:
+        """Picks an engine of a role whose load is not held, and counts the exchange; None where there is none."""
+        group = self._pool.groups[role]
         upstream = group.pick(ask, tried)
         if upstream is not None:
-            self._loads.append((group, upstream, group.balancer.take(upstream.seat, ask.prompt_bytes)))
+            self._loads[role] = upstream, group.balancer.take(upstream.seat, ask.prompt_bytes)
+            self.upstreams[role] = upstream
             if upstream.config.max_in_flight:
                 group.refresh(upstream)
-            self.upstream = upstream
         return upstream
 
-    def release_loads(self) -> None:
-        """Gives back the loads, and keeps the slot: the next attempt is to take another engine."""
-        while self._loads:
-            group, upstream, load = self._loads.pop()
-            load.release()
-            if upstream.config.max_in_flight:
-                group.refresh(upstream)
+    def take_others(self, ask: Ask, tried: Mapping[str, Collection[Upstream]]) -> bool:
+        """Takes engines for another attempt: none of those that failed, if others are left; False where none is."""
+        for role in ask.roles:
+            self.drop(role)
+        # Where the failed engine is the only one of its role, the other role's engine has to be another.
+        stays = [role for role in ask.roles if tried[role] and not self._pool.groups[role].has_other(tried[role])]
+        for role in ask.roles:
+            avoided = [] if role in stays else [*tried[role], *([self.upstreams[role]] if stays else [])]
+            if self.take(role, ask, avoided) is None:
+                return False
+        return True
+
+    def release(self, role: str) -> None:
+        """Gives back the load of one role, if it is held; the slot is kept."""
+        self.drop(role)
         self._pool.advance()
+
+    def drop(self, role: str) -> None:
+        """The same, without handing on what has become free."""
+        upstream, load = self._loads.pop(role, (None, None))
+        if upstream is not None and load is not None:
+            load.release()
+            if upstream.config.max_in_flight and not upstream.is_leaving:
+                self._pool.groups[role].refresh(upstream)
 
     def __enter__(self) -> Self:
         return self
@@ -167,18 +84,30 @@ class Place:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._pool.leave()
-        self.release_loads()
+        for role in list(self._loads):
+            self.drop(role)
+        self._pool.advance()
+
+
+#: The roles of a pool, by whether it is split.
+_ROLES: Final = {False: ("serve",), True: ("prefill", "decode")}
+
+
+def _policy(config: PoolConfig, role: str) -> str:
+    """The policy for a role: affinity is to the prompt's keys and values, which are the prefiller's."""
+    return "least_outstanding" if role == "decode" and config.balance.endswith("_affinity") else config.balance
 
 
 class _Waiter:
     """A request in the queue."""
 
-    __slots__ = ("place", "task", "try_take")
+    __slots__ = ("ask", "place", "refusal", "task")
 
-    def __init__(self, try_take: Callable[[], Place | None]) -> None:
-        self.try_take = try_take
+    def __init__(self, ask: Ask) -> None:
+        self.ask = ask
         self.task = trio.lowlevel.current_task()
         self.place: Place | None = None
+        self.refusal: NoUpstream | None = None  #: there is nothing to wait for any more
 
 
 class Pool:
@@ -189,7 +118,9 @@ class Pool:
         self.config = config
         self.name = config.name
         self.session_field = config.session_header.lower().encode("ascii")
-        self.groups = {"serve": Group("serve", config.balance, rules, rng)}
+        self.groups = {role: Group(role, _policy(config, role), rules, rng) for role in _ROLES[config.is_split]}
+        self.connector = connector_named(config.connector)
+        self.callback_url = ""  #: where decoders call back, if the connector has them do so
         self.in_flight = 0  #: places taken
         self._queue: FairQueue[bytes, _Waiter] = FairQueue()
         self._departures = DepartureRate(time.monotonic())
@@ -200,15 +131,23 @@ class Pool:
     def reconfigure(self, config: PoolConfig, rules: HealthRules) -> None:
         """Takes on another configuration of the same name. Engines found by name are left to who resolves it."""
         self.session_field = config.session_header.lower().encode("ascii")
-        group = self.serving
-        wanted = {upstream.url: upstream for upstream in config.upstreams if not upstream.is_dns}
-        if config.balance != self.config.balance or rules != group.rules:
-            # Another policy has other seats; what is under way is the old ones' load.
-            self.groups["serve"] = Group("serve", config.balance, rules, self._rng)
-        for url, upstream in group.upstreams.items():
-            if upstream.is_resolved and any(one.is_dns for one in config.upstreams):
-                wanted.setdefault(url, upstream.config)
-        self.serving.become(wanted, group)
+        self.connector = connector_named(config.connector)
+        before, self.groups = self.groups, {}
+        for role in _ROLES[config.is_split]:
+            group = before.pop(role, None)
+            if group is None or config.balance != self.config.balance or rules != group.rules:
+                # Another policy has other seats; what is under way is the old ones' load.
+                new = Group(role, _policy(config, role), rules, self._rng)
+            else:
+                new = group
+            configured = config.upstreams_of(role)
+            wanted = {upstream.url: upstream for upstream in configured if not upstream.is_dns}
+            if any(upstream.is_dns for upstream in configured) and group is not None:
+                wanted = {url: up.config for url, up in group.upstreams.items() if up.is_resolved} | wanted
+            new.become(wanted, group or new)
+            self.groups[role] = new
+        for group in before.values():
+            group.become({}, group)
         self.config = config
         self.advance()
 
@@ -224,20 +163,39 @@ class Pool:
             yield from group.upstreams.values()
 
     @property
-    def serving(self) -> Group:
-        """The engines that answer requests whole."""
-        return self.groups["serve"]
+    def is_split(self) -> bool:
+        """Whether prompts are computed by other engines than those that go on from there."""
+        return "decode" in self.groups
+
+    def roles_for(self, route: Route) -> tuple[str, ...]:
+        """The roles an exchange needs engines of; what does not generate goes to a decoder."""
+        if not self.is_split:
+            return ("serve",)
+        return ("decode",) if route is Route.OTHER else ("prefill", "decode")
+
+    def ask(self, route: Route, session: bytes | None, body: bytes, tenant: bytes) -> Ask:
+        """What a request asks for; the policy of the first role decides what it goes by."""
+        roles = self.roles_for(route)
+        return Ask(roles, self.groups[roles[0]].balancer.key_of(session, body), len(body), tenant)
+
+    def has_others(self, place: Place, ask: Ask, tried: Mapping[str, Collection[Upstream]]) -> bool:
+        """Whether, should the engines of `place` fail, there would be others for another attempt."""
+        return any(self.groups[role].has_other([*tried[role], place.upstreams[role]]) for role in ask.roles)
 
     def enter_now(self, ask: Ask) -> Place | None:
-        """A place with an engine taken, if one is to be had without waiting."""
+        """A place with its engines taken, if one is to be had without waiting."""
+        self.advance()  # one that was ejected may be tried again by now, and nothing else tells
         return None if self._queue else self._try_enter(ask)
 
     def _try_enter(self, ask: Ask) -> Place | None:
         if self.config.max_in_flight and self.in_flight >= self.config.max_in_flight:
             return None
         place = Place(self)
-        if place.take(self.serving, ask) is None:
-            return None
+        for role in ask.roles:
+            if role not in self.groups or place.take(role, ask) is None:
+                for taken in ask.roles:
+                    place.drop(taken)
+                return None
         self.in_flight += 1
         return place
 
@@ -246,21 +204,23 @@ class Pool:
 
         Raises NoUpstream where no engine is up, QueueFull, or QueueTimeout.
         """
-        if self.serving.is_hopeless():
-            raise self._no_upstream(self.serving)
+        if (refusal := self._no_upstream(ask)) is not None:
+            raise refusal
         if len(self._queue) >= self.config.max_queue:
             raise self._full()
-        return await self._wait(ask.tenant, _Waiter(lambda: self._try_enter(ask)), queue_s)
+        return await self._wait(_Waiter(ask), queue_s)
 
-    async def _wait(self, tenant: bytes, waiter: _Waiter, queue_s: float) -> Place:
-        self._queue.push(tenant, waiter)
+    async def _wait(self, waiter: _Waiter, queue_s: float) -> Place:
+        self._queue.push(waiter.ask.tenant, waiter)
 
         def abort(_: object) -> trio.lowlevel.Abort:
-            self._queue.remove(tenant, waiter)
+            self._queue.remove(waiter.ask.tenant, waiter)
             return trio.lowlevel.Abort.SUCCEEDED
 
         with trio.move_on_after(queue_s or float("inf")):
             await trio.lowlevel.wait_task_rescheduled(abort)
+        if waiter.refusal is not None:
+            raise waiter.refusal
         if waiter.place is None:
             message = f"no place at an engine within queue_s = {queue_s:g} s; try again later"
             raise QueueTimeout(message, phase=Phase.QUEUE, retry_after_s=self._retry_after_s())
@@ -272,14 +232,18 @@ class Pool:
         self._departures.depart(time.monotonic())
 
     def advance(self) -> None:
-        """Hands out what places there are to those who wait; called whenever one may have become free."""
+        """Hands out what places there are to those who wait; called whenever one may have become free.
+
+        Who waits for engines of which none is up is told so, as whoever comes now is.
+        """
         while self._queue:
             waiter = self._queue.peek()
-            place = waiter.try_take()
-            if place is None:
-                return
+            waiter.place = self._try_enter(waiter.ask)
+            if waiter.place is None:
+                waiter.refusal = self._no_upstream(waiter.ask)
+                if waiter.refusal is None:
+                    return
             self._queue.pop()
-            waiter.place = place
             trio.lowlevel.reschedule(waiter.task)
 
     def _retry_after_s(self) -> int:
@@ -289,9 +253,16 @@ class Pool:
         message = f"pool {self.name} is full: {self.in_flight} in flight, {len(self._queue)} waiting; try again later"
         return QueueFull(message, phase=Phase.QUEUE, retry_after_s=self._retry_after_s())
 
-    def _no_upstream(self, group: Group) -> NoUpstream:
-        message = f"no engine of pool {self.name} is up; see /-/status on the admin side"
-        return NoUpstream(message, phase=Phase.CONNECT, retry_after_s=group.retry_after_s())
+    def _no_upstream(self, ask: Ask) -> NoUpstream | None:
+        """Why waiting would be in vain; None while it is not."""
+        for role in ask.roles:
+            group = self.groups.get(role)
+            if group is None or group.is_hopeless():
+                kind = "" if role == "serve" else f"{role} "
+                message = f"no {kind}engine of pool {self.name} is up; see /-/status on the admin side"
+                retry_after_s = 1 if group is None else group.retry_after_s()
+                return NoUpstream(message, phase=Phase.CONNECT, retry_after_s=retry_after_s)
+        return None
 
     def close_idle(self) -> None:
         """Closes every connection that is not in use."""
@@ -325,6 +296,7 @@ class Fleet:
         for pool in known.values():
             for upstream in list(pool.upstreams):
                 pool.groups[upstream.role].remove(upstream.config.url)
+            pool.advance()
         self._by_name = {model: pool for pool in self.pools for model in pool.config.models if "*" not in model}
         self._by_pattern = [
             (re.compile(".*".join(map(re.escape, model.split("*"))), re.DOTALL), pool)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection
 
     from relay.net.exchange import Exchange
-    from relay.net.fleet import Group
+    from relay.net.group import Group
     from relay.net.pool import Upstream, UpstreamConnection
 
 

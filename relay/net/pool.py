@@ -13,6 +13,7 @@ import trio
 
 from relay.address import UpstreamConfig
 from relay.core.balance import Seat
+from relay.core.connectors.base import Endpoint
 from relay.core.health import Health
 from relay.errors import Phase, UpstreamTimeout, UpstreamUnreachable
 from relay.net import sockets
@@ -68,6 +69,7 @@ class Upstream:
         self.probe_s: float | None = None  #: what its last probe took
         self.models: dict[str, msgspec.Raw] | None = None  #: its own list, by id; None: never heard
         self.models_at = float("-inf")  #: when that was
+        self.endpoint: Endpoint | None = None  #: as a connector sees it, with what had to be asked for
         self._idle: deque[UpstreamConnection] = deque()
 
     def __repr__(self) -> str:

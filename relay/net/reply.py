@@ -13,7 +13,7 @@ import trio
 from relay.core import dialect, headers
 from relay.core.request import Route
 from relay.core.timeline import Timeline, make_record, server_timing
-from relay.errors import ClientGone, ClientStalled, ExchangeError, Phase
+from relay.errors import ClientGone, ClientStalled, ExchangeError, Phase, UpstreamAnswered
 from relay.net import sockets
 from relay.net.downstream import ClientConnection, Request
 from relay.net.service import Service
@@ -98,6 +98,12 @@ class Reply:
         head = self.head(status, b"", [_JSON, *fields], len(body))
         await self.send(head if self.request.method == b"HEAD" else head + body)
 
+    async def pass_on(self, status: int, fields: headers.Headers, body: bytes) -> None:
+        """Sends an engine's answer that was read whole."""
+        self.status = status
+        head = self.head(status, b"", fields, len(body))
+        await self.send(head if self.request.method == b"HEAD" else head + body)
+
     async def farewell(self, failure: ExchangeError) -> None:
         """Tells the client what happened, where anything can still be said; the connection is then to be closed.
 
@@ -107,7 +113,9 @@ class Reply:
         if isinstance(failure, ClientGone):
             return
         with suppress(ClientGone):
-            if self.status is None:
+            if self.status is None and isinstance(failure, UpstreamAnswered):
+                await self.pass_on(failure.status, failure.fields, failure.body)
+            elif self.status is None:
                 body = dialect.error_body(self.route, failure.status, failure.code, failure.message)
                 await self.answer(failure.status, body, *_fields_of(failure))
             elif self.is_stream and not self.is_torn:

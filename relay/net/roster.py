@@ -20,7 +20,8 @@ import trio
 from relay.address import UpstreamConfig
 from relay.config import Config
 from relay.core.health import next_probe_delay
-from relay.net.fleet import Group, Pool
+from relay.net.fleet import Pool
+from relay.net.group import Group
 from relay.net.pool import Upstream
 from relay.net.service import Service
 
@@ -59,8 +60,8 @@ class Roster:
         self._service = service
         self._rng = random.Random()
         self._watched: set[Upstream] = set()
-        self._names: set[tuple[str, str]] = set()  # of pools, and of what is resolved for them
-        self._unresolved: set[tuple[str, str]] = set()  # those of them not tried yet
+        self._names: set[tuple[Pool, str, str]] = set()  # pool, role, and what is resolved for them
+        self._unresolved: set[tuple[Pool, str, str]] = set()  # those of them not tried yet
         self._probed = trio.Event()
         self._nursery: trio.Nursery | None = None
         self._clients: dict[str | None, httpx.AsyncClient] = {}  # by unix path
@@ -104,6 +105,7 @@ class Roster:
         except KeyError:
             known = ", ".join(self._group(pool, role).upstreams) or "none"
             raise RosterError(f"{url} is not in pool {pool}; in it: {known}") from None
+        self._pool(pool).advance()  # who waits for the last one waits in vain
 
     def reconfigure(self, config: Config) -> None:
         """Takes on another configuration; streams in flight go on under the old one."""
@@ -139,11 +141,13 @@ class Roster:
                 self._watched.add(upstream)
                 self._nursery.start_soon(self._watch, pool, group, upstream)
         for pool in self._service.fleet.pools:
-            for config in pool.config.upstreams:
-                if config.is_dns and (pool.name, config.url) not in self._names:
-                    self._names.add((pool.name, config.url))
-                    self._unresolved.add((pool.name, config.url))
-                    self._nursery.start_soon(self._follow, pool, pool.serving.role, config)
+            for role in pool.groups:
+                for config in pool.config.upstreams_of(role):
+                    name = (pool, role, config.url)
+                    if config.is_dns and name not in self._names:
+                        self._names.add(name)
+                        self._unresolved.add(name)
+                        self._nursery.start_soon(self._follow, *name)
         self._note_probed()
 
     def _note_probed(self) -> None:
@@ -166,10 +170,10 @@ class Roster:
                     word = "is up" if upstream.health.is_up else f"is down: {upstream.last_error}"
                     print(f"relay: {upstream.config.url} {word}", file=sys.stderr, flush=True)
                 group.refresh(upstream)
-                pool.advance()
                 self._note_probed()
                 if is_well and time.monotonic() - upstream.models_at > MODELS_S:
                     await self._ask_models(upstream)
+            pool.advance()  # also because one that was ejected may be tried again by now
             await trio.sleep(next_probe_delay(rules.interval_s or PROBE_S, self._rng))
         self._watched.discard(upstream)
 
@@ -189,7 +193,8 @@ class Roster:
 
     async def _ask_models(self, upstream: Upstream) -> None:
         """Refreshes an engine's list of models; one that has none to show is asked again with the next probe."""
-        with suppress(httpx.HTTPError, OSError, trio.TooSlowError, msgspec.DecodeError):
+        not_json = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+        with suppress(httpx.HTTPError, OSError, trio.TooSlowError, *not_json):
             with trio.fail_after(PROBE_S):
                 answer = await self._client(upstream).get(**_call(upstream, "/v1/models"))
             if answer.is_success and len(answer.content) <= _MOST_MODELS_BYTES:
@@ -210,33 +215,45 @@ class Roster:
 
     # -- names
 
-    async def _follow(self, pool: Pool, role: str, config: UpstreamConfig) -> None:
+    async def _follow(self, pool: Pool, role: str, url: str) -> None:
         """Keeps an engine in the pool for each address of a name. While it does not resolve, those known stay."""
-        group = pool.groups[role]
-        before: set[str] = set()
-        while config in pool.config.upstreams and pool in self._service.fleet.pools:
+        mine: dict[str, UpstreamConfig] = {}  # by URL; one that an operator has taken out stays out
+        while (config := self._configured(pool, role, url)) is not None:
             try:
                 found = await trio.socket.getaddrinfo(config.host, config.port, type=trio.socket.SOCK_STREAM)
             except OSError as exc:
-                print(f"relay: {config.url} does not resolve: {exc.strerror}", file=sys.stderr, flush=True)
+                print(f"relay: {url} does not resolve: {exc.strerror}", file=sys.stderr, flush=True)
             else:
-                group = pool.groups[role]
-                now = {str(address[4][0]) for address in found}
-                for ip in now - before:
-                    with suppress(ValueError):  # it is configured by its address too
-                        group.add(config.at(ip)).is_resolved = True
-                for ip in before - now:
-                    with suppress(KeyError):
-                        group.remove(config.at(ip).url)
-                before = now
-            self._unresolved.discard((pool.name, config.url))
+                mine = _settle(pool.groups[role], mine, [config.at(ip) for ip in {str(each[4][0]) for each in found}])
+            self._unresolved.discard((pool, role, url))
             self._look_around()
             pool.advance()
             await trio.sleep(next_probe_delay(RESOLVE_S, self._rng))
-        self._names.discard((pool.name, config.url))
-        for ip in before:
-            with suppress(KeyError):
-                group.remove(config.at(ip).url)
+        self._names.discard((pool, role, url))
+        if role in pool.groups:
+            _settle(pool.groups[role], mine, [])
+            pool.advance()
+
+    def _configured(self, pool: Pool, role: str, url: str) -> UpstreamConfig | None:
+        """What the configuration says of a name by now."""
+        if pool not in self._service.fleet.pools or role not in pool.groups:
+            return None
+        return next((each for each in pool.config.upstreams_of(role) if each.url == url), None)
+
+
+def _settle(group: Group, before: dict[str, UpstreamConfig], wanted: list[UpstreamConfig]) -> dict[str, UpstreamConfig]:
+    """Has in a group what a name resolves to now, in the place of what it did; answers what of it is the name's own."""
+    now = {config.url: config for config in wanted}
+    for url, config in before.items():
+        upstream = group.upstreams.get(url)
+        if now.get(url) != config and upstream is not None and upstream.is_resolved and upstream.config == config:
+            group.remove(url)
+    mine = {url: config for url, config in before.items() if now.get(url) == config}
+    for url in now.keys() - mine.keys():
+        with suppress(ValueError):  # it is configured by its address too, or another name's
+            group.add(now[url]).is_resolved = True
+            mine[url] = now[url]
+    return mine
 
 
 def _call(upstream: Upstream, path: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from relay.config import Config
 from relay.core.timeline import Record
+from relay.net.drains import Drains
 from relay.net.fleet import Fleet
 from relay.net.pump import Pump
 from relay.net.tally import Tally
@@ -27,6 +28,8 @@ class Service:
         self.is_ready = True  #: false: load balancers are to send no more, but what comes is served
         self.is_draining = False  #: no more requests
         self.active: set[Exchange] = set()
+        self.drains = Drains()
+        self.callbacks: dict[str, Callable[[bytes], None]] = {}  #: of decoders that are to call back, by key
 
     def __repr__(self) -> str:
         return f"<Service active={len(self.active)} {'draining' if self.is_draining else 'serving'}>"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final
 
 import trio
 
 from relay.core import metrics
 from relay.core.board import BOARD_BYTES, Board, Buckets
+from relay.core.metrics import GaugeFamily
 from relay.errors import Phase, Side
 
 if TYPE_CHECKING:
@@ -33,7 +35,7 @@ class Tally:
         self._duration = board.histogram(metrics.REQUEST_DURATION)
         self._added = {stage: board.histogram(metrics.ADDED, stage) for stage in metrics.STAGES}
         self._failovers = board.counter(metrics.FAILOVERS)
-        self._shown: set[tuple[str, str, str]] = set()  # upstreams with gauges: pool, role, URL
+        self._shown: set[tuple[GaugeFamily, tuple[str, ...]]] = set()  # gauges, with their labels
         self._lag = board.histogram(metrics.EVENT_LOOP_LAG)
 
     def __repr__(self) -> str:
@@ -46,6 +48,10 @@ class Tally:
     def failed_over(self) -> None:
         """Another attempt is made because one has failed."""
         self._failovers.add()
+
+    def prefilled_without_kv(self) -> None:
+        """A prefiller's answer held no handle."""
+        self.board.counter(metrics.PREFILL_WITHOUT_KV).add()
 
     def ended(self, exchange: Exchange) -> None:
         """An exchange has ended."""
@@ -73,6 +79,8 @@ class Tally:
             self._added["queue"].observe(timeline.queue_s)
         if timeline.connect_s is not None:
             self._added["connect"].observe(timeline.connect_s)
+        if timeline.prefill_s is not None:
+            self.board.histogram(metrics.PREFILL).observe(timeline.prefill_s)
         ttft_s = timeline.ttft_s
         if ttft_s is not None:
             self.board.histogram(metrics.FIRST_TOKEN, pool, exchange.facts.model or "").observe(ttft_s)
@@ -113,20 +121,12 @@ class Tally:
         for exchange in service.active:
             self.fold(exchange)
         self.board.flush()
-        seen: set[tuple[str, str, str]] = set()
-        for pool in service.fleet.pools:
-            self.board.gauge(metrics.IN_FLIGHT, pool.name).set(pool.in_flight)
-            self.board.gauge(metrics.QUEUE_DEPTH, pool.name).set(pool.queued)
-            for upstream in pool.upstreams:
-                labels = (pool.name, upstream.role, upstream.config.url)
-                seen.add(labels)
-                is_healthy = upstream.health.is_up and not upstream.health.is_open
-                self.board.gauge(metrics.UPSTREAM_HEALTHY, *labels).set(is_healthy)
-                self.board.gauge(metrics.UPSTREAM_IN_FLIGHT, *labels).set(upstream.outstanding)
-        for labels in self._shown - seen:  # they have left
-            self.board.gauge(metrics.UPSTREAM_HEALTHY, *labels).clear()
-            self.board.gauge(metrics.UPSTREAM_IN_FLIGHT, *labels).clear()
-        self._shown = seen
+        gauges = dict(_gauges(service))
+        for (family, labels), value in gauges.items():
+            self.board.gauge(family, *labels).set(value)
+        for family, labels in self._shown - gauges.keys():  # of what has left
+            self.board.gauge(family, *labels).clear()
+        self._shown = set(gauges)
 
     async def run(self, service: Service) -> None:
         """Does so each second, and notes how late that was, until cancelled."""
@@ -136,3 +136,14 @@ class Tally:
             self._lag.observe(time.monotonic() - due)
             self.take_in(service)
             due = time.monotonic() + BEAT_S
+
+
+def _gauges(service: Service) -> Iterator[tuple[tuple[GaugeFamily, tuple[str, ...]], float]]:
+    """What there is now of pools and engines."""
+    for pool in service.fleet.pools:
+        yield (metrics.IN_FLIGHT, (pool.name,)), pool.in_flight
+        yield (metrics.QUEUE_DEPTH, (pool.name,)), pool.queued
+        for upstream in pool.upstreams:
+            labels = (pool.name, upstream.role, upstream.config.url)
+            yield (metrics.UPSTREAM_HEALTHY, labels), upstream.health.is_up and not upstream.health.is_open
+            yield (metrics.UPSTREAM_IN_FLIGHT, labels), upstream.outstanding

@@ -7,7 +7,7 @@ h11 parses the head of the answer, in a fresh `h11.Connection` per exchange. The
 from __future__ import annotations
 
 import errno
-from typing import Final
+from typing import Final, Protocol
 
 import h11
 
@@ -15,7 +15,6 @@ from relay.core import headers
 from relay.core.framing import BodyDecoder, BodyKind, Buffer, FramingError, decoder_for, response_body_kind
 from relay.errors import Phase, UpstreamDisconnected, UpstreamProtocolError
 from relay.net.pool import UpstreamConnection
-from relay.net.pump import Pair
 from relay.net.sockets import READ_BYTES
 
 #: Largest head of an answer.
@@ -58,12 +57,20 @@ class Answer:
         return int(headers.find(self.fields, b"content-length") or 0)
 
 
+class Waits(Protocol):
+    """Who waits for the engine's socket: the exchange's `Pair`, or a leg beside it."""
+
+    async def wait_upstream(self, *, or_writable: bool = False) -> None:
+        """Sleeps until the engine's socket can be read, or also written."""
+        ...
+
+
 class ConnectionDied(UpstreamDisconnected):
     """The connection ended before a single byte of an answer: on a reused one, the engine may just have closed it."""
 
 
 async def ask(
-    pair: Pair, connection: UpstreamConnection, method: bytes, head: bytes, body: Buffer
+    pair: Waits, connection: UpstreamConnection, method: bytes, head: bytes, body: Buffer
 ) -> tuple[Answer, list[h11.InformationalResponse]]:
     """Sends a request and waits for the head of the final answer; also the interim ones that came before it.
 
@@ -102,7 +109,7 @@ async def ask(
         raise UpstreamProtocolError(f"the engine's answer is not HTTP/1.1: {exc}", phase=Phase.HEAD) from None
 
 
-async def receive(pair: Pair, connection: UpstreamConnection) -> bytes:
+async def receive(pair: Waits, connection: UpstreamConnection) -> bytes:
     """The next bytes from the engine; empty at its end. Raises UpstreamDisconnected (phase H)."""
     while True:
         try:
@@ -113,7 +120,7 @@ async def receive(pair: Pair, connection: UpstreamConnection) -> bytes:
             raise UpstreamDisconnected(f"the engine's connection broke: {exc.strerror}", phase=Phase.HEAD) from None
 
 
-async def _send(pair: Pair, connection: UpstreamConnection, head: bytes, body: Buffer) -> bool:
+async def _send(pair: Waits, connection: UpstreamConnection, head: bytes, body: Buffer) -> bool:
     """Sends the request; False where the engine answered, or hung up, before it had read all of it."""
     sock = connection.sock
     parts = [head + body] if len(body) < _JOIN_BYTES else [head, body]

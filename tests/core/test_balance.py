@@ -126,6 +126,20 @@ def test_failover_goes_through_all_and_ends(policy: str) -> None:
     assert set(tried) == set(seats)
 
 
+@pytest.mark.parametrize("policy", ["least_outstanding", "round_robin", "power_of_two", "random"])
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_seat_that_fails_is_not_everybodys_first_choice(policy: str, count: int) -> None:
+    """A failover must not put the turn back to where the failure was."""
+    balancer, seats = balancer_of(policy, *[1] * count)
+    first_choices = 0
+    for _ in range(300):
+        if balancer.pick() is seats[0]:
+            first_choices += 1
+            assert balancer.pick(None, [seats[0]]) in seats[1:]
+    # With least outstanding and three seats the failing one's neighbour takes its part of the failovers.
+    assert first_choices == pytest.approx(300 / count, abs=45)
+
+
 def test_an_unknown_policy() -> None:
     with pytest.raises(KeyError):
         make_balancer("fastest", [], rng=random.Random(1))
@@ -210,6 +224,15 @@ def test_loads_come_out_by_weight() -> None:
         assert seat is not None
         balancer.take(seat, 0)
     assert [seat.streams for seat in seats] == [10, 20, 50]
+
+
+def test_a_score_moves_with_its_seat() -> None:
+    """The last of the row takes the place of one that leaves."""
+    balancer, seats = balancer_of("least_outstanding", 1, 1, 1)
+    balancer.take(seats[0], 100_000)
+    balancer.take(seats[1], 0)
+    balancer.remove(seats[0])
+    assert {balancer.pick() for _ in range(5)} == {seats[2]}
 
 
 def test_nobody_is_hidden_for_longer_than_a_pick() -> None:

@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from relay.core.balance import Seat, make_balancer
-from relay.core.balance.turns import RoundRobin
 
 WEIGHTS = st.lists(st.integers(1, 12), min_size=1, max_size=9)
 
@@ -97,7 +96,35 @@ def test_a_turn_is_passed_on_when_all_of_a_weight_have_been_tried() -> None:
     seats = seats_of([5, 1])
     balancer = make_balancer("round_robin", seats, rng=random.Random(1))
     assert [balancer.pick(None, [seats[0]]) for _ in range(7)] == [seats[1]] * 7
-    assert isinstance(balancer, RoundRobin)
+
+
+def test_failovers_go_to_who_is_due_first_and_use_up_no_turns() -> None:
+    seats = seats_of([50, 3, 5, 7, 11])
+    balancer = make_balancer("round_robin", seats, rng=random.Random(1))
+    stand_ins: Counter[Seat | None] = Counter()
+    turns: Counter[Seat | None] = Counter()
+    for picks in range(1, 761):
+        turns[balancer.pick()] += 1
+        stand_ins[balancer.pick(None, [seats[1]])] += 1
+        for seat in seats:
+            assert picks * seat.weight // 76 <= turns[seat] <= -(-picks * seat.weight // 76)
+    assert stand_ins[seats[0]] > 0.5 * 760
+    assert seats[1] not in stand_ins
+
+
+def test_who_leaves_takes_its_account_along() -> None:
+    """One seat comes, has its turn early and goes, over and over: the others' turns stay as even as they were."""
+    seats = seats_of([50] + [1] * 50)
+    balancer = make_balancer("round_robin", seats, rng=random.Random(1))
+    for _ in range(300):
+        passing = Seat("http://10.1.1.1:8000", 7)
+        balancer.add(passing)
+        while balancer.pick() is not passing:
+            pass
+        balancer.remove(passing)
+    weights = [seat.weight for seat in (balancer.pick() for _ in range(200)) if seat]
+    for picks in range(1, 201):
+        assert abs(weights[:picks].count(50) - picks / 2) <= 2
 
 
 @pytest.mark.parametrize("policy", ["random", "power_of_two"])

@@ -139,10 +139,10 @@ def test_a_few_failures_among_many_do_not() -> None:
     health = health_of()
     for _ in range(100):
         fail(health, 3)
+        assert health.is_available(0.0)
         for _ in range(4):
             health.begin().succeeded(0.0)
-        assert WINDOW_RESULTS * 3 / 7 < WINDOW_FAILURES
-        assert health.is_available(0.0)
+    assert WINDOW_RESULTS * 3 / 7 < WINDOW_FAILURES
 
 
 @pytest.mark.parametrize("status", [200, 204, 301, 400, 401, 404, 408, 413, 422, 429, 499, 500, 501, 529, 599])
@@ -171,6 +171,17 @@ def test_clients_that_leave_neither_harm_nor_help() -> None:
     assert health.is_available(0.0)
     fail(health, 1)
     assert not health.is_available(0.0)
+
+
+def test_who_refuses_a_request_is_well() -> None:
+    health = health_of()
+    for status in (400, 404, 429):
+        fail(health, CONSECUTIVE_FAILURES - 1)
+        health.begin().answered(status, 0.0)
+    assert health.is_available(0.0)
+    broken = ejected()
+    broken.begin().answered(404, broken.ejected_until)
+    assert broken.state(broken.ejected_until) is State.HEALTHY
 
 
 def test_an_attempt_ends_once() -> None:
@@ -254,6 +265,8 @@ def test_a_last_resort_is_a_trial_too() -> None:
     second.failed(0.2)
     fail(health, CONSECUTIVE_FAILURES - 1, 0.2)
     assert health.is_available(0.2)
+    fail(health, 1, 0.2)
+    assert health.is_available(health.ejected_until)
 
 
 def test_last_resorts_that_fail_together_eject_once_more() -> None:
@@ -328,7 +341,7 @@ class AnyOrder(RuleBasedStateMachine):
         self.health = health_of(seed)
         self.now = 0.0
         self.open: list[Attempt] = []
-        self.has_trial = False  # one begun while the breaker was open is under way
+        self.trials: list[Attempt] = []  # those under way that were begun since the breaker opened
         self.probes: list[bool] = []
 
     @rule(seconds=st.sampled_from([0.0, 0.5, 3.0, 100.0]))
@@ -346,17 +359,21 @@ class AnyOrder(RuleBasedStateMachine):
         assert self.health.is_up
         assert self.health.state(self.now) in (State.HEALTHY, State.PROBING)
         if self.health.is_open:
-            assert not self.has_trial
+            assert not self.trials
             assert self.now >= self.health.ejected_until
-            self.has_trial = True
-        self.open.append(self.health.begin())
+        self.start()
         assert self.health.is_available(self.now) is not self.health.is_open
 
     @precondition(lambda self: not self.health.is_available(self.now))
     @rule()
     def last_resort(self) -> None:
-        self.open.append(self.health.begin())
-        self.has_trial = self.has_trial or self.health.is_open
+        self.start()
+
+    def start(self) -> None:
+        attempt = self.health.begin()
+        self.open.append(attempt)
+        if self.health.is_open:
+            self.trials.append(attempt)
 
     @precondition(lambda self: self.open)
     @rule(
@@ -376,7 +393,8 @@ class AnyOrder(RuleBasedStateMachine):
         if outcome == "succeeded":
             assert self.health.is_open <= was_open
         if self.health.is_open != was_open or self.health.ejected_until != until:
-            self.has_trial = False
+            self.trials = []
+        self.trials = [trial for trial in self.trials if trial is not attempt]
 
     @invariant()
     def active_verdict_is_a_function_of_the_probes(self) -> None:

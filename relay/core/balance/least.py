@@ -32,9 +32,12 @@ class LeastOutstanding(Balancer):
         hidden = self._in_row(tried)
         for seat in hidden:
             scores[seat.slot] = inf
+        turn = self._turn
         slot = self._least()
         for seat in hidden:
             scores[seat.slot] = seat.score
+        if hidden:
+            self._turn = turn  # or of two seats, the one that fails would be first every time
         return None if slot is None else self._row[slot]
 
     def _least(self) -> int | None:

@@ -7,7 +7,7 @@ Here seats of one weight form a group and simply take turns; only the few groups
 share, the one whose next turn is due first has it: the quota method of apportionment (Balinski and Young 1975), which
 never departs from a share by a whole turn. A group's turns, dealt out in order, keep that for each of its seats: after
 n picks, a seat of weight w, of W in all, has had n·w/W turns, rounded down or up. What a pick costs grows with the
-number of different weights (0.1 µs for each), not with that of seats.
+number of different weights (0.06 µs for each), not with that of seats.
 """
 
 from __future__ import annotations
@@ -43,21 +43,18 @@ class _Group:
         self.start = self.ready = ahead / per_round
         self.due = self.start + 1 / per_round  #: a turn after this would be behind
 
-    def has_other(self, tried: Collection[Seat]) -> bool:
-        """Whether it has a seat that is not `tried`."""
-        return any(seat not in tried for seat in self.seats)
+    def next_but(self, tried: Collection[Seat]) -> Seat | None:
+        """Whose turn is next among those not `tried`."""
+        return next((seat for seat in self.seats if seat not in tried), None)
 
-    def serve(self, tried: Collection[Seat]) -> Seat:
-        """The turn of the next seat that is not `tried`, of which there must be one."""
+    def serve(self) -> Seat:
+        """The turn of the next seat."""
         self.turns += 1
         self.ready = self.due
         # Divided, not added up: shares that are equal stay equal to the last bit, however long it runs.
         self.due = self.start + (self.turns + 1) / self.per_round
-        while True:
-            seat = self.seats.popleft()
-            self.seats.append(seat)
-            if seat not in tried:
-                return seat
+        self.seats.rotate(-1)
+        return self.seats[-1]
 
 
 class RoundRobin(Balancer):
@@ -71,21 +68,27 @@ class RoundRobin(Balancer):
 
     def pick(self, key: bytes | None = None, tried: Collection[Seat] = ()) -> Seat | None:
         """See `Balancer.pick`."""
-        now = (self._picks + 1) / self._per_round if self._per_round else 0.0
-        first = early = None
-        for group in self._groups.values():
-            if tried and not group.has_other(tried):
-                continue
-            if group.ready < now:
-                if first is None or group.due < first.due:
-                    first = group
-            elif early is None or group.due < early.due:
-                early = group  # for when all that are not ahead have been tried
-        chosen = first or early
-        if chosen is None:
+        if not self._row:
             return None
+        if out := self._in_row(tried):
+            return self._stand_in(out)
         self._picks += 1
-        return chosen.serve(tried)
+        now = self._picks / self._per_round
+        first: _Group | None = None
+        for group in self._groups.values():
+            if group.ready < now and (first is None or group.due < first.due):
+                first = group
+        assert first is not None  # some are behind their share, as the sum of turns is that of shares
+        return first.serve()
+
+    def _stand_in(self, out: Collection[Seat]) -> Seat | None:
+        """For a failover, who is due first; it keeps its turn.
+
+        Otherwise, of two seats, the one that works would spend its turns on the failures of the other, which then would
+        be the first choice of every request.
+        """
+        groups = sorted(self._groups.values(), key=lambda group: group.due)
+        return next((seat for group in groups if (seat := group.next_but(out))), None)
 
     def _join(self, seat: Seat) -> None:
         super()._join(seat)

@@ -1,0 +1,76 @@
+"""What an exchange costs, by prices per million tokens of the model that was asked for.
+
+Money is decimal. A price is taken as it is written in the configuration, a count is whole, and the product is exact;
+sums of them are, as long as they are made of decimals.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from decimal import Decimal
+from typing import Final, NamedTuple
+
+from relay.core.usage import Usage
+
+_MILLION: Final = Decimal(1_000_000)
+
+
+class Prices(NamedTuple):
+    """Of one model, for a million tokens each."""
+
+    prompt: Decimal
+    cached_prompt: Decimal  #: for those of the prompt that came from the engine's prefix cache
+    completion: Decimal
+
+    def cost(self, usage: Usage) -> Cost:
+        """What the tokens cost; those that the engine did not tell of are not charged."""
+        prompt = usage.prompt_tokens or 0
+        cached = min(usage.cached_tokens or 0, prompt)
+        return Cost(
+            ((prompt - cached) * self.prompt + cached * self.cached_prompt) / _MILLION,
+            (usage.completion_tokens or 0) * self.completion / _MILLION,
+        )
+
+
+class Cost(NamedTuple):
+    """What one exchange costs, in the prices' currency."""
+
+    prompt: Decimal
+    completion: Decimal
+
+    @property
+    def total(self) -> Decimal:
+        """Both parts."""
+        return self.prompt + self.completion
+
+    def members(self) -> dict[str, Decimal]:
+        """What `relay.core.rewrite.add_cost` puts into a usage object."""
+        return {
+            "prompt_total_cost": self.prompt,
+            "completion_total_cost": self.completion,
+            "total_cost": self.total,
+        }
+
+
+class PriceList:
+    """Prices by model: the name itself, else the longest pattern that fits, where ``*`` is any text."""
+
+    def __init__(self, prices: Mapping[str, Prices]) -> None:
+        self._by_name = {name: price for name, price in prices.items() if "*" not in name}
+        self._by_pattern = [
+            (re.compile(".*".join(map(re.escape, name.split("*"))), re.DOTALL), prices[name])
+            for name in sorted(prices.keys() - self._by_name.keys(), key=lambda name: (-len(name), name))
+        ]
+
+    def __repr__(self) -> str:
+        return f"<PriceList names={len(self._by_name)} patterns={len(self._by_pattern)}>"
+
+    def of(self, model: str | None) -> Prices | None:
+        """A model's prices; None where it has none."""
+        if model is None:
+            return None
+        named = self._by_name.get(model)
+        if named is not None:
+            return named
+        return next((prices for pattern, prices in self._by_pattern if pattern.fullmatch(model)), None)

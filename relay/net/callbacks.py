@@ -1,0 +1,108 @@
+"""Where decoders call back (ascend_layerwise): a listener of its own, for the pool's decoders and nobody else."""
+
+from __future__ import annotations
+
+import socket
+from typing import TYPE_CHECKING, Final
+
+import h11
+import trio
+
+from relay.address import Address, parse_address
+from relay.core.connectors.base import CALLBACK_PATH
+from relay.net import sockets
+
+if TYPE_CHECKING:
+    from relay.net.fleet import Pool
+    from relay.net.service import Service
+
+#: How long a decoder may take with its message.
+CALLBACK_S: Final = 10.0
+#: Longest message: block ids of a long prompt.
+MOST_BYTES: Final = 16_777_216
+
+
+async def serve(service: Service, pool: Pool, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+    """Takes the calls of one pool's decoders until cancelled; started once the pool knows its address."""
+    configured = pool.config.callback_address
+    address = parse_address(configured) if configured else Address("0.0.0.0", 0)
+    family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setblocking(False)
+        listener.bind((address.host, address.port))
+        listener.listen()
+        port = listener.getsockname()[1]
+        host = address.host if configured else _own_address(pool)
+        pool.callback_url = f"{Address(host, port).url}{CALLBACK_PATH.decode('ascii')}"
+        task_status.started()
+        async with trio.open_nursery() as nursery:
+            while True:
+                await trio.lowlevel.wait_readable(listener)
+                try:
+                    sock, peer = listener.accept()
+                except OSError:
+                    await trio.sleep(0.1)
+                    continue
+                sock.setblocking(False)
+                nursery.start_soon(_take_call, service, pool, sock, str(peer[0]))
+
+
+def _own_address(pool: Pool) -> str:
+    """The address by which this machine's packets leave for the first decoder."""
+    decoder = next(iter(pool.groups["decode"].upstreams.values()), None)
+    if decoder is None or not decoder.config.host:
+        return "127.0.0.1"
+    family = socket.AF_INET6 if ":" in decoder.config.host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((decoder.config.host, decoder.config.port))
+        except OSError:
+            return "127.0.0.1"
+        return str(probe.getsockname()[0])
+
+
+async def _take_call(service: Service, pool: Pool, sock: socket.socket, peer: str) -> None:
+    with sock, trio.move_on_after(CALLBACK_S):
+        try:
+            connection = h11.Connection(h11.SERVER)
+            target = b""
+            body = bytearray()
+            while True:
+                event = connection.next_event()
+                if event is h11.NEED_DATA:
+                    connection.receive_data(await sockets.receive(sock))
+                elif isinstance(event, h11.Request):
+                    target = event.target
+                elif isinstance(event, h11.Data):
+                    body += event.data
+                    if len(body) > MOST_BYTES:
+                        return
+                else:
+                    break
+            status = 200
+            if not await _is_decoder(pool, peer):
+                status = 403
+            elif target.partition(b"?")[0] != CALLBACK_PATH:
+                status = 404
+            elif (key := pool.connector.callback_key(bytes(body))) is not None and key in service.callbacks:
+                service.callbacks[key](bytes(body))
+            # A call for nobody is answered 200 too: the decoder takes anything else for a reason to call again.
+            response = h11.Response(status_code=status, headers=[("content-length", "0"), ("connection", "close")])
+            await sockets.send_all(sock, connection.send(response) or b"")
+        except (OSError, h11.ProtocolError):
+            return
+
+
+async def _is_decoder(pool: Pool, peer: str) -> bool:
+    for upstream in pool.groups["decode"].upstreams.values():
+        config = upstream.config
+        if config.host == peer:
+            return True
+        try:
+            addresses = await trio.socket.getaddrinfo(config.host, config.port)
+        except OSError:
+            continue
+        if any(address[4][0] == peer for address in addresses):
+            return True
+    return False

@@ -1,0 +1,60 @@
+"""Handles whose clients have left: a decoder takes what is held for them, and drops it.
+
+A prefiller keeps a prompt's blocks until a decoder has read them, or a timer of minutes has run out, and while it keeps
+them others wait (ai-dynamo/dynamo#13703: 55 s). So a client that leaves between the two legs still costs one short
+decode. It is no load of any exchange and is not balanced; it is bounded in number and time, and nobody waits for it.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from relay.core.connectors.base import Leg as Sends
+from relay.core.connectors.base import drain
+from relay.errors import ExchangeError
+from relay.net.whole import ask_whole
+
+if TYPE_CHECKING:
+    from relay.net.exchange import Exchange
+    from relay.net.fleet import Pool
+    from relay.net.pool import Upstream
+
+#: Drains at once in a worker; beyond that, handles wait for the engine's timer.
+MOST_DRAINS: Final = 64
+#: Longest time for one, seconds.
+DRAIN_S: Final = 10.0
+
+
+class Drains:
+    """Frees handles in the background of a worker."""
+
+    def __init__(self) -> None:
+        self.nursery: trio.Nursery | None = None  #: the worker's; None: there is none to run in
+        self.running = 0
+        self.done = 0
+        self.failed = 0  #: or not begun
+
+    def __repr__(self) -> str:
+        return f"<Drains running={self.running} done={self.done} failed={self.failed}>"
+
+    def start(self, exchange: Exchange, pool: Pool, sends: Sends, bound: Upstream | None) -> None:
+        """Has a decoder take a handle: `bound`, or any that is up."""
+        decoders = [upstream for upstream in pool.groups["decode"].upstreams.values() if upstream.health.is_up]
+        if self.nursery is None or self.running >= MOST_DRAINS or not (bound or decoders):
+            self.failed += 1
+            return
+        self.running += 1
+        self.nursery.start_soon(self._run, exchange, bound or random.choice(decoders), sends)
+
+    async def _run(self, exchange: Exchange, decoder: Upstream, sends: Sends) -> None:
+        try:
+            with trio.fail_after(DRAIN_S):
+                await ask_whole(exchange, decoder, drain(sends, exchange.route))
+            self.done += 1
+        except (ExchangeError, ValueError, trio.TooSlowError):
+            self.failed += 1
+        finally:
+            self.running -= 1

@@ -1,0 +1,117 @@
+"""The engines of one role in a pool, and the choice among them."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Collection
+
+from relay.address import UpstreamConfig
+from relay.core.balance import Seat, make_balancer
+from relay.core.health import Attempt, Health, HealthRules
+from relay.net.pool import Upstream
+
+
+class Ask:
+    """What a request asks a pool for: what a policy goes by, and whose turn it takes in the queue."""
+
+    __slots__ = ("key", "prompt_bytes", "roles", "tenant")
+
+    def __init__(self, roles: tuple[str, ...], key: bytes | None, prompt_bytes: int, tenant: bytes) -> None:
+        self.roles = roles  #: an engine of each
+        self.key = key  #: what the policy goes by
+        self.prompt_bytes = prompt_bytes
+        self.tenant = tenant  #: whose turn it takes
+
+
+class Group:
+    """The engines of one role in a pool, and the policy that picks among them."""
+
+    def __init__(self, role: str, balance: str, rules: HealthRules, rng: random.Random) -> None:
+        self.role = role
+        self.upstreams: dict[str, Upstream] = {}  #: by URL
+        self.balancer = make_balancer(balance, (), rng=rng)
+        self.rules = rules
+        self._rng = rng
+        self._by_seat: dict[Seat, Upstream] = {}
+        self._ejected: set[Upstream] = set()  # to be looked at again when their time has come
+
+    def __repr__(self) -> str:
+        return f"<Group {self.role} {self.balancer!r}>"
+
+    def add(self, config: UpstreamConfig) -> Upstream:
+        """Puts in an engine. Raises ValueError if it is there."""
+        upstream = Upstream(config, self.role, Health(self.rules, self._rng))
+        self.balancer.add(upstream.seat)
+        self.upstreams[upstream.config.url] = upstream
+        self._by_seat[upstream.seat] = upstream
+        return upstream
+
+    def become(self, wanted: dict[str, UpstreamConfig], before: Group) -> None:
+        """Has the engines `wanted` from now on, by URL; `before` is the group whose place this one takes, or this."""
+        resolved = {url: upstream.config for url, upstream in before.upstreams.items() if upstream.is_resolved}
+        for url in list(before.upstreams):
+            if before is not self or wanted.get(url) != before.upstreams[url].config:
+                before.remove(url)
+        for url, config in wanted.items():
+            if url not in self.upstreams:
+                self.add(config).is_resolved = resolved.get(url) == config
+
+    def remove(self, url: str) -> Upstream:
+        """Takes out an engine; what it is doing goes on. Raises KeyError if it is not there."""
+        upstream = self.upstreams.pop(url)
+        self.balancer.remove(upstream.seat)
+        self._by_seat.pop(upstream.seat)
+        self._ejected.discard(upstream)
+        upstream.is_leaving = True
+        upstream.close_idle()
+        return upstream
+
+    def refresh(self, upstream: Upstream) -> None:
+        """Takes note that an engine's health, or what it has to do, has changed."""
+        if upstream.is_leaving:
+            return
+        health = upstream.health
+        if health.is_open and health.is_up:
+            self._ejected.add(upstream)
+        else:
+            self._ejected.discard(upstream)
+        is_available = health.is_available(time.monotonic()) and not upstream.is_full
+        self.balancer.set_available(upstream.seat, is_available)
+
+    def begin(self, upstream: Upstream) -> Attempt:
+        """An attempt is about to be made: how it goes decides whether the engine is picked again."""
+        attempt = upstream.health.begin()
+        if upstream.health.is_open:
+            self.refresh(upstream)  # one trial at a time
+        return attempt
+
+    def has_other(self, tried: Collection[Upstream]) -> bool:
+        """Whether an engine is left that could be picked."""
+        return any(self._is_usable(upstream) for upstream in self.upstreams.values() if upstream not in tried)
+
+    def _is_usable(self, upstream: Upstream) -> bool:
+        return upstream.health.is_up and not upstream.is_full
+
+    def pick(self, ask: Ask, tried: Collection[Upstream] = ()) -> Upstream | None:
+        """The engine for an attempt, none of those `tried`; None where all that are left are full or down."""
+        for upstream in list(self._ejected):
+            self.refresh(upstream)
+        seat = self.balancer.pick(ask.key, [upstream.seat for upstream in tried])
+        return self._by_seat[seat] if seat is not None else self._last_resort(tried)
+
+    def _last_resort(self, tried: Collection[Upstream]) -> Upstream | None:
+        """Where only failed requests speak against the engines that are left: the least bad of them."""
+        if any(up.health.is_up and not up.health.is_open for up in self.upstreams.values() if up not in tried):
+            return None  # it is full, and will have room
+        left = [up for up in self._ejected if up not in tried and self._is_usable(up)]
+        return min(left, key=lambda upstream: upstream.health.badness, default=None)
+
+    def is_hopeless(self, tried: Collection[Upstream] = ()) -> bool:
+        """Whether waiting would be in vain: no engine is left that is up."""
+        return not any(up.health.is_up for up in self.upstreams.values() if up not in tried)
+
+    def retry_after_s(self) -> int:
+        """Whole seconds until an engine may be available."""
+        now = time.monotonic()
+        return max(1, round(min((up.health.retry_after_s(now) for up in self.upstreams.values()), default=1)))
