@@ -135,7 +135,6 @@ class Exchange:
         tried: dict[str, list[Upstream]] = {role: [] for role in ask.roles}
         while True:
             self.attempts += 1
-            self.upstream = place.upstreams[ask.roles[-1]]
             may_go_on = self.attempts < failover.attempts and pool.has_others(place, ask, tried)
             attempt = (SplitAttempt if pool.is_split else PlainAttempt)(self, pool, place, may_go_on=may_go_on)
             try:

@@ -20,6 +20,7 @@ class PlainAttempt:
 
     def __init__(self, exchange: Exchange, pool: Pool, place: Place, *, may_go_on: bool) -> None:
         self._exchange = exchange
+        exchange.upstream = place.upstreams[self.role]
         self._leg = Leg(
             exchange,
             pool.groups[self.role],
