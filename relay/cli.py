@@ -74,6 +74,18 @@ def _check(arguments: argparse.Namespace) -> int:
     return _DONE
 
 
+def _key_new(arguments: argparse.Namespace) -> int:
+    from relay import keys
+
+    return keys.main(arguments.name)
+
+
+def _install_systemd(arguments: argparse.Namespace) -> int:
+    from relay import install
+
+    return install.main(arguments.prefix, arguments.force)
+
+
 def _demo(arguments: argparse.Namespace) -> int:
     from relay import demo
 
@@ -147,6 +159,17 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = command("demo", _demo, "Stream a chat completion from the built-in engine through a relay.")
     demo.add_argument("--once", action="store_true", help="exit after it, instead of leaving both running")
+
+    key = commands.add_parser("key", help="Keys for clients: key new NAME.", allow_abbrev=False)
+    keys = key.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
+    summary = "Print a new key once, and the line of auth.keys_file that lets its holder in."
+    new = keys.add_parser("new", help=summary, description=summary, allow_abbrev=False)
+    new.add_argument("name", metavar="NAME", help="whose key it is; in records and metrics")
+    new.set_defaults(run=_key_new)
+
+    install = command("install-systemd", _install_systemd, "Write systemd units for this installation.")
+    install.add_argument("--prefix", metavar="DIR", default="/", help="write below this directory (default /)")
+    install.add_argument("--force", action="store_true", help="overwrite units that differ")
 
     command("version", _version, "Print the versions of relay, Python and the dependencies.")
     return parser

@@ -163,6 +163,13 @@ class UpstreamAnswered(ExchangeError):
         self.body = body
 
 
+class AnswerTooLarge(ExchangeError):
+    """The engine's answer is longer than the relay may hold of it (``stream.max_answer_bytes``)."""
+
+    status = 502
+    code = "upstream_error"
+
+
 class UpstreamRecomputed(ExchangeError):
     """A decoder of vllm-ascend gave the request up: its answer is cut in the middle."""
 

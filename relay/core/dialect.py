@@ -115,6 +115,14 @@ class Meter:
         return f"<Meter {self.route.value} content={self.content_frames} end={self.saw_end} usage={self.usage}>"
 
     @property
+    def counted(self) -> Usage | None:
+        """`usage`; where the engine has not said what it generated, content frames stand in: the stream was cut."""
+        usage = self.usage
+        if not self.content_frames or (usage is not None and usage.completion_tokens is not None):
+            return usage
+        return msgspec.structs.replace(usage or Usage(), completion_tokens=self.content_frames)
+
+    @property
     def saw_content(self) -> bool:
         """Whether any content frame has passed."""
         return self.content_frames > 0

@@ -17,10 +17,9 @@ class UsageEditor:
     It meters what it edits: what the engine said, but for the cached tokens, which it cannot know.
     """
 
-    __slots__ = ("cached_tokens", "hides_usage", "meter", "prices")
+    __slots__ = ("cached_tokens", "hides_usage", "prices")
 
-    def __init__(self, meter: Meter, *, hides_usage: bool = False, prices: Prices | None = None) -> None:
-        self.meter = meter
+    def __init__(self, *, hides_usage: bool = False, prices: Prices | None = None) -> None:
         self.hides_usage = hides_usage  #: the frame that holds nothing but usage is not for the client
         self.prices = prices  #: None: costs are not told
         self.cached_tokens: int | None = None  #: of a split request, what its prefiller said; None: nothing
@@ -37,24 +36,23 @@ class UsageEditor:
         """Whether `edit` has to see a frame; all others are metered and passed on by the caller."""
         return b'"usage"' in frame
 
-    def edit(self, frame: bytes) -> bytes | None:
+    def edit(self, frame: bytes, meter: Meter) -> bytes | None:
         """Meters a frame; answers what goes out in its place: the same object where nothing changes; None: nothing."""
         if self.cached_tokens is not None:
             frame = rewrite.set_cached_tokens(frame, self.cached_tokens)
-        self.meter.inspect(frame)
+        meter.inspect(frame)
         if self.hides_usage and rewrite.is_usage_only(frame):
             return None
-        return self._priced(frame)
+        return self._priced(frame, meter)
 
-    def edit_body(self, body: bytes) -> bytes:
+    def edit_body(self, body: bytes, meter: Meter) -> bytes:
         """Meters a whole JSON answer, and returns what goes out in its place."""
         if self.cached_tokens is not None:
             body = rewrite.set_cached_tokens(body, self.cached_tokens)
-        self.meter.take_body(body)
-        return self._priced(body)
+        meter.take_body(body)
+        return self._priced(body, meter)
 
-    def _priced(self, answer: bytes) -> bytes:
-        usage = self.meter.usage
-        if self.prices is None or usage is None:
+    def _priced(self, answer: bytes, meter: Meter) -> bytes:
+        if self.prices is None or meter.usage is None:
             return answer
-        return rewrite.add_cost(answer, self.prices.cost(usage).members())
+        return rewrite.add_cost(answer, self.prices.cost(meter.usage).members())

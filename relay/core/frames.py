@@ -58,7 +58,7 @@ class FrameRelay:
     ) -> None:
         self.decoder = decoder
         self.meter = meter
-        self.editor = editor  #: changes frames, and meters those with the same `meter`; None: all pass as they come
+        self.editor = editor  #: changes some frames, and meters those; None: all pass as they come
         self.finder = FrameFinder()
         self.is_chunked = is_chunked  #: the client takes chunks (HTTP/1.1)
         self.max_frame_bytes = max_frame_bytes
@@ -200,7 +200,7 @@ class FrameRelay:
         if self.editor is None or not self.editor.concerns(frame):
             self.meter.take(frame)
             return frame
-        passed = self.editor.edit(frame)
+        passed = self.editor.edit(frame, self.meter)
         self.finder.frames -= passed is None  # it counts what is passed on
         return passed
 

@@ -7,6 +7,7 @@ order are the interface; `make_record` is where each is defined.
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from decimal import Decimal
 from typing import Any, Final
 
 import msgspec
@@ -14,7 +15,7 @@ import msgspec
 from relay.core.dialect import Meter
 from relay.core.histogram import Histogram
 
-_encode = msgspec.json.Encoder().encode
+_encode = msgspec.json.Encoder(decimal_format="number").encode
 
 
 class Timeline:
@@ -97,7 +98,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     total_tokens: int | None = None
     usage: str = "none"
     finish_reason: str | None = None
-    cost: str | None = None
+    cost: Decimal | None = None
     error: str | None = None
 
     def encode(self) -> bytes:
@@ -118,13 +119,14 @@ def make_record(
     upstream: str | None = None,
     status: int | None = None,
     is_stream: bool = False,
+    is_streamed_upstream: bool = False,
     attempts: int = 0,
     frames: int = 0,
     bytes_in: int = 0,
     bytes_out: int = 0,
     key: str | None = None,
     prefill_upstream: str | None = None,
-    cost: str | None = None,
+    cost: Decimal | None = None,
     error: str | None = None,
     timeline: Timeline | None = None,
     meter: Meter | None = None,
@@ -132,13 +134,8 @@ def make_record(
 ) -> Record:
     """The record of an exchange; `now` is the time of day in seconds since the epoch, all other times are marks."""
     ts = datetime.fromtimestamp(now, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-    usage = meter.usage if meter else None
-    source = "engine" if usage else "none"
-    completion = usage.completion_tokens if usage else None
-    if completion is None and meter is not None and meter.content_frames:
-        # Nothing was said of the output, though `message_start` may have told of the prompt: the stream was cut.
-        source = "estimated"
-        completion = meter.content_frames
+    usage = meter.counted if meter else None
+    source = "none" if usage is None or meter is None else "engine" if usage is meter.usage else "estimated"
     fields: dict[str, Any] = dict(_times(timeline)) if timeline else {}
     if gaps is not None and gaps.count:
         fields["gap_p50_ms"] = _ms_of_ns(gaps.quantile(0.5))
@@ -158,14 +155,14 @@ def make_record(
         status=status,
         outcome=outcome,
         stream=is_stream,
-        streamed_upstream=is_stream,
+        streamed_upstream=is_streamed_upstream,
         attempts=attempts,
         frames=frames,
         bytes_in=bytes_in,
         bytes_out=bytes_out,
         prompt_tokens=usage.prompt_tokens if usage else None,
         cached_tokens=usage.cached_tokens if usage else None,
-        completion_tokens=completion,
+        completion_tokens=usage.completion_tokens if usage else None,
         reasoning_tokens=usage.reasoning_tokens if usage else None,
         total_tokens=usage.total_tokens if usage else None,
         usage=source,

@@ -87,23 +87,35 @@ async def _run(
             gc.freeze()
             for listener in listeners:
                 print(f"relay: listening on {url_of(listener)}", file=sys.stderr, flush=True)
-            systemd.notify("READY=1")
+            systemd.ready(f"serving on {', '.join(map(url_of, listeners))}")
+            if (limit_s := systemd.watchdog_s()) is not None:
+                nursery.start_soon(_feed_watchdog, limit_s / 2)
             await worker.stopped.wait()
             nursery.cancel_scope.cancel()
+
+
+async def _feed_watchdog(interval_s: float) -> None:
+    """A sign of life from the event loop that carries the traffic: where it hangs, systemd is to begin anew."""
+    while True:
+        systemd.feed_watchdog()
+        await trio.sleep(interval_s)
 
 
 async def _obey(worker: Worker, signals: AsyncIterator[int]) -> None:
     """SIGHUP reloads; the first signal to stop drains, the second cuts."""
     async for number in signals:
         if number == signal.SIGHUP:
+            systemd.reloading("reading the configuration")
             try:
-                print(f"relay: reloaded: {worker.reload()}", file=sys.stderr, flush=True)
+                said = f"reloaded: {worker.reload()}"
             except ValueError as problem:
-                print(f"relay: not reloaded: {problem}", file=sys.stderr, flush=True)
+                said = f"not reloaded: {problem}"
+            print(f"relay: {said}", file=sys.stderr, flush=True)
+            systemd.ready(said)
         elif not worker.service.is_ready:
             worker.cut()
         else:
-            systemd.notify("STOPPING=1")
+            systemd.stopping("draining")
             worker.stop()
 
 

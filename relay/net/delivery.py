@@ -45,6 +45,8 @@ class Delivery:
         try:
             if opening.relay is not None:
                 is_reusable = await self._relay_stream(opening.relay)
+            elif opening.body is not None:
+                is_reusable = await self._send_whole(opening.body)
             else:
                 is_reusable = await self._relay_body()
         finally:
@@ -88,6 +90,14 @@ class Delivery:
                 pair.last_read_ns = time.monotonic_ns()  # the client's delay is not the engine's silence
             elif stop is not Stop.DONE:
                 raise _failure_of(stop, relay, idle_s)
+
+    async def _send_whole(self, body: bytes) -> bool:
+        """An answer that has been read to its end; True if the engine's connection can be used again."""
+        exchange, answer = self.exchange, self.opening.answer
+        head = exchange.reply.head(answer.status, answer.reason, answer.fields, len(body))
+        exchange.commit(answer.status)
+        await exchange.reply.send(head + body)
+        return self.opening.is_reusable
 
     async def _relay_body(self) -> bool:
         """An answer that is no event stream, as it comes; True if the engine's connection can be used again."""

@@ -1,30 +1,42 @@
-"""An engine's answer up to the commit point: what kind of body it has, and the first frame of a stream."""
+"""An engine's answer up to the commit point: what kind of body it has, and the first frame of a stream.
+
+Some answers are read to their end before anything goes out: those made of a stream that the client did not ask for, and
+those whose usage object changes. Until then a failed engine can still be replaced by another.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
+import trio
+
 from relay.core import headers
+from relay.core.aggregate import Collector, EngineError, TooLarge, Truncated, aggregator_for
 from relay.core.dialect import Meter
+from relay.core.editor import UsageEditor
 from relay.core.frames import FrameRelay, Pieces
 from relay.core.framing import BodyKind, decode_into, decoder_for
+from relay.core.request import Route
 from relay.core.sse import looks_like_event_stream
-from relay.errors import Phase, UpstreamDisconnected, UpstreamProtocolError
+from relay.errors import AnswerTooLarge, Phase, UpstreamDisconnected, UpstreamProtocolError, UpstreamTimeout
 from relay.net import upstream
 from relay.net.pool import UpstreamConnection
 from relay.net.pump import Pair
 
 if TYPE_CHECKING:
+    from relay.core.framing import Buffer
     from relay.net.leg import Leg
 
 #: How much of a body of doubtful type is read for its first non-blank byte.
 MOST_LOOKED_AT_BYTES: Final = 4096
+#: How long the end of a stream's body is waited for behind its end mark, for the sake of the connection alone.
+BODY_END_S: Final = 1.0
 
 
 class Opening:
     """An answer to commit to: its head, and the first frame where it is an event stream."""
 
-    __slots__ = ("answer", "connection", "first", "leg", "relay")
+    __slots__ = ("answer", "body", "connection", "first", "is_reusable", "leg", "relay")
 
     def __init__(self, leg: Leg, connection: UpstreamConnection, answer: upstream.Answer) -> None:
         self.leg = leg
@@ -32,9 +44,11 @@ class Opening:
         self.answer = answer
         self.relay: FrameRelay | None = None  #: an event stream's
         self.first = b""  #: the frames that go out with its head
+        self.body: bytes | None = None  #: the whole answer's, where it has been read to its end,
+        self.is_reusable = False  #: after which the connection can carry another exchange
 
     def __repr__(self) -> str:
-        return f"<Opening {self.answer!r} {'stream' if self.relay else 'body'}>"
+        return f"<Opening {self.answer!r} {'stream' if self.relay else 'body' if self.body is None else 'whole'}>"
 
     async def is_event_stream(self, pair: Pair, *, is_expected: bool) -> bool:
         """Whether the answer is relayed frame by frame: by its type, or where that lies, by its first bytes.
@@ -61,9 +75,13 @@ class Opening:
                 return False
             answer.rest += data
 
-    async def read_first_frame(self, pair: Pair, meter: Meter, *, is_chunked: bool, max_frame_bytes: int) -> None:
+    async def read_first_frame(
+        self, pair: Pair, meter: Meter, editor: UsageEditor | None, *, is_chunked: bool, max_frame_bytes: int
+    ) -> None:
         """Reads until there is a whole frame to send. Raises UpstreamDisconnected where none comes."""
-        relay = FrameRelay(self.answer.decoder, meter, is_chunked=is_chunked, max_frame_bytes=max_frame_bytes)
+        relay = FrameRelay(
+            self.answer.decoder, meter, is_chunked=is_chunked, max_frame_bytes=max_frame_bytes, editor=editor
+        )
         self.relay = relay
         out: Pieces = []
         data = self.answer.rest
@@ -84,3 +102,81 @@ class Opening:
                 if relay.decoder.error is not None:
                     message = f"the engine's stream is cut: {relay.decoder.error}"
                     raise UpstreamDisconnected(message, phase=Phase.HEAD)
+
+    async def collect(
+        self, pair: Pair, meter: Meter, *, route: Route, request: Buffer, max_bytes: int, idle_s: float
+    ) -> int:
+        """Reads a whole stream and makes one body of it, or of the error in it; answers how many frames it had.
+
+        After the first read the engine may be silent for `idle_s`. Raises UpstreamDisconnected, UpstreamProtocolError,
+        UpstreamTimeout or AnswerTooLarge.
+        """
+        answer = self.answer
+        collector = Collector(answer.decoder, meter, aggregator_for(route, max_bytes=max_bytes, request=request))
+        try:
+            await self._collect(pair, collector, idle_s)
+            self.body = collector.result()
+        except EngineError as error:
+            answer.status, answer.reason, self.body = error.status, b"", error.body
+        except Truncated as failure:
+            raise UpstreamDisconnected(failure.message, phase=Phase.HEAD) from None
+        except TooLarge as failure:
+            message = f"{failure.message} (stream.max_answer_bytes); ask for a stream, or for less"
+            raise AnswerTooLarge(message, phase=Phase.HEAD) from None
+        answer.fields = [field for field in answer.fields if field[0] not in (b"content-type", b"x-accel-buffering")]
+        answer.fields.append((b"content-type", b"application/json"))
+        self.is_reusable = collector.decoder.is_done and answer.is_reusable and not collector.has_excess
+        return collector.finder.frames
+
+    async def _collect(self, pair: Pair, collector: Collector, idle_s: float) -> None:
+        decoder, aggregator = collector.decoder, collector.aggregator
+        limit_s: float | None = None  # the first bytes are still under the limit for the answer
+        collector.feed(self.answer.rest)
+        try:
+            while not decoder.is_done:
+                if decoder.error is not None:
+                    message = f"the engine's stream is malformed: {decoder.error}"
+                    raise UpstreamProtocolError(message, phase=Phase.HEAD)
+                if aggregator.is_complete:
+                    limit_s = BODY_END_S
+                elif collector.finder.frames:
+                    limit_s = idle_s
+                if limit_s is not None:
+                    pair.limit(limit_s)
+                await pair.wait_upstream()  # also where bytes wait already: other tasks' turn
+                data = await upstream.receive(pair, self.connection)
+                if data:
+                    collector.feed(data)
+                    continue
+                decoder.at_close()
+                if decoder.error is not None and not aggregator.is_complete:
+                    message = f"the engine closed its connection in the middle of its answer: {decoder.error}"
+                    raise UpstreamDisconnected(message, phase=Phase.HEAD)
+                return
+        except trio.TooSlowError:
+            if aggregator.is_complete:
+                return
+            if limit_s is None:
+                raise
+            message = f"the engine was silent for between_tokens_s = {idle_s:g} s"
+            raise UpstreamTimeout(message, phase=Phase.HEAD) from None
+
+    async def read_whole(self, pair: Pair, meter: Meter, editor: UsageEditor, *, max_bytes: int, idle_s: float) -> None:
+        """Reads a JSON answer to its end, and edits it; one that is longer, or breaks off, goes on as it comes."""
+        answer = self.answer
+        decoder = decoder_for(answer.kind, answer.fields)
+        raw, payload = bytearray(answer.rest), bytearray()
+        position = decode_into(payload, decoder, raw)
+        while not decoder.is_done and decoder.error is None and len(payload) <= max_bytes:
+            pair.limit(idle_s)
+            data = await upstream.receive(pair, self.connection)
+            if not data:
+                decoder.at_close()
+                break
+            position = len(raw) + decode_into(payload, decoder, data)
+            raw += data
+        if decoder.is_done:
+            self.body = editor.edit_body(bytes(payload), meter)
+            self.is_reusable = answer.is_reusable and position == len(raw)
+        else:
+            answer.rest = bytes(raw)

@@ -6,15 +6,17 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import pytest
 
-from relay.daemon.systemd import listen_fds, notify
+from relay.daemon import systemd
+from relay.daemon.systemd import Priority, listen_fds, notify
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 
@@ -69,11 +71,68 @@ def test_a_full_queue_does_not_stop_the_daemon(
     assert not notify("READY=1")
 
 
-def set_listen(monkeypatch: pytest.MonkeyPatch, pid: str | None, count: str | None, names: str | None = None) -> None:
-    for name, value in {"LISTEN_PID": pid, "LISTEN_FDS": count, "LISTEN_FDNAMES": names}.items():
+@pytest.mark.parametrize(
+    ("call", "datagram"),
+    [
+        (lambda: systemd.ready("2 workers"), b"READY=1\nSTATUS=2 workers"),
+        (lambda: systemd.stopping("draining"), b"STOPPING=1\nSTATUS=draining"),
+        (lambda: systemd.show_status("7 in flight"), b"STATUS=7 in flight"),
+        (lambda: systemd.show_status("a\nREADY=1\r\nb"), b"STATUS=a READY=1 b"),
+        (lambda: systemd.extend_timeout(12.5), b"EXTEND_TIMEOUT_USEC=12500000"),
+        (lambda: systemd.extend_timeout(0.1 + 0.2), b"EXTEND_TIMEOUT_USEC=300000"),
+        (systemd.feed_watchdog, b"WATCHDOG=1"),
+    ],
+)
+def test_states(
+    call: Callable[[], bool],
+    datagram: bytes,
+    manager: socket.socket,
+    address: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("NOTIFY_SOCKET", address)
+    assert call()
+    assert manager.recv(1000) == datagram
+
+
+def test_a_reload_says_when(manager: socket.socket, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NOTIFY_SOCKET", address)
+    before = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
+    assert systemd.reloading("reading relay.toml")
+    after = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
+    state, when, status = manager.recv(1000).decode().split("\n")
+    assert (state, status) == ("RELOADING=1", "STATUS=reading relay.toml")
+    assert before <= int(when.removeprefix("MONOTONIC_USEC=")) <= after
+
+
+@pytest.mark.parametrize(
+    ("limit", "pid", "expected"),
+    [
+        ("10000000", "own", 10.0),
+        ("1500000", None, 1.5),
+        ("10000000", "1", None),
+        ("10000000", "", None),
+        ("0", "own", None),
+        ("x", "own", None),
+        ("-1", "own", None),
+        (None, "own", None),
+        (None, None, None),
+    ],
+)
+def test_watchdog(limit: str | None, pid: str | None, expected: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_variables(monkeypatch, WATCHDOG_USEC=limit, WATCHDOG_PID=str(os.getpid()) if pid == "own" else pid)
+    assert systemd.watchdog_s() == expected
+
+
+def set_variables(monkeypatch: pytest.MonkeyPatch, **variables: str | None) -> None:
+    for name, value in variables.items():
         monkeypatch.delenv(name, raising=False)
         if value is not None:
             monkeypatch.setenv(name, value)
+
+
+def set_listen(monkeypatch: pytest.MonkeyPatch, pid: str | None, count: str | None) -> None:
+    set_variables(monkeypatch, LISTEN_PID=pid, LISTEN_FDS=count, LISTEN_FDNAMES=None)
 
 
 @pytest.mark.parametrize(
@@ -126,3 +185,46 @@ def test_passed_sockets(names: str | None, shown: list[str]) -> None:
         f"{shown[1]} {ports[1]} False",
         "[] []",
     ]
+
+
+@pytest.mark.parametrize(
+    ("passed", "expected"),
+    [
+        ([], ([], [], [])),
+        ([(3, "http"), (4, "admin"), (5, "https"), (6, "http")], ([3, 6], [5], [4])),
+        ([(3, ""), (4, "relay.socket"), (5, "unknown"), (6, "HTTPS")], ([3, 4, 5, 6], [], [])),
+    ],
+)
+def test_listeners_by_name(
+    passed: list[tuple[int, str]], expected: tuple[list[int], ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(systemd, "listen_fds", lambda: [systemd.PassedSocket(*one) for one in passed])
+    assert systemd.passed_listeners() == expected
+
+
+# -- the journal
+
+
+def journal_stream(fd: int) -> str:
+    found = os.fstat(fd)
+    return f"{found.st_dev}:{found.st_ino}"
+
+
+def test_lines_for_the_journal_have_their_priority(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JOURNAL_STREAM", journal_stream(2))
+    systemd.say("relay: listening")
+    systemd.say("Traceback:\n  line 1\n\nError\n", Priority.ERROR)
+    systemd.say("relay: slow", Priority.WARNING)
+    assert capfd.readouterr().err == "<6>relay: listening\n<3>Traceback:\n<3>  line 1\n<3>\n<3>Error\n<4>relay: slow\n"
+
+
+@pytest.mark.parametrize("stream", [None, "", "0:0", "stdout"])
+def test_lines_for_people_have_none(
+    stream: str | None, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Standard error may have been redirected while standard output still goes to the journal."""
+    set_variables(monkeypatch, JOURNAL_STREAM=journal_stream(1) if stream == "stdout" else stream)
+    systemd.say("relay: listening", Priority.WARNING)
+    assert capfd.readouterr().err == "relay: listening\n"

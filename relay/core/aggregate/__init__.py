@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from relay.core.aggregate.base import Aggregator
 from relay.core.aggregate.chat import ChatAggregator, forces_tool
+from relay.core.aggregate.collector import Collector
 from relay.core.aggregate.completions import CompletionsAggregator
 from relay.core.aggregate.failure import AggregateError, EngineError, TooLarge, Truncated
 from relay.core.aggregate.messages import MessagesAggregator
@@ -22,7 +23,7 @@ from relay.core.aggregate.responses import ResponsesAggregator
 from relay.core.framing import Buffer
 from relay.core.request import Route
 
-__all__ = ["AggregateError", "Aggregator", "EngineError", "TooLarge", "Truncated", "aggregator_for"]
+__all__ = ["AggregateError", "Aggregator", "Collector", "EngineError", "TooLarge", "Truncated", "aggregator_for"]
 
 
 def aggregator_for(route: Route, *, max_bytes: int, request: Buffer = b"{}") -> Aggregator:
