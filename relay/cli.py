@@ -136,6 +136,10 @@ def _parser() -> argparse.ArgumentParser:
          help="how a prefiller hands over to a decoder (default nixl)")  # fmt: skip
     flag("--balance", metavar="NAME", type=_read(settings.Balance),
          help="how an engine is picked (default least_outstanding; the README tells of the others)")  # fmt: skip
+    flag("--force-stream", action="store_true",
+         help="have engines stream to clients that do not, and answer those with one JSON body")  # fmt: skip
+    flag("--include-usage", metavar="WHEN", type=_read(settings.IncludeUsage),
+         help="always: ask engines for usage, and hide it from clients that did not (default as-asked)")  # fmt: skip
     flag("--workers", metavar="N", type=_read(settings.Workers), help="auto or 1 (default auto)")
     flag("--log-format", metavar="FORMAT", type=_read(settings.LogFormat), help="json, text or off (default json)")
     flag("--drain-s", metavar="SECONDS", type=_read(settings.Delay),
@@ -200,6 +204,14 @@ def _with_flags(config: Config, arguments: argparse.Namespace) -> Config:
         config = replace(config, daemon=replace(config.daemon, drain_s=arguments.drain_s))
     if arguments.log_format is not None:
         config = replace(config, log=replace(config.log, format=arguments.log_format))
+    streaming: dict[str, Any] = {}
+    if arguments.force_stream:
+        streaming["force_stream"] = True
+    if arguments.include_usage is not None:
+        streaming["include_usage"] = arguments.include_usage
+    if streaming:
+        pools = tuple(replace(pool, **dict.fromkeys(streaming)) for pool in config.pools)  # the flag is for all
+        config = replace(config, pools=pools, stream=replace(config.stream, **streaming))
     first, *others = config.pools or (PoolConfig(),)
     if arguments.upstream is not None:
         first = replace(first, upstreams=tuple(arguments.upstream))
@@ -267,13 +279,18 @@ def _summary(config: Config) -> Iterator[str]:
             yield f"  at most {pool.max_in_flight} in flight"
         if pool.max_queue:
             yield f"  at most {pool.max_queue} waiting"
+        for name in ("force_stream", "include_usage"):
+            if (value := getattr(pool, name)) is not None:
+                yield f"  {name} = {_toml(value)}"
+    if config.prices:
+        yield f"prices for {', '.join(config.prices)}"
     changed = [*_differences(config)]
     yield "differs from the defaults:" if changed else "all limits are the defaults"
     yield from changed
 
 
 def _differences(config: Config) -> Iterator[str]:
-    for table in ("daemon", "stream", "failover", "timeouts", "limits", "health", "log"):
+    for table in ("daemon", "stream", "failover", "timeouts", "limits", "health", "cost", "log"):
         mine, default = getattr(config, table), getattr(Config(), table)
         for name in mine.__struct_fields__:
             value, usual = getattr(mine, name), getattr(default, name)

@@ -6,12 +6,13 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import urllib.request
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import pytest
 
@@ -28,6 +29,8 @@ ROOT = Path(__file__).parents[1]
 #: No command takes longer than this for anything.
 LIMIT_S = 30
 
+Capsys: TypeAlias = pytest.CaptureFixture[str]
+
 UPSTREAM = ["--upstream", "http://127.0.0.1:8000"]
 
 
@@ -36,8 +39,10 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Config]:
     """What `relay serve` would run with given flags: the daemon's place is taken."""
     configs: list[Config] = []
 
-    def run(config: Config) -> int:
+    def run(config: Config, load_config: Callable[[], Config] | None = None) -> int:
         configs.append(config)
+        # What a reload would read is the same, flags included; without a file there is nothing to read.
+        assert load_config is None or load_config() == config
         return 7
 
     worker = ModuleType("relay.daemon.worker")
@@ -153,7 +158,12 @@ def test_without_an_upstream_serve_says_what_to_do(refused: Callable[..., str], 
         (["--upstream", "https://a"], '--upstream: "https://a" is https'),
         (["--upstream", "http://a/v1"], "--upstream: "),
         (["--upstream", "http://127.0.0.1:8080"], "--upstream: http://127.0.0.1:8080 is this relay itself"),
-        (["--balance", "random"], '--balance: "random" is not valid; allowed: "least_outstanding" or "round_robin"'),
+        (["--balance", "fastest"], '--balance: "fastest" is not valid; allowed: "least_outstanding", "round_robin", '),
+        (
+            ["--admin", "0.0.0.0:8081"],
+            "--admin: 0.0.0.0:8081 can be reached from other machines; allowed: loopback, or ",
+        ),
+        (["--upstream", "http://127.0.0.1:8000"], '--upstream: "http://127.0.0.1:8000" is there twice'),
         (["--workers", "2"], '--workers: "2" is not valid; allowed: "auto" or 1'),
         (["--log-format", "xml"], '--log-format: "xml" is not valid'),
         (["--drain-s", "-1"], '--drain-s: "-1" is not valid; allowed: seconds, 0 or more'),
@@ -172,6 +182,23 @@ def test_wrong_usage(arguments: list[str], refused: Callable[..., str]) -> None:
     assert refused(*arguments).endswith("--help)")
 
 
+def test_what_a_flag_did_not_say_is_the_files_problem(file: Callable[[str], str], capsys: Capsys) -> None:
+    path = file("""
+        [[pool]]
+        max_queue = 3
+        [[pool]]
+        name = "other"
+        models = ["m"]
+        upstreams = ["http://a:1", "http://a:1"]
+    """)
+    assert main(["serve", "--config", path, "--upstream", "http://127.0.0.1:8081"]) == 2
+    assert [line.partition(": ")[0] for line in capsys.readouterr().err.splitlines()] == [
+        f"{path}:pool[0].max_queue",
+        f"{path}:pool[1].upstreams[1]",
+        "relay serve",
+    ]
+
+
 def test_check_says_what_the_file_would_do(file: Callable[[str], str], capsys: pytest.CaptureFixture[str]) -> None:
     path = file("""
         [listen]
@@ -181,10 +208,17 @@ def test_check_says_what_the_file_would_do(file: Callable[[str], str], capsys: p
         [[pool]]
         name = "chat"
         models = ["a", "b*"]
-        upstreams = ["http://10.0.0.1:8000", "unix:/run/vllm.sock"]
+        upstreams = ["http://10.0.0.1:8000", { url = "unix:/run/vllm.sock", weight = 2, max_in_flight = 9 }]
         balance = "round_robin"
+        max_in_flight = 10
+        max_queue = 20
+        [[pool]]
+        name = "rest"
+        upstreams = ["dns+http://engines:8000"]
         [failover]
         statuses = [503]
+        [health]
+        interval_s = 1
         [timeouts]
         connect_s = 1
         first_token_s = 600
@@ -201,10 +235,15 @@ def test_check_says_what_the_file_would_do(file: Callable[[str], str], capsys: p
         "  admin off",
         "  pool chat: a, b*; round_robin over",
         "    http://10.0.0.1:8000",
-        "    unix:/run/vllm.sock",
+        "    unix:/run/vllm.sock, weight 2, at most 9 in flight",
+        "    at most 10 in flight",
+        "    at most 20 waiting",
+        "  pool rest: every model; least_outstanding over",
+        "    dns+http://engines:8000",
         "  differs from the defaults:",
         "    failover.statuses = [503] (default [502,503,504])",
         "    timeouts.connect_s = 1.0 (default 3.0)",
+        "    health.interval_s = 1.0 (default 5.0)",
         '    log.format = "text" (default "json")',
     ]
 
@@ -227,11 +266,88 @@ def test_the_example_is_right(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.endswith("all limits are the defaults\n")
 
 
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool, bool]]:
+    """What `relay status` would ask for: URL, `--watch`, `--json`."""
+    calls: list[tuple[str, bool, bool]] = []
+
+    def status(admin_url: str, watch: bool, as_json: bool) -> int:
+        calls.append((admin_url, watch, as_json))
+        return 0
+
+    monkeypatch.setattr("relay.status.main", status)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("flags", "wanted"),
+    [
+        ([], ("http://127.0.0.1:8081", False, False)),
+        (["--admin", "[::1]:9", "--watch"], ("http://[::1]:9", True, False)),
+        (["--admin", "unix:/run/relay/admin.sock", "--json"], ("unix:/run/relay/admin.sock", False, True)),
+    ],
+)
+def test_status_asks_the_admin_side(
+    flags: list[str], wanted: tuple[str, bool, bool], asked: list[tuple[str, bool, bool]]
+) -> None:
+    assert main(["status", *flags]) == 0
+    assert asked == [wanted]
+
+
+@pytest.mark.parametrize("address", ["8081", "off", "http://127.0.0.1:8081"])
+def test_status_wants_an_address(address: str, refused: Callable[..., str]) -> None:
+    assert refused("status", "--admin", address).startswith(f'relay status: --admin: "{address}" ')
+
+
+def test_status_of_nobody(refused: Callable[..., str]) -> None:
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        port = held.getsockname()[1]
+        line = refused("status", "--admin", f"127.0.0.1:{port}")
+    assert line.startswith(f"relay status: no answer from http://127.0.0.1:{port} (")
+
+
+def test_the_flags_of_a_split_pool(served: Callable[..., Config]) -> None:
+    config = served("--prefill", "http://a:1", "--prefill", "http://b:1", "--decode", "http://c:1",
+                    "--connector", "mooncake")  # fmt: skip
+    (pool,) = config.pools
+    assert [each.url for each in pool.prefill] == ["http://a:1", "http://b:1"]
+    assert [each.url for each in pool.decode] == ["http://c:1"]
+    assert (pool.upstreams, pool.connector) == ((), "mooncake")
+
+
+def test_the_flags_of_the_ascend_proxy(served: Callable[..., Config]) -> None:
+    config = served(
+        *["--host", "127.0.0.1", "--port", "9000", "--prefiller-hosts", "a", "b", "--prefiller-ports", "1", "2"],
+        *["--decoder-hosts", "c", "--decoder-ports", "3"],
+    )
+    (pool,) = config.pools
+    assert config.listen.addresses == (Address("127.0.0.1", 9000),)
+    assert [each.url for each in pool.prefill] == ["http://a:1", "http://b:2"]
+    assert [each.url for each in pool.decode] == ["http://c:3"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--prefiller-hosts", "a", "b", "--prefiller-ports", "1"], "--prefiller-ports: 2 hosts and 1 ports"),
+        (["--prefiller-hosts", "a", "--prefiller-ports", "99999"], '--prefiller-hosts: "http://a:99999" has no valid '),
+        (["--decoder-hosts", "a b", "--decoder-ports", "1"], '--decoder-hosts: "http://a b:1" has no valid host'),
+        (["--host", "a b"], '--host: "a b:8000" has no valid host'),
+        (["--port", "70000"], '--host: "127.0.0.1:70000" has no valid port'),
+    ],
+)
+def test_a_wrong_flag_of_the_ascend_proxy_is_named(flags: list[str], said: str, refused: Callable[..., str]) -> None:
+    assert refused("serve", *flags).startswith(f"relay serve: {said}")
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["version"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"relay {relay.__version__}"
-    assert [line.split()[0] for line in lines] == ["relay", "Python", "trio", "h11", "httpx", "msgspec"]
+    assert [line.split()[0] for line in lines] == [
+        *["relay", "Python", "trio", "h11", "httpx", "msgspec", "prometheus-client", "rich"]
+    ]
 
 
 def run_relay(*arguments: str) -> subprocess.CompletedProcess[str]:

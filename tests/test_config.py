@@ -9,6 +9,7 @@ import pytest
 
 from relay.address import Address, parse_address, parse_upstream
 from relay.config import Config, ConfigError, load
+from relay.core.balance import POLICIES
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -50,6 +51,7 @@ def test_a_file_with_every_setting(read: Callable[[str], Config]) -> None:
         addresses = ["0.0.0.0:80", "[::1]:0", "unix:/run/relay.sock"]
         [admin]
         address = "unix:/run/admin.sock"
+        allow_remote = true
         [daemon]
         workers = 1
         drain_s = 5
@@ -57,8 +59,23 @@ def test_a_file_with_every_setting(read: Callable[[str], Config]) -> None:
         [[pool]]
         name = "chat"
         models = ["qwen3-32b", "org/qwen*"]
-        upstreams = ["http://10.0.0.1:8000", { url = "unix:/run/vllm.sock" }]
+        upstreams = [
+            "http://10.0.0.1:8000",
+            { url = "unix:/run/vllm.sock" },
+            { url = "dns+http://engines:8000", weight = 3, max_in_flight = 7 },
+        ]
         balance = "round_robin"
+        max_in_flight = 100
+        max_queue = 50
+        session_header = "X-Chat"
+        [[pool]]
+        name = "long"
+        prefill = [{ url = "http://10.0.1.1:8000", kv_address = "10.0.1.1:21001", bootstrap = "http://10.0.1.1:8998" }]
+        decode = [{ url = "http://10.0.2.1:8000", bootstrap_port = 8998 }]
+        connector = "sglang"
+        on_missing_kv = "error"
+        drain_kv = false
+        callback_address = "10.0.0.9:9000"
         [stream]
         max_frame_bytes = 4096
         [failover]
@@ -72,15 +89,21 @@ def test_a_file_with_every_setting(read: Callable[[str], Config]) -> None:
         client_stall_s = 4
         queue_s = 5
         connect_s = 6
-        first_token_s = 7
-        between_tokens_s = 8
-        total_s = 9
+        prefill_s = 7
+        first_token_s = 8
+        between_tokens_s = 9
+        total_s = 10
         upstream_idle_s = 0
         [limits]
         max_head_bytes = 1
         max_body_bytes = 2
         max_connections = 3
         max_buffered_bytes = 4
+        [health]
+        path = "/ping?deep=1"
+        interval_s = 0
+        failures = 1
+        successes = 4
         [log]
         format = "off"
     """)
@@ -89,17 +112,34 @@ def test_a_file_with_every_setting(read: Callable[[str], Config]) -> None:
         Address("::1", 0),
         Address(unix_path="/run/relay.sock"),
     )
-    assert config.admin.address == Address(unix_path="/run/admin.sock")
+    assert (config.admin.address, config.admin.allow_remote) == (Address(unix_path="/run/admin.sock"), True)
     assert (config.daemon.workers, config.daemon.drain_s, config.daemon.ready_delay_s) == (1, 5.0, 2.5)
-    (pool,) = config.pools
+    pool, split = config.pools
     assert (pool.name, pool.models, pool.balance) == ("chat", ("qwen3-32b", "org/qwen*"), "round_robin")
-    assert [upstream.url for upstream in pool.upstreams] == ["http://10.0.0.1:8000", "unix:/run/vllm.sock"]
+    assert (pool.max_in_flight, pool.max_queue, pool.session_header) == (100, 50, "X-Chat")
+    assert [(each.url, each.weight, each.max_in_flight, each.is_dns) for each in pool.upstreams] == [
+        ("http://10.0.0.1:8000", 1, 0, False),
+        ("unix:/run/vllm.sock", 1, 0, False),
+        ("dns+http://engines:8000", 3, 7, True),
+    ]
+    assert (pool.is_split, split.is_split) == (False, True)
+    (prefill,), (decode,) = split.prefill, split.decode
+    assert (prefill.url, prefill.kv_address, prefill.bootstrap) == (
+        "http://10.0.1.1:8000",
+        "10.0.1.1:21001",
+        "http://10.0.1.1:8998",
+    )
+    assert (decode.url, decode.bootstrap_port) == ("http://10.0.2.1:8000", 8998)
+    assert (split.connector, split.on_missing_kv, split.drain_kv) == ("sglang", "error", False)
+    assert split.callback_address == "10.0.0.9:9000"
     assert config.stream.max_frame_bytes == 4096
     assert (config.failover.attempts, config.failover.budget_s, config.failover.statuses) == (1, 0.5, ())
     timeouts = config.timeouts
-    assert [getattr(timeouts, name) for name in timeouts.__struct_fields__] == [1, 2, 3, 4, 5, 6, 7, 8, 9, 0]
+    assert [getattr(timeouts, name) for name in timeouts.__struct_fields__] == [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 0]
     limits = config.limits
     assert [getattr(limits, name) for name in limits.__struct_fields__] == [1, 2, 3, 4]
+    health = config.health
+    assert (health.path, health.interval_s, health.failures, health.successes) == ("/ping?deep=1", 0.0, 1, 4)
     assert config.log.format == "off"
 
 
@@ -110,6 +150,7 @@ def test_the_defaults_are_those_of_the_interface(read: Callable[[str], Config]) 
         addresses = ["127.0.0.1:8080"]
         [admin]
         address = "127.0.0.1:8081"
+        allow_remote = false
         [daemon]
         workers = "auto"
         drain_s = 30.0
@@ -127,6 +168,7 @@ def test_the_defaults_are_those_of_the_interface(read: Callable[[str], Config]) 
         client_stall_s = 30.0
         queue_s = 60.0
         connect_s = 3.0
+        prefill_s = 300.0
         first_token_s = 600.0
         between_tokens_s = 120.0
         total_s = 0.0
@@ -136,6 +178,11 @@ def test_the_defaults_are_those_of_the_interface(read: Callable[[str], Config]) 
         max_body_bytes = 67108864
         max_connections = 20000
         max_buffered_bytes = 1073741824
+        [health]
+        path = "/health"
+        interval_s = 5.0
+        failures = 3
+        successes = 2
         [log]
         format = "json"
     """)
@@ -153,6 +200,28 @@ def test_the_defaults_are_those_of_the_interface(read: Callable[[str], Config]) 
     }
 
 
+def test_the_defaults_of_a_pool_and_its_engines_are_those_of_the_interface(read: Callable[[str], Config]) -> None:
+    (pool,) = read(POOL).pools
+    values = {name: getattr(pool, name) for name in pool.__struct_fields__ if name != "upstreams"}
+    assert values == {
+        "name": "default", "models": (), "balance": "least_outstanding", "max_in_flight": 0, "max_queue": 0,
+        "session_header": "X-Session-Id", "prefill": (), "decode": (), "connector": "nixl", "on_missing_kv": "decode",
+        "drain_kv": True, "callback_address": "",
+    }  # fmt: skip
+    (upstream,) = pool.upstreams
+    assert (upstream.weight, upstream.max_in_flight) == (1, 0)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["least_outstanding", "round_robin", "random", "power_of_two", "session_affinity", "prefix_affinity"],
+)
+def test_every_policy_has_its_name(name: str, read: Callable[[str], Config]) -> None:
+    (pool,) = read(f"{POOL}balance = '{name}'").pools
+    assert pool.balance == name
+    assert name in POLICIES
+
+
 def test_admin_can_be_off(read: Callable[[str], Config]) -> None:
     assert read(POOL + '[admin]\naddress = "off"').admin.address is None
 
@@ -167,9 +236,18 @@ def test_all_problems_are_reported_each_on_its_line(problems: Callable[[str], li
         drain_s = "3"
         "a b\\n" = 1
         [[pool]]
-        upstreams = ["https://10.0.0.1:8000", { url = "http://10.0.0.2:8000/v1", weight = 2 }, {}]
-        balance = "random"
+        upstreams = ["https://10.0.0.1:8000", { url = "http://10.0.0.2:8000/v1", weight = 2, wait = 1 }, {}]
+        balance = "fastest"
         [[pool]]
+        upstreams = [{ url = "http://a:1", weight = 0 }, { url = "dns+unix:/a" }]
+        max_queue = -1
+        max_in_flight = "10"
+        session_header = "X Session"
+        [[pool]]
+        [health]
+        path = "health"
+        interval_s = -1
+        failures = 0
         [timeouts]
         conect_s = 3
         [failover]
@@ -177,23 +255,34 @@ def test_all_problems_are_reported_each_on_its_line(problems: Callable[[str], li
         [limits]
         max_buffered_bytes = 1
     """) == [
-        "bogus: is not a known name; allowed: listen, admin, daemon, pool, stream, failover, timeouts, limits, log",
+        "bogus: is not a known name; allowed: listen, admin, daemon, pool, stream, failover, timeouts, limits, "
+        "health, log",
         'listen.addresses[0]: "8080" has no host; write 127.0.0.1:8080, or 0.0.0.0:8080 for every interface',
         "listen.addresses[2]: 3 is not valid; allowed: HOST:PORT, [::1]:PORT or unix:/path",
         'daemon.workers: 8 is not valid; allowed: "auto" or 1 (this version runs one worker)',
         'daemon.drain_s: "3" is not valid; allowed: seconds, 0 or more (0: none at all)',
         'daemon."a b\\n": is not a known name; allowed: workers, drain_s, ready_delay_s',
         'pool[0].upstreams[0]: "https://10.0.0.1:8000" is https, which this version does not speak; '
-        "allowed: http://HOST:PORT or unix:/path",
-        "pool[0].upstreams[1].weight: is not supported by this version; take it out",
+        "allowed: http://HOST:PORT, dns+http://NAME:PORT or unix:/path",
         'pool[0].upstreams[1].url: "http://10.0.0.2:8000/v1" has a path, and requests keep their own; '
         "write http://10.0.0.2:8000 without /v1",
+        "pool[0].upstreams[1].wait: is not a known name; perhaps weight is meant; allowed: url, weight, max_in_flight, "
+        "kv_address, bootstrap, bootstrap_port",
         'pool[0].upstreams[2]: has no url; allowed: { url = "http://HOST:PORT" }',
-        'pool[0].balance: "random" is not valid; allowed: "least_outstanding" or "round_robin" (in this version)',
+        'pool[0].balance: "fastest" is not valid; allowed: "least_outstanding", "round_robin", "random", '
+        '"power_of_two", "session_affinity" or "prefix_affinity"',
+        "pool[1].upstreams[0].weight: 0 is not valid; allowed: a whole number, 1 to 1000",
+        'pool[1].upstreams[1].url: "dns+unix:/a" has no name to resolve; allowed: dns+http://NAME:PORT',
+        "pool[1].max_queue: -1 is not valid; allowed: a whole number, 0 or more (0: none)",
+        'pool[1].max_in_flight: "10" is not valid; allowed: a whole number, 0 or more (0: no limit)',
+        'pool[1].session_header: "X Session" is not valid; allowed: the name of a header field',
+        'health.path: "health" is not valid; allowed: a path, beginning with /',
+        "health.interval_s: -1 is not valid; allowed: seconds, 0 or more (0: none at all)",
+        "health.failures: 0 is not valid; allowed: a whole number, at least 1",
         "timeouts.conect_s: is not a known name; perhaps connect_s is meant; allowed: client_head_s, client_body_s, "
-        "client_idle_s, client_stall_s, queue_s, connect_s, first_token_s, between_tokens_s, total_s, upstream_idle_s",
+        "client_idle_s, client_stall_s, queue_s, connect_s, prefill_s, first_token_s, between_tokens_s, total_s, "
+        "upstream_idle_s",
         "failover.statuses[0]: 200 is not valid; allowed: an HTTP error status, 400 to 599",
-        "pool[1]: is a second pool; allowed: one [[pool]] (in this version)",
         "limits.max_buffered_bytes: has no room for max_body_bytes; allowed: 67108864 or more",
     ]
 
@@ -204,23 +293,19 @@ def test_all_problems_are_reported_each_on_its_line(problems: Callable[[str], li
         ("auth", '[auth]\nkeys_file = "keys"'),
         ("prices", '[prices."qwen3-32b"]\nprompt = 0.1'),
         ("cost", "[cost]\nin_usage = true"),
-        ("health", "[health]\ninterval_s = 1"),
         ("listen.tls", '[listen]\ntls = { cert = "c", key = "k" }'),
         ("stream.force_stream", "[stream]\nforce_stream = true"),
         ("stream.include_usage", '[stream]\ninclude_usage = "always"'),
         ("stream.keepalive_comment_s", "[stream]\nkeepalive_comment_s = 5"),
-        ("timeouts.prefill_s", "[timeouts]\nprefill_s = 5"),
         *[
             (f"pool[0].{name}", f"[[pool]]\nupstreams = ['http://a:1']\n{name} = {value}")
             for name, value in {
-                "max_in_flight": 1, "max_queue": 1, "session_header": "'x'", "force_stream": "true",
-                "include_usage": "'always'", "keepalive_comment_s": 1, "prefill": [], "decode": [],
-                "on_missing_kv": "'error'", "drain_kv": "true", "callback_address": "''", "connector": "'nixl'",
+                "force_stream": "true", "include_usage": "'always'", "keepalive_comment_s": 1,
             }.items()
         ],
         *[
             (f"pool[0].upstreams[0].{name}", f"[[pool]]\nupstreams = [{{ url = 'http://a:1', {name} = {value} }}]")
-            for name, value in {"weight": 1, "max_in_flight": 1, "ca": "'x'", "server_name": "'x'"}.items()
+            for name, value in {"ca": "'x'", "server_name": "'x'"}.items()
         ],
     ],
 )  # fmt: skip
@@ -254,12 +339,47 @@ def test_what_comes_later_is_refused_now(table: str, text: str, problems: Callab
         ("admin", "address = 8081"),
         ("admin", "address = []"),
         ("log", 'format = "xml"'),
+        ("admin", "allow_remote = 1"),
+        ("health", 'path = ""'),
+        ("health", 'path = "/a b"'),
+        ("health", 'path = "/é"'),
+        ("health", "interval_s = inf"),
+        ("health", "failures = 1.5"),
+        ("health", "successes = 0"),
+        ("timeouts", "prefill_s = -1"),
     ],
 )
 def test_a_value_out_of_range(table: str, setting: str, problems: Callable[[str], list[str]]) -> None:
     name = setting.partition(" = ")[0]
     (line,) = problems(f"{POOL}[{table}]\n{setting}")
     assert line.startswith(f"{table}.{name}: ")
+    assert "is not valid; allowed: " in line
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "name = ''", "name = 'a b'", "models = 'm'", "models = ['a b']", "balance = 'round-robin'", "balance = 1",
+        "max_in_flight = -1", "max_in_flight = 1.5", "max_in_flight = true", "max_queue = '1'", "session_header = ''",
+        "session_header = 'a:'", "connector = 'vllm'", "on_missing_kv = 'wait'", "drain_kv = 1",
+        "callback_address = 'here'", "prefill = 'http://a:1'",
+    ],
+)  # fmt: skip
+def test_a_pools_value_out_of_range(setting: str, problems: Callable[[str], list[str]]) -> None:
+    name = setting.partition(" = ")[0]
+    (line,) = problems(f"{POOL}{setting}")
+    assert line.startswith(f"pool[0].{name}")
+    assert "is not valid; allowed: " in line
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["weight = 0", "weight = 1001", "weight = 1.5", "weight = true", "max_in_flight = -1", "bootstrap_port = 70000"],
+)
+def test_an_engines_value_out_of_range(setting: str, problems: Callable[[str], list[str]]) -> None:
+    name = setting.partition(" = ")[0]
+    (line,) = problems(f"[[pool]]\nupstreams = [{{ url = 'http://a:1', {setting} }}]")
+    assert line.startswith(f"pool[0].upstreams[0].{name}: ")
     assert "is not valid; allowed: " in line
 
 
@@ -283,6 +403,52 @@ def test_a_table_of_the_wrong_kind(text: str, problems: Callable[[str], list[str
         ("[[pool]]\nupstreams = ['http://localhost:8080']", "pool[0].upstreams[0]", "is this relay itself"),
         ("[[pool]]\nupstreams = ['http://127.0.0.1:8081']", "pool[0].upstreams[0]", "is this relay itself"),
         ("[[pool]]\nupstreams = ['unix:/a']\n[listen]\naddresses = ['unix:/a']", "pool[0].upstreams[0]", "itself"),
+        ("[[pool]]\nupstreams = ['dns+http://localhost:8080']", "pool[0].upstreams[0]", "is this relay itself"),
+        (POOL + "[[pool]]\nname = 'x'\nmodels = ['m']", "pool[1].upstreams", "no upstream"),
+        (
+            POOL + "[[pool]]\nname = 'x'\nmodels = ['m']\nupstreams = ['http://127.0.0.1:8081']",
+            "pool[1].upstreams[0]",
+            "is this relay itself (admin.address)",
+        ),
+        (
+            POOL + "[[pool]]\nmodels = ['m']\nupstreams = ['http://a:1']",
+            "pool[1].name",
+            '"default" is pool[0]\'s too; allowed: another name',
+        ),
+        (
+            POOL + "[[pool]]\nname = 'x'\nupstreams = ['http://a:1']",
+            "pool[1].models",
+            "is empty, and pool[0]'s is; allowed: one pool for every model not claimed by another",
+        ),
+        (
+            POOL + "models = ['a', 'b*']\n[[pool]]\nname = 'x'\nmodels = ['c', 'b*']\nupstreams = ['http://a:1']",
+            "pool[1].models",
+            '"b*" is pool[0]\'s too; allowed: one of both',
+        ),
+        (
+            POOL + "max_queue = 1",
+            "pool[0].max_queue",
+            "nothing ever waits without a max_in_flight, of the pool or of all its upstreams",
+        ),
+        (
+            "[[pool]]\nupstreams = [{ url = 'http://a:1', max_in_flight = 1 }, 'http://b:1']\nmax_queue = 1",
+            "pool[0].max_queue",
+            "nothing ever waits",
+        ),
+        *[
+            (POOL + f"[admin]\naddress = '{address}'", "admin.address", f"{address} can be reached from other machines")
+            for address in ("0.0.0.0:8081", "10.0.0.1:8081", "[::]:8081", "example.org:8081")
+        ],
+        ("[[pool]]\nprefill = ['http://a:1']", "pool[0].decode", "is empty; a split pool has"),
+        ("[[pool]]\ndecode = ['http://a:1']", "pool[0].prefill", "is empty; a split pool has"),
+        ("[[pool]]\nprefill = ['http://a:1', 'http://a:1']\ndecode = ['http://a:1']", "pool[0].prefill[1]", "twice"),
+        (POOL + "prefill = ['http://a:1']\ndecode = ['http://b:1']", "pool[0].upstreams", "beside prefill and decode"),
+        (
+            "[[pool]]\nprefill = ['http://a:1']\ndecode = ['http://127.0.0.1:8080']",
+            "pool[0].decode[0]",
+            "is this relay itself",
+        ),
+        (POOL + "[limits]\nmax_buffered_bytes = 1000", "limits.max_buffered_bytes", "allowed: 67108864 or more"),
     ],
 )
 def test_settings_wrong_together(text: str, key: str, message: str, problems: Callable[[str], list[str]]) -> None:
@@ -297,6 +463,12 @@ def test_settings_right_together(read: Callable[[str], Config]) -> None:
         "[[pool]]\nupstreams = ['http://10.0.0.1:8080', 'http://127.0.0.2:8080', 'unix:/b']\n"
         "[listen]\naddresses = ['127.0.0.1:0', '127.0.0.1:0', '127.0.0.1:8080', '[::]:8080', 'unix:/a']"
     )
+    read(POOL + "models = ['a', 'b*']\n[[pool]]\nname = 'x'\nmodels = ['b']\nupstreams = ['http://10.0.0.1:8000']")
+    read(POOL + "max_queue = 1\nmax_in_flight = 1")
+    read("[[pool]]\nupstreams = [{ url = 'http://a:1', max_in_flight = 1 }]\nmax_queue = 1")
+    read(POOL + "[admin]\naddress = '0.0.0.0:8081'\nallow_remote = true")
+    for address in ("127.0.0.2:8081", "[::1]:8081", "localhost:8081", "unix:/run/admin"):
+        read(f"{POOL}[admin]\naddress = '{address}'")
 
 
 def test_text_that_is_not_toml(problems: Callable[[str], list[str]]) -> None:
@@ -373,9 +545,24 @@ def test_an_upstream_on_a_unix_socket() -> None:
     )
 
 
+def test_an_engine_at_each_address_of_a_name() -> None:
+    named = parse_upstream("DNS+http://Engines.Local:8000")
+    assert (named.url, named.is_dns, named.host) == ("dns+http://engines.local:8000", True, "engines.local")
+    assert parse_upstream(named.url) == named
+    for ip, url in (("10.0.0.1", "http://10.0.0.1:8000"), ("fd00::1", "http://[fd00::1]:8000")):
+        engine = named.at(ip)
+        assert (engine.url, engine.host, engine.port, engine.is_dns) == (url, ip, 8000, False)
+        assert engine.authority == "engines.local:8000"
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
+        ("dns+https://a:1", "is https"),
+        ("dns+unix:/a", "has no name to resolve"),
+        ("dns+dns+unix:/a", "has no name to resolve"),
+        ("dns+a:1", "is not an engine's URL"),
+        ("dns+http://a:0", "has port 0"),
         ("https://a:1", "is https"),
         ("HTTPS://a:1", "is https"),
         ("a:8000", "is not an engine's URL"),

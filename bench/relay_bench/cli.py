@@ -5,10 +5,21 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+#: Verbs, the module whose ``main`` reads their arguments, and what they do.
+VERBS: Final = {
+    "engine": ("relay_bench.engine.command", "the built-in engine: a paced stand-in for vLLM, with faults on request"),
+    "load": ("relay_bench.load.command", "load any OpenAI-compatible server, and time every frame of its answers"),
+    "compare": ("relay_bench.compare", "the same requests direct and through proxies, paired"),
+    "sweep": ("relay_bench.sweep", "load over rates or concurrencies: the knee, or the highest that meets --goodput"),
+    "doctor": ("relay_bench.doctor.command", "is this path fit for streaming? names what is not, and what mends it"),
+    "report": ("relay_bench.report.command", "result files as one self-contained HTML page"),
+    "micro": ("relay_bench.micro", "micro-benchmarks of the relay's pure parts"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -16,21 +27,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog="relay-bench", description="Measure and test relays of token streams.")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    engine = verbs.add_parser("engine", help="the built-in engine: a paced stand-in for vLLM, with faults on request")
-    verbs.add_parser("micro", help="micro-benchmarks of the relay's pure parts", add_help=False)
-    if arguments[:1] == ["micro"]:  # reads its own arguments
-        return _micro(arguments[1:])
-
-    from relay_bench.engine import command
-
-    command.add_arguments(engine)
-    return command.run(parser.parse_args(arguments))
-
-
-def _micro(arguments: list[str]) -> int:
+    for verb, (_, purpose) in VERBS.items():
+        verbs.add_parser(verb, help=purpose, add_help=False)
+    if not arguments or arguments[0] not in VERBS:
+        parser.parse_args(arguments)  # prints help or what is wrong, and exits
+    verb, *rest = arguments
     try:
-        micro = importlib.import_module("relay_bench.micro")
+        module = importlib.import_module(VERBS[verb][0])
     except ModuleNotFoundError as error:
-        print(f"relay-bench micro: not part of this installation ({error.name} is missing)", file=sys.stderr)
+        missing = (
+            f"{error.name} is missing; install relay[bench]" if error.name == "rich" else f"{error.name} is missing"
+        )
+        print(f"relay-bench {verb}: not part of this installation ({missing})", file=sys.stderr)
         return 2
-    return int(micro.main(arguments) or 0)
+    return int(module.main(rest) or 0)

@@ -26,6 +26,8 @@ def conflicts(config: Config, wrong: Collection[str] = ()) -> Iterator[Problem]:
     if "listen" not in wrong and "admin" not in wrong:
         yield from _colliding_addresses(config)
         yield from _loops(config)
+    if "prices" not in wrong and "cost" not in wrong and config.cost.in_usage and not config.prices:
+        yield Problem("cost.in_usage", 'there are no prices to tell; allowed: false, or a table [prices."MODEL"]')
     if "limits" not in wrong and config.limits.max_buffered_bytes < config.limits.max_body_bytes:
         least = config.limits.max_body_bytes
         yield Problem("limits.max_buffered_bytes", f"has no room for max_body_bytes; allowed: {least} or more")

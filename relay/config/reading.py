@@ -35,10 +35,7 @@ class Problem(NamedTuple):
 
 #: Names of the interface that later versions take, indices left out.
 _NOT_YET_SUPPORTED = frozenset({
-    "auth", "cost", "prices", "listen.tls",
-    "stream.force_stream", "stream.include_usage", "stream.keepalive_comment_s",
-    "pool.force_stream", "pool.include_usage",
-    "pool.keepalive_comment_s",
+    "listen.tls", "stream.keepalive_comment_s", "pool.keepalive_comment_s",
     "pool.upstreams.ca", "pool.upstreams.server_name",
 })  # fmt: skip
 
@@ -55,6 +52,10 @@ _TEXT_READERS: dict[Any, Callable[[str], Any]] = {
 
 def read_table(struct: type[_T], table: dict[str, Any], key: str, problems: list[Problem]) -> _T:
     """Read the settings of one table; those that are wrong keep their default."""
+    return struct(**_read_settings(struct, table, key, problems))
+
+
+def _read_settings(struct: type[Table], table: dict[str, Any], key: str, problems: list[Problem]) -> dict[str, Any]:
     fields = {field.encode_name: field for field in msgspec.structs.fields(struct)}
     values = {}
     for name, value in table.items():
@@ -63,13 +64,15 @@ def read_table(struct: type[_T], table: dict[str, Any], key: str, problems: list
             problems.append(_unknown(path, name, [*fields]))
         elif (setting := _read(fields[name].type, value, path, problems)) is not _WRONG:
             values[fields[name].name] = setting
-    return struct(**values)
+    return values
 
 
 def _read(setting: Any, value: Any, key: str, problems: list[Problem]) -> Any:
     plain = _without_meta(setting)
     if get_origin(plain) is tuple:
         return _read_list(setting, value, key, problems)
+    if get_origin(plain) is dict:
+        return _read_named(setting, value, key, problems)
     if _is_table(plain):
         if isinstance(value, dict):
             return read_table(plain, value, key, problems)
@@ -115,16 +118,24 @@ def _read_list(setting: Any, value: Any, key: str, problems: list[Problem]) -> A
         return _WRONG
 
 
+def _read_named(setting: Any, value: Any, key: str, problems: list[Problem]) -> Any:
+    """Tables by names of the user's choice."""
+    item_type = get_args(_without_meta(setting))[1]
+    if not isinstance(value, dict):
+        problems.append(Problem(key, _not_valid(setting, value)))
+        return _WRONG
+    return {name: _read(item_type, item, _joined(key, name), problems) for name, item in value.items()}
+
+
 def _read_upstream_table(table: dict[str, Any], key: str, problems: list[Problem]) -> Any:
     if "url" not in table:
         problems.append(Problem(key, 'has no url; allowed: { url = "http://HOST:PORT" }'))
         return _WRONG
     before = len(problems)
-    long = read_table(UpstreamTable, table, key, problems)
+    own = _read_settings(UpstreamTable, table, key, problems)
     if len(problems) > before:
         return _WRONG
-    own = {name: getattr(long, name) for name in UpstreamTable.__struct_fields__ if name != "url"}
-    return msgspec.structs.replace(long.url, **own)
+    return msgspec.structs.replace(own.pop("url"), **own)
 
 
 def _unknown(path: str, name: str, known: list[str]) -> Problem:

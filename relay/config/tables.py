@@ -30,6 +30,7 @@ MostOrNone = Annotated[int, Meta(ge=0, description="a whole number, 0 or more (0
 Places = Annotated[int, Meta(ge=0, description="a whole number, 0 or more (0: none)")]
 Weight = Annotated[int, Meta(ge=1, le=1000, description="a whole number, 1 to 1000")]
 UrlPath = Annotated[str, Meta(pattern=r"^/[!-~]*\Z", description="a path, beginning with /")]
+Routes = Annotated[tuple[UrlPath, ...], Meta(min_length=1, description="a list of paths, each beginning with /")]
 FieldName = Annotated[str, Meta(pattern=r"^[!#$%&'*+.^_`|~0-9A-Za-z-]+\Z", description="the name of a header field")]
 Balance = Annotated[
     Literal["least_outstanding", "round_robin", "random", "power_of_two", "session_affinity", "prefix_affinity"],
@@ -46,6 +47,15 @@ Connector = Annotated[
 ]
 OnMissing = Annotated[Literal["decode", "error"], Meta(description='"decode" or "error"')]
 AddressOrNone = Annotated[str, Meta(pattern=r"^(\S+:\d+)?\Z", description='HOST:PORT, or "" for one of its own')]
+UrlOrNone = Annotated[str, Meta(pattern=r"^(https?://\S+)?\Z", description='http://HOST:PORT, or "" for the default')]
+Switch = Annotated[bool, Meta(description="true or false")]
+Flag = Annotated[bool, Meta(description="true or false")]
+OwnFlag = Annotated[bool | None, Meta(description="true or false")]
+IncludeUsage = Annotated[Literal["as-asked", "always"], Meta(description='"as-asked" or "always"')]
+OwnIncludeUsage = Annotated[Literal["as-asked", "always"] | None, Meta(description='"as-asked" or "always"')]
+Price = Annotated[float, Meta(ge=0, le=1e9, description="money for a million tokens, 0 or more")]
+OwnPrice = Annotated[float | None, Meta(ge=0, le=1e9, description="money for a million tokens, 0 or more")]
+PricedModels = Annotated[dict[str, "PriceConfig"], Meta(description='tables, [prices."MODEL"]')]
 LogFormat = Annotated[Literal["json", "text", "off"], Meta(description='"json", "text" or "off"')]
 
 
@@ -66,7 +76,7 @@ class AdminConfig(Table, frozen=True):
     #: Apart from the public listener, so that no client ever reaches it; None (in the file "off"): no admin side.
     address: AddressOrOff = Address("127.0.0.1", 8081)
     #: Whether `address` may be reached from other machines: whoever reaches it can take engines out.
-    allow_remote: bool = False
+    allow_remote: Switch = False
 
 
 class DaemonConfig(Table, frozen=True):
@@ -89,9 +99,9 @@ class UpstreamTable(Table, frozen=True):
     #: Exchanges at once; none, as for the pool.
     max_in_flight: MostOrNone = 0
     #: Where a prefiller or decoder of p2p_nccl has its key-value sockets; else vLLM's default port on its host.
-    kv_address: str = ""
+    kv_address: AddressOrNone = ""
     #: A mooncake prefiller's bootstrap server; else vLLM's default port on its host.
-    bootstrap: str = ""
+    bootstrap: UrlOrNone = ""
     #: The port of an sglang prefiller's bootstrap server; else SGLang's default.
     bootstrap_port: Port = 0
 
@@ -122,9 +132,13 @@ class PoolConfig(Table, frozen=True):
     #: What a prefiller's answer without a handle leads to: the decoder computes the prompt itself, or 502.
     on_missing_kv: OnMissing = "decode"
     #: Whether a handle whose client left before its decode request was sent is freed by a decoder all the same.
-    drain_kv: bool = True
+    drain_kv: Switch = True
     #: Where decoders reach this worker (ascend_layerwise).
     callback_address: AddressOrNone = ""
+    #: For this pool alone, instead of what [stream] says.
+    force_stream: OwnFlag = None
+    #: Likewise.
+    include_usage: OwnIncludeUsage = None
 
     @property
     def is_split(self) -> bool:
@@ -141,6 +155,16 @@ class StreamConfig(Table, frozen=True):
 
     #: Bytes held while waiting for a frame's end; beyond it the frame goes on unaligned. Far above any token's frame.
     max_frame_bytes: Size = 1_048_576
+    #: Whether engines are asked to stream to clients that did not, which get one JSON body made of the stream.
+    force_stream: Flag = False
+    #: Bytes of such a body, and of one that gets costs: a million tokens are 5 MB, with log probabilities over 100.
+    max_answer_bytes: Size = 67_108_864
+    #: Whether engines are always asked for usage, its frame hidden from clients that did not; else as clients ask.
+    include_usage: IncludeUsage = "as-asked"
+
+
+#: Of these a pool may have its own.
+_OWN_OF_POOL = ("force_stream", "include_usage")
 
 
 class FailoverConfig(Table, frozen=True):
@@ -207,6 +231,35 @@ class HealthConfig(Table, frozen=True):
     successes: Count = 2
 
 
+class PriceConfig(Table, frozen=True):
+    """What a million tokens of a model cost, in any currency."""
+
+    #: Of the prompt.
+    prompt: Price = 0.0
+    #: Of the prompt, where the engine had them in its prefix cache; None: as `prompt`.
+    cached_prompt: OwnPrice = None
+    #: Generated, reasoning included.
+    completion: Price = 0.0
+
+
+class CostConfig(Table, frozen=True):
+    """Who is told of costs, beside the record and the metrics."""
+
+    #: Whether clients are, in the usage object.
+    in_usage: Flag = False
+
+
+class AuthConfig(Table, frozen=True):
+    """Who may use the relay."""
+
+    #: Lines of ``name:sha256-hex`` (`relay key new` prints them); empty: everybody may, and engines see clients' keys.
+    keys_file: str = ""
+    #: With keys, the paths that are open, ``*`` for anything: engines' own control routes stay inside.
+    routes: Routes = ("/v1/*",)
+    #: A file with the key that engines ask for, sent instead of clients' own.
+    upstream_key_file: str = ""
+
+
 class LogConfig(Table, frozen=True):
     """The records of exchanges, on standard output."""
 
@@ -226,4 +279,13 @@ class Config(Table, frozen=True):
     timeouts: TimeoutsConfig = TimeoutsConfig()
     limits: LimitsConfig = LimitsConfig()
     health: HealthConfig = HealthConfig()
+    auth: AuthConfig = AuthConfig()
+    #: By model; `*` matches any text, a model's own name comes first, then the longest pattern.
+    prices: PricedModels = msgspec.field(default_factory=dict)
+    cost: CostConfig = CostConfig()
     log: LogConfig = LogConfig()
+
+    def stream_of(self, pool: PoolConfig) -> StreamConfig:
+        """What holds for the streams of a pool."""
+        own = {name: value for name in _OWN_OF_POOL if (value := getattr(pool, name)) is not None}
+        return msgspec.structs.replace(self.stream, **own) if own else self.stream

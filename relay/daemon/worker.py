@@ -12,6 +12,7 @@ import resource
 import signal
 import socket
 import sys
+import time
 from collections.abc import AsyncIterator, Callable
 from typing import Final
 
@@ -27,6 +28,7 @@ from relay.net import callbacks, poller, sockets
 from relay.net.admin import Admin
 from relay.net.downstream import LINGER_S, BodyBudget, ClientConnection
 from relay.net.exchange import Exchange
+from relay.net.guard import Guard, GuardError
 from relay.net.pump import Pump
 from relay.net.reply import refuse
 from relay.net.roster import Roster
@@ -40,6 +42,8 @@ ACCEPTS_PER_TURN: Final = 16
 ACCEPT_PAUSE_S: Final = 0.1
 #: Tables that a reload leaves as they are.
 _FIXED: Final = ("listen", "admin", "log")
+#: Seconds between two complaints that accepting fails.
+COMPLAINT_S: Final = 10.0
 #: Seconds that cut exchanges get for their error frames.
 CUT_S: Final = 3.0
 
@@ -51,8 +55,9 @@ class StartError(Exception):
 def run(config: Config, load_config: Callable[[], Config] | None = None) -> int:
     """Runs the daemon until SIGTERM or SIGINT; the process's exit status. `load_config` reads it again: SIGHUP."""
     try:
+        Guard(config.auth)
         listeners, admin_listener = open_listeners(config)
-    except StartError as exc:
+    except (GuardError, StartError) as exc:
         print(f"relay: {exc}", file=sys.stderr)
         return 1
     _raise_descriptor_limit()
@@ -219,6 +224,7 @@ class Worker:
         self._stop = trio.Event()
         self._departure = trio.Event()  # set, and made anew, whenever a connection has ended
         self._handlers: trio.Nursery | None = None
+        self._complained_at = float("-inf")
 
     def __repr__(self) -> str:
         return f"<Worker connections={len(self.connections)}>"
@@ -237,6 +243,9 @@ class Worker:
             raise ValueError("there is no file to read again: the daemon was started without --config")
         try:
             config = self._load_config()
+            Guard(config.auth)
+        except GuardError as exc:
+            raise ValueError(str(exc)) from None
         except ConfigError as exc:
             raise ValueError("; ".join(problem.line(exc.source) for problem in exc.problems)) from None
         fixed = [name for name in _FIXED if getattr(config, name) != getattr(self.config, name)]
@@ -301,16 +310,24 @@ class Worker:
                     continue
                 except OSError as exc:
                     # Out of descriptors or memory: what is open goes on, and new clients wait in the backlog.
-                    print(f"relay: cannot accept: {exc.strerror}; pausing", file=sys.stderr, flush=True)
+                    self._complain(exc)
                     await trio.sleep(ACCEPT_PAUSE_S)
                     break
                 sock.setblocking(False)
                 sockets.set_no_delay(sock)
                 address = peer[0] if isinstance(peer, tuple) else "unix"
-                client = ClientConnection(sock, address, self.config.timeouts, self.config.limits, self.budget)
+                config, admit = self.config, self.service.guard.admit
+                client = ClientConnection(sock, address, config.timeouts, config.limits, self.budget, admit)
                 self.connections.add(client)
                 handlers.start_soon(self._serve, client)
             await trio.lowlevel.checkpoint()
+
+    def _complain(self, exc: OSError) -> None:
+        """One line, however often it happens."""
+        now = time.monotonic()
+        if now - self._complained_at >= COMPLAINT_S:
+            self._complained_at = now
+            print(f"relay: cannot accept: {exc.strerror}; trying again", file=sys.stderr, flush=True)
 
     async def _serve(self, client: ClientConnection) -> None:
         """One client connection; nothing leaves this task as an exception but cancellation."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import socket
 import time
+from collections.abc import Callable
 from typing import Final
 
 import h11
@@ -26,6 +27,9 @@ from relay.net import sockets
 LINGER_S: Final = 5.0
 LINGER_BYTES: Final = 16_777_216
 
+#: Judges a request by its head: the name of its key, if it has one to show. Raises RequestRefused.
+Admit = Callable[[bytes, bytes, headers.Headers], str | None]
+
 _CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 _EMPTY_LINE: Final = b"\r\n"
 
@@ -33,7 +37,7 @@ _EMPTY_LINE: Final = b"\r\n"
 class Request:
     """One request, read whole."""
 
-    __slots__ = ("body", "has_body", "headers", "host", "is_keep_alive", "method", "target", "version")
+    __slots__ = ("body", "has_body", "headers", "host", "is_keep_alive", "key", "method", "target", "version")
 
     def __init__(self, event: h11.Request, fields: headers.Headers, destination: strict.Destination) -> None:
         self.method = event.method
@@ -42,6 +46,7 @@ class Request:
         self.headers = fields
         self.body = b""
         self.has_body = False  #: it came with a body, be it an empty one
+        self.key: str | None = None  #: the name of the API key it came with, where the relay knows keys
         self.is_keep_alive = self.version >= b"1.1" and not headers.wants_close(self.version, self.headers)
 
     @property
@@ -80,12 +85,20 @@ class ClientConnection:
     """A client's connection. `next_request` until it answers None or raises; then `close` or `linger`."""
 
     def __init__(
-        self, sock: socket.socket, peer: str, timeouts: TimeoutsConfig, limits: LimitsConfig, budget: BodyBudget
+        self,
+        sock: socket.socket,
+        peer: str,
+        timeouts: TimeoutsConfig,
+        limits: LimitsConfig,
+        budget: BodyBudget,
+        admit: Admit = lambda method, target, fields: None,
     ) -> None:
+        self._admit = admit
         self.sock = sock
         self.peer = peer  #: the client's address, without port
         self.timeouts = timeouts
         self.limits = limits
+        self.refused: Request | None = None  #: what `next_request` has raised for, if its head was right
         self.request_started = 0.0  #: when the current request's first byte came (monotonic clock)
         self.is_waiting = False  #: between two requests
         self._budget = budget
@@ -134,8 +147,11 @@ class ClientConnection:
         self._limit_next_wait(timeouts.client_head_s)
         head = await self._head()
         connection, request = self._parse(head)
+        self.refused = request  # until it is read whole
+        request.key = self._admit(request.method, request.target, request.headers)
         self._limit_next_wait(timeouts.client_body_s)
         await self._body(connection, request)
+        self.refused = None
         if self.scope.deadline != math.inf:
             self.scope.deadline = math.inf
         return request

@@ -15,9 +15,13 @@ import time
 import trio
 
 from relay.core import headers
+from relay.core.conversion import convert
+from relay.core.cost import Cost
 from relay.core.dialect import Meter
+from relay.core.editor import UsageEditor
+from relay.core.framing import Buffer
 from relay.core.histogram import Histogram
-from relay.core.request import peek, route_of
+from relay.core.request import may_stream, peek, route_of
 from relay.core.timeline import Record, make_record
 from relay.errors import NORMAL, ClientGone, Draining, ExchangeError, Phase, Side, UpstreamTimeout
 from relay.net.downstream import ClientConnection, Request
@@ -44,7 +48,11 @@ class Exchange:
         self.id = headers.request_id(request.headers, new_id)
         self.reply = Reply(service, client, request, self.route, self.id)
         self.timeline = self.reply.timeline
-        self.body = request.body  #: what engines get of it
+        self.body: Buffer = request.body  #: what engines get of it
+        self.expects_stream = self.facts.wants_stream and may_stream(self.route)  #: of the engine
+        self.is_forced = False  #: the engine streams, and the client gets one body
+        self.is_streamed = False  #: the engine did stream
+        self.editor: UsageEditor | None = None  #: changes the usage in the answer
         self.meter = Meter(self.route)
         self.gaps = Histogram()
         self.gaps_folded = 0  #: of its gaps, how many the metrics have
@@ -110,6 +118,7 @@ class Exchange:
             await self.reply.answer(*local)
             return
         self.pool = service.fleet.pool_for(self.route, self.facts)
+        self._convert(self.pool)
         ask = self._ask_for(self.pool)
         self.phase = Phase.QUEUE
         began = time.monotonic()
@@ -122,9 +131,24 @@ class Exchange:
         with place:
             await self._attempts(self.pool, place, ask)
 
+    def _convert(self, pool: Pool) -> None:
+        """What engines get instead of the client's request, and the client instead of their answer, in this pool."""
+        config, facts = self.config, self.facts
+        stream = config.stream_of(pool.config)
+        asks_usage = stream.include_usage == "always"
+        converted = convert(
+            self.route, facts, self.request.body, force_stream=stream.force_stream, ask_usage=asks_usage
+        )
+        self.body, self.is_forced = converted.body, converted.is_forced
+        self.expects_stream = self.expects_stream or self.is_forced
+        prices = self.service.prices.of(facts.model) if config.cost.in_usage and may_stream(self.route) else None
+        if converted.hides_usage or prices is not None:
+            self.editor = UsageEditor(hides_usage=converted.hides_usage, prices=prices)
+
     def _ask_for(self, pool: Pool) -> Ask:
         fields, facts = self.request.headers, self.facts
-        tenant = headers.find(fields, b"authorization") or self.client.peer.encode()
+        known = self.request.key
+        tenant = known.encode() if known else headers.find(fields, b"authorization") or self.client.peer.encode()
         session = headers.find(fields, pool.session_field) or (facts.user.encode() if facts.user else None) or tenant
         return pool.ask(self.route, session, self.request.body, tenant)
 
@@ -191,6 +215,12 @@ class Exchange:
         return failure.status if failure is not None and status is None else status
 
     @property
+    def cost(self) -> Cost | None:
+        """What its tokens cost, estimated ones included; None: nothing is known of them, or of the model's prices."""
+        usage, prices = self.meter.counted, self.service.prices.of(self.facts.model)
+        return None if usage is None or prices is None else prices.cost(usage)
+
+    @property
     def bytes_out(self) -> int:
         """Bytes of the answer that went to the client, its head included."""
         return self.reply.bytes_out + self.pair.bytes_out
@@ -200,6 +230,7 @@ class Exchange:
             now=time.time(),
             id=self.id,
             client=self.client.peer,
+            key=self.request.key,
             method=self.request.method.decode("ascii"),
             path=self.request.path,
             model=self.facts.model,
@@ -209,10 +240,12 @@ class Exchange:
             status=self.status,
             outcome=self.outcome,
             is_stream=self.reply.is_stream,
+            is_streamed_upstream=self.is_streamed,
             attempts=self.attempts,
             frames=self.frames,
             bytes_in=len(self.request.body),
             bytes_out=self.bytes_out,
+            cost=cost.total if (cost := self.cost) else None,
             error=self._error(),
             timeline=self.timeline,
             meter=self.meter,

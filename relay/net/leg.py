@@ -9,6 +9,7 @@ import trio
 
 from relay.core import headers
 from relay.core.connectors.base import Leg as Sends
+from relay.core.dialect import Meter
 from relay.core.request import Route
 from relay.errors import ExchangeError, Phase, Side, UpstreamRefused, UpstreamTimeout
 from relay.net import upstream as wire
@@ -92,33 +93,60 @@ class Leg:
     async def _over(self, connection: UpstreamConnection) -> Opening:
         """Sends the request, and reads the answer up to the commit point, within ``first_token_s``."""
         exchange = self.exchange
-        pair, facts = exchange.pair, exchange.facts
+        pair = exchange.pair
         limit_s = self._timeouts.first_token_s
-        url = self.upstream.config.url
         exchange.phase = Phase.HEAD
         try:
             pair.attach(connection.sock)
             pair.limit(limit_s)
             opening = Opening(self, connection, await self._ask(connection))
-            if self.may_go_on and opening.answer.status in self.failure_statuses:
-                raise UpstreamRefused(f"{url} answered {opening.answer.status}", phase=Phase.HEAD)
-            is_expected = facts.wants_stream and exchange.route is not Route.OTHER
-            if await opening.is_event_stream(pair, is_expected=is_expected):
-                await opening.read_first_frame(
-                    pair,
-                    exchange.meter,
-                    is_chunked=exchange.reply.takes_chunks,
-                    max_frame_bytes=exchange.config.stream.max_frame_bytes,
-                )
+            self._refuse_failure(opening.answer)
+            await self._begin_answer(opening)
             exchange.timeline.answered = time.monotonic()
             return opening
         except trio.TooSlowError:
             self.close(connection, is_reusable=False)
-            message = f"{url} sent no token within first_token_s = {limit_s:g} s"
+            message = f"{self.upstream.config.url} sent no token within first_token_s = {limit_s:g} s"
             raise UpstreamTimeout(message, phase=Phase.HEAD) from None
         except BaseException:
             self.close(connection, is_reusable=False)
             raise
+
+    async def _begin_answer(self, opening: Opening) -> None:
+        """Reads of an answer what has to be known before it is committed to: its first frame, or all of it."""
+        exchange, answer = self.exchange, opening.answer
+        pair, editor, stream = exchange.pair, exchange.editor, exchange.config.stream
+        idle_s = self._timeouts.between_tokens_s
+        meter = exchange.meter = Meter(exchange.route)  # nothing of an earlier attempt's answer has gone out
+        exchange.is_streamed = await opening.is_event_stream(pair, is_expected=exchange.expects_stream)
+        if not exchange.is_streamed:
+            if editor is not None and editor.edits_bodies and is_plain_json(answer):
+                await opening.read_whole(pair, meter, editor, max_bytes=stream.max_answer_bytes, idle_s=idle_s)
+        elif exchange.is_forced and answer.status == 200:
+            exchange.frames = await opening.collect(
+                pair,
+                meter,
+                route=exchange.route,
+                request=self.sends.body,
+                max_bytes=stream.max_answer_bytes,
+                idle_s=idle_s,
+            )
+            self._refuse_failure(answer)
+            if editor is not None and opening.body is not None and answer.status == 200:
+                opening.body = editor.edit_body(opening.body, meter)
+        else:
+            await opening.read_first_frame(
+                pair,
+                meter,
+                editor,
+                is_chunked=exchange.reply.takes_chunks,
+                max_frame_bytes=stream.max_frame_bytes,
+            )
+
+    def _refuse_failure(self, answer: wire.Answer) -> None:
+        """Raises UpstreamRefused for a status that another engine is tried after, if there is one."""
+        if self.may_go_on and answer.status in self.failure_statuses:
+            raise UpstreamRefused(f"{self.upstream.config.url} answered {answer.status}", phase=Phase.HEAD)
 
     async def _ask(self, connection: UpstreamConnection) -> wire.Answer:
         exchange = self.exchange
@@ -135,9 +163,16 @@ class Leg:
         return answer
 
 
+def is_plain_json(answer: wire.Answer) -> bool:
+    """Whether an answer's body is JSON that can be read as it comes, and a good answer."""
+    is_json = headers.content_type(answer.fields) == b"application/json"
+    return is_json and answer.status == 200 and headers.find(answer.fields, b"content-encoding") is None
+
+
 def head_of(exchange: Exchange, upstream: Upstream, sends: Sends) -> bytes:
     """The head of a request to an engine: the client's own, with what `sends` changes."""
     request = exchange.request
+    guard = exchange.service.guard.substitution
     replaced = {name for name, _ in sends.headers}
     fields = [field for field in request.headers if field[0] not in replaced] if replaced else request.headers
     return headers.request_head(
@@ -152,4 +187,6 @@ def head_of(exchange: Exchange, upstream: Upstream, sends: Sends) -> bytes:
         original_host=request.host,
         request_id=sends.request_id,
         identity=exchange.route is not Route.OTHER,
+        without=guard.without,
+        extra=guard.extra,
     )

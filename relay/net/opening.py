@@ -129,34 +129,39 @@ class Opening:
         return collector.finder.frames
 
     async def _collect(self, pair: Pair, collector: Collector, idle_s: float) -> None:
+        """Feeds the stream to its end. Behind its end mark nothing matters but whether the body ends too."""
         decoder, aggregator = collector.decoder, collector.aggregator
-        limit_s: float | None = None  # the first bytes are still under the limit for the answer
-        collector.feed(self.answer.rest)
-        try:
-            while not decoder.is_done:
-                if decoder.error is not None:
-                    message = f"the engine's stream is malformed: {decoder.error}"
-                    raise UpstreamProtocolError(message, phase=Phase.HEAD)
+        data = self.answer.rest
+        while True:
+            collector.feed(data)
+            if decoder.is_done or (decoder.error is not None and aggregator.is_complete):
+                return
+            if decoder.error is not None:
+                message = f"the engine's stream is malformed: {decoder.error}"
+                raise UpstreamProtocolError(message, phase=Phase.HEAD)
+            try:
+                limit_s = BODY_END_S if aggregator.is_complete else idle_s
+                data = await self._next(pair, limit_s if collector.finder.frames else None)
+            except UpstreamTimeout:
                 if aggregator.is_complete:
-                    limit_s = BODY_END_S
-                elif collector.finder.frames:
-                    limit_s = idle_s
-                if limit_s is not None:
-                    pair.limit(limit_s)
-                await pair.wait_upstream()  # also where bytes wait already: other tasks' turn
-                data = await upstream.receive(pair, self.connection)
-                if data:
-                    collector.feed(data)
-                    continue
+                    return
+                raise
+            if not data:
                 decoder.at_close()
                 if decoder.error is not None and not aggregator.is_complete:
                     message = f"the engine closed its connection in the middle of its answer: {decoder.error}"
                     raise UpstreamDisconnected(message, phase=Phase.HEAD)
                 return
+
+    async def _next(self, pair: Pair, idle_s: float | None) -> bytes:
+        """The next bytes; empty at the end. Raises UpstreamTimeout after `idle_s`, None: the limit set before holds."""
+        if idle_s is not None:
+            pair.limit(idle_s)
+        try:
+            await pair.wait_upstream()  # also where bytes wait already: other tasks' turn
+            return await upstream.receive(pair, self.connection)
         except trio.TooSlowError:
-            if aggregator.is_complete:
-                return
-            if limit_s is None:
+            if idle_s is None:
                 raise
             message = f"the engine was silent for between_tokens_s = {idle_s:g} s"
             raise UpstreamTimeout(message, phase=Phase.HEAD) from None
@@ -168,8 +173,7 @@ class Opening:
         raw, payload = bytearray(answer.rest), bytearray()
         position = decode_into(payload, decoder, raw)
         while not decoder.is_done and decoder.error is None and len(payload) <= max_bytes:
-            pair.limit(idle_s)
-            data = await upstream.receive(pair, self.connection)
+            data = await self._next(pair, idle_s)
             if not data:
                 decoder.at_close()
                 break

@@ -11,7 +11,8 @@ from typing import Final
 import trio
 
 from relay.core import dialect, headers
-from relay.core.request import Route
+from relay.core.auth import CHALLENGE
+from relay.core.request import Route, route_of
 from relay.core.timeline import Timeline, make_record, server_timing
 from relay.errors import ClientGone, ClientStalled, ExchangeError, Phase, UpstreamAnswered
 from relay.net import sockets
@@ -128,15 +129,20 @@ def _fields_of(failure: ExchangeError) -> list[tuple[bytes, bytes]]:
     fields = []
     if failure.retry_after_s is not None:
         fields.append((b"retry-after", b"%d" % failure.retry_after_s))
+    if failure.status == 401:
+        fields.append(CHALLENGE)
     if failure.status == 405:
         fields.append((b"allow", b"GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"))  # RFC 9110 §15.5.6
     return fields
 
 
 async def refuse(service: Service, client: ClientConnection, failure: ExchangeError) -> None:
-    """Answers a request that could not be read, and records it."""
+    """Answers a request that could not be read, or was not let in, and records it."""
+    request = client.refused
+    request_id = headers.request_id(request.headers, new_id) if request else new_id()
     if not isinstance(failure, ClientGone):
-        body = dialect.error_body(Route.OTHER, failure.status, failure.code, failure.message)
+        route = route_of(request.target) if request else Route.OTHER
+        body = dialect.error_body(route, failure.status, failure.code, failure.message)
         head = headers.response_head(
             failure.status,
             b"",
@@ -144,16 +150,20 @@ async def refuse(service: Service, client: ClientConnection, failure: ExchangeEr
             framing=len(body),
             keep_alive=False,
             date=_http_date(),
-            request_id=new_id(),
+            request_id=request_id,
         )
         with trio.move_on_after(FAREWELL_S), suppress(OSError):
             await sockets.send_all(client.sock, head + body)
+    service.tally.refused(failure)
     if service.write_record is None:
         return
     service.write_record(
         make_record(
             now=time.time(),
+            id=request_id,
             client=client.peer,
+            method=request.method.decode("ascii") if request else None,
+            path=request.path if request else None,
             status=failure.status,
             outcome=failure.outcome,
             error=failure.message,

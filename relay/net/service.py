@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from decimal import Decimal
 from typing import TYPE_CHECKING
 
-from relay.config import Config
+from relay.config import Config, PriceConfig
+from relay.core.cost import PriceList, Prices
 from relay.core.timeline import Record
 from relay.net.drains import Drains
 from relay.net.fleet import Fleet
+from relay.net.guard import Guard
 from relay.net.pump import Pump
 from relay.net.tally import Tally
 
@@ -31,8 +34,25 @@ class Service:
         self.drains = Drains()
         self.callbacks: dict[str, Callable[[bytes], None]] = {}  #: of decoders that are to call back, by key
 
+    @property
+    def config(self) -> Config:
+        """What exchanges begin with."""
+        return self._config
+
+    @config.setter
+    def config(self, config: Config) -> None:
+        self._config = config
+        self.guard = Guard(config.auth)
+        self.prices = PriceList({model: _as_decimals(prices) for model, prices in config.prices.items()})
+
     def __repr__(self) -> str:
         return f"<Service active={len(self.active)} {'draining' if self.is_draining else 'serving'}>"
+
+
+def _as_decimals(prices: PriceConfig) -> Prices:
+    """Prices as they are written: the shortest text of a float is what was read."""
+    cached = prices.prompt if prices.cached_prompt is None else prices.cached_prompt
+    return Prices(*(Decimal(repr(price)) for price in (prices.prompt, cached, prices.completion)))
 
 
 def local_answer(service: Service, method: bytes, path: bytes) -> tuple[int, bytes] | None:

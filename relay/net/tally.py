@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from decimal import Decimal
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -11,9 +12,10 @@ import trio
 from relay.core import metrics
 from relay.core.board import BOARD_BYTES, Board, Buckets
 from relay.core.metrics import GaugeFamily
-from relay.errors import Phase, Side
+from relay.errors import ExchangeError, Phase, Side
 
 if TYPE_CHECKING:
+    from relay.core.cost import Cost
     from relay.net.exchange import Exchange
     from relay.net.service import Service
 
@@ -34,6 +36,8 @@ class Tally:
         self._bytes_out = board.counter(metrics.BYTES, "out")
         self._duration = board.histogram(metrics.REQUEST_DURATION)
         self._added = {stage: board.histogram(metrics.ADDED, stage) for stage in metrics.STAGES}
+        self._cost = Decimal(0)  # the sum is kept exact here; the board's is its nearest float
+        self._cost_counted = 0.0
         self._failovers = board.counter(metrics.FAILOVERS)
         self._shown: set[tuple[GaugeFamily, tuple[str, ...]]] = set()  # gauges, with their labels
         self._lag = board.histogram(metrics.EVENT_LOOP_LAG)
@@ -53,6 +57,12 @@ class Tally:
         """A prefiller's answer held no handle."""
         self.board.counter(metrics.PREFILL_WITHOUT_KV).add()
 
+    def refused(self, failure: ExchangeError) -> None:
+        """A request that never became an exchange: it could not be read, or was not let in."""
+        self.board.counter(metrics.REQUESTS, "", "", str(failure.status), failure.outcome).add()
+        if failure.side is Side.CLIENT:
+            self.board.counter(metrics.CLIENT_DISCONNECTS, failure.phase.name.lower()).add()
+
     def ended(self, exchange: Exchange) -> None:
         """An exchange has ended."""
         board, timeline = self.board, exchange.timeline
@@ -71,6 +81,7 @@ class Tally:
             return
         self._times(exchange, pool)
         self._tokens(exchange, pool)
+        self._costs(exchange.cost)
         self.fold(exchange)
 
     def _times(self, exchange: Exchange, pool: str) -> None:
@@ -103,6 +114,14 @@ class Tally:
         ):
             if number:
                 self.board.counter(metrics.TOKENS, pool, model, kind).add(number)
+
+    def _costs(self, cost: Cost | None) -> None:
+        if cost is None:
+            return
+        self._cost += cost.total
+        amount = float(self._cost) - self._cost_counted
+        self._cost_counted += amount
+        self.board.counter(metrics.COST).add(amount)
 
     def fold(self, exchange: Exchange) -> None:
         """Adds the gaps that an exchange's stream has had since the last time."""

@@ -1,4 +1,4 @@
-"""An event stream on its way into one body: the bytes of an engine's answer in, whole frames to meter and aggregator."""
+"""An event stream on its way into one body: an engine's bytes come in, whole frames go to meter and aggregator."""
 
 from __future__ import annotations
 
