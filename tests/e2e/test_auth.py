@@ -36,8 +36,8 @@ async def test_a_known_key_is_let_in_and_stays_here(engine: Engine, auth: AuthCo
         assert answer.status == 200
         assert (await relay.record()).key == "alice"
     last = await ask(int(engine.url.rpartition(":")[2]), b"GET /sim/last HTTP/1.1\r\nHost: x\r\n\r\n")
-    assert b"authorization: Bearer engine-key" in last.body
-    assert SECRET not in last.body
+    assert b"authorization: Bearer engine-key" in last.payload
+    assert SECRET not in last.payload
 
 
 @pytest.mark.parametrize("value", [None, b"Bearer wrong", b"Basic " + SECRET])
