@@ -1,0 +1,98 @@
+"""The harness's own floor: what it measures where there is next to nothing to measure.
+
+Two short runs against the built-in engine, which runs beside: requests one after the other to an engine that answers at
+once, and as many frames as come. Their figures are client and engine together, so they are what no server measured
+with this client on this machine can be seen to do better than.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+import trio
+
+from relay_bench.load import options as flags
+from relay_bench.load import results, run
+from relay_bench.load.target import resolve
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import AsyncGenerator
+
+#: Requests one after the other; enough for a median.
+_SINGLE: Final = ("--max-concurrency", "1", "--num-prompts", "50", "--random-output-len", "2")
+#: Streams as fast as they go.
+_SATURATED: Final = ("--max-concurrency", "32", "--num-prompts", "64", "--random-output-len", "400")
+#: Seconds for an engine to listen.
+_START_S: Final = 20.0
+
+
+class Floor(msgspec.Struct, frozen=True):
+    """What the harness sees of an engine that takes no time."""
+
+    ttft_ms: float  #: median
+    client_delay_ms: float | None  #: median; None: this kernel gives no stamps
+    frames_per_s: float  #: client and engine together
+    cpu_us_per_frame: float  #: of the client
+
+    def __str__(self) -> str:
+        delay = "not known" if self.client_delay_ms is None else f"{self.client_delay_ms * 1000:.0f} µs"
+        return (
+            f"TTFT {self.ttft_ms:.2f} ms, client delay {delay} (medians, one request at a time); "
+            f"at most {self.frames_per_s:,.0f} frames/s from the built-in engine, {self.cpu_us_per_frame:.1f} µs of "
+            "the client's CPU each"
+        )
+
+
+async def measure(parser: argparse.ArgumentParser) -> Floor:
+    """Measures the floor; `parser` knows the flags of a run. Raises `LoadError`."""
+    async with running_engine() as url:
+        single = await _run(parser, url, _SINGLE)
+        saturated = await _run(parser, url, _SATURATED)
+    return Floor(
+        single["median_ttft_ms"],
+        single["median_client_delay_ms"],
+        saturated["content_frames"] / saturated["duration"],
+        saturated["harness"]["cpu_us_per_frame"],
+    )
+
+
+async def _run(parser: argparse.ArgumentParser, url: str, words: tuple[str, ...]) -> results.Result:
+    options = parser.parse_args([url, "--model", "tiny", "--random-input-len", "16", *words])
+    plan = flags.plan_of(options, model=options.model)
+    tally = await run.run_plan(plan, resolve(url), lambda *_: None)
+    result = results.result_of(plan, tally, url=url)
+    if not result["completed"] or result["failed"]:
+        raise run.LoadError(f"the built-in engine failed: {result['failures']}")
+    return result
+
+
+@asynccontextmanager
+async def running_engine(*words: str) -> AsyncGenerator[str, None]:
+    """A built-in engine in a process of its own; its URL. Raises `LoadError`."""
+    command = [sys.executable, "-m", "relay_bench", "engine", "--listen", "127.0.0.1:0", "--max-seqs", "100000", *words]
+    process = await trio.lowlevel.open_process(command, stderr=subprocess.PIPE)
+    assert process.stderr is not None
+    try:
+        said = b""
+        with trio.move_on_after(_START_S):
+            while b"\n" not in said and (data := await process.stderr.receive_some()):
+                said += data
+        _, found, url = said.decode("utf-8", "replace").strip().partition("listening on ")
+        if not found:
+            raise run.LoadError(f"the built-in engine did not start: {said.decode('utf-8', 'replace').strip()}")
+        yield url.split()[0]
+    finally:
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + _START_S):
+            process.kill()
+            await process.wait()
+        await process.stderr.aclose()
+
+
+def as_dict(floor: Floor) -> dict[str, Any]:
+    """For the result file."""
+    return dict(msgspec.structs.asdict(floor))

@@ -1,0 +1,383 @@
+"""Result files: vLLM's keys where they mean the same, and no others of its names; plans and flags; the command."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import math
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import pytest
+from rich.console import Console
+
+from relay.core.request import Route
+from relay_bench import cli
+from relay_bench.load import command, options, terminal
+from relay_bench.load.records import Record, Tally
+from relay_bench.load.results import environment, file_name, histogram_from, most_at_once, result_of
+from relay_bench.load.run import jobs_of
+from relay_bench.load.stats import Histogram, histogram_of
+from relay_bench.load.target import resolve
+from tests.bench.loading import record
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+MS = 1_000_000
+
+#: Keys of vLLM 0.33's result, of those that a plain run has; see results.py for the ones left out.
+VLLM_KEYS = [
+    "date", "endpoint_type", "backend", "label", "model_id", "tokenizer_id", "num_prompts", "request_rate",
+    "burstiness", "max_concurrency", "duration", "completed", "failed", "total_input_tokens", "total_output_tokens",
+    "request_throughput", "request_goodput", "output_throughput", "total_token_throughput",
+]  # fmt: skip
+VLLM_DETAIL = ["input_lens", "output_lens", "ttfts", "itls", "start_times", "errors", "latencies"]
+
+
+def plan_for(*words: str, is_detailed: bool = False, variant: str = "") -> options.Plan:
+    parser = argparse.ArgumentParser()
+    options.add_target(parser)
+    options.add_arguments(parser)
+    return options.plan_of(
+        parser.parse_args(["http://127.0.0.1:1", *words]), model="m", is_detailed=is_detailed, variant=variant
+    )
+
+
+def tally_of(*records: Record, gaps: Histogram | None = None, cpu_s: float = 0.1) -> Tally:
+    return Tally(list(records), gaps or Histogram(), Histogram(), Histogram(), Histogram(), cpu_s, 1.0)
+
+
+def result_for(*records: Record, words: tuple[str, ...] = (), is_detailed: bool = False) -> dict[str, Any]:
+    plan = plan_for("--num-prompts", "3", *words, is_detailed=is_detailed)
+    return result_of(plan, tally_of(*records, gaps=histogram_of([10 * MS])), url="http://x")
+
+
+# -- results
+
+
+def test_vllms_keys_come_first_and_in_its_order() -> None:
+    result = result_for(record(), is_detailed=True)
+    assert [key for key in result if key in VLLM_KEYS] == VLLM_KEYS
+    assert set(VLLM_DETAIL) <= result.keys()
+    for metric in ("ttft", "tpot", "e2el"):
+        assert {f"{name}_{metric}_ms" for name in ("mean", "median", "std", "p99")} <= result.keys()
+    assert json.loads(json.dumps(result)) == result
+    # these would mean something else here
+    assert not {"max_output_tokens_per_s", "queue_times", "mean_client_queue_time_ms"} & result.keys()
+
+
+def test_units_are_vllms() -> None:
+    result = result_for(record(), is_detailed=True)
+    assert result["ttfts"] == [pytest.approx(0.010)]
+    assert result["mean_ttft_ms"] == pytest.approx(10.0)
+    assert result["mean_ttft_planned_ms"] == pytest.approx(11.0)
+    assert result["duration"] == pytest.approx(0.042)
+    assert result["request_rate"] == "inf"
+
+
+def test_gaps_are_not_called_inter_token_latency() -> None:
+    result = result_for(record())
+    assert result["mean_frame_gap_ms"] == pytest.approx(10.0)
+    assert result["mean_itl_ms"] is None
+    assert "itl" not in result["histograms"]
+
+
+def test_failures_are_in_no_latency_and_in_the_denominator() -> None:
+    slow = record(index=1, first_content_ns=900 * MS, last_content_ns=900 * MS, label="truncated", error="half")
+    other = record(index=2, label="truncated")
+    result = result_for(record(), slow, other, words=("--goodput", "ttft:50"))
+    assert (result["completed"], result["failed"], result["sent"]) == (1, 2, 3)
+    assert result["failures"] == {"truncated": {"count": 2, "example": "half"}}
+    assert result["mean_ttft_ms"] == pytest.approx(10.0)
+    assert result["slo_attainment"] == pytest.approx(1 / 3)
+    assert result["goodput_config"] == {"ttft": 50.0}
+
+
+def test_nothing_succeeded() -> None:
+    result = result_for(record(label="connect", first_content_ns=None, last_content_ns=None))
+    assert result["mean_ttft_ms"] is None
+    assert result["request_throughput"] == 0
+    text = drawn(result)
+    assert "no request succeeded" in text
+    assert "connect" in text
+
+
+def test_records_outside_the_window_do_not_count() -> None:
+    result = result_for(record(), record(index=1, is_measured=False, label="reset"))
+    assert (result["sent"], result["failed"], result["num_prompts"]) == (1, 0, 2)
+
+
+@pytest.mark.parametrize(
+    ("one", "cpu_s", "why"),
+    [
+        (record(sent_ns=20 * MS, first_content_ns=21 * MS), 0.1, "sent late: p99 20.0 ms"),
+        (record(), 0.95, "busy for 95%"),
+        (record(due_ns=0, sent_ns=9 * MS), 0.5, ""),
+    ],
+)
+def test_a_client_that_was_late_says_so(one: Record, cpu_s: float, why: str) -> None:
+    result = result_of(plan_for("--num-prompts", "1"), tally_of(one, cpu_s=cpu_s), url="http://x")
+    degraded = result["harness"]["degraded"]
+    assert (why in degraded[0]) if why else not degraded
+    assert ("DEGRADED" in drawn(result)) is bool(why)
+
+
+def test_a_late_reader_is_degraded_too() -> None:
+    tally = tally_of(record())
+    tally.client_delay = histogram_of([50 * MS])
+    result = result_of(plan_for("--num-prompts", "1", "--max-lag-ms", "40"), tally, url="http://x")
+    assert "the client read late" in result["harness"]["degraded"][0]
+
+
+def test_a_crowded_machine_is_named() -> None:
+    tally = tally_of(record(sent_ns=20 * MS, first_content_ns=21 * MS))
+    tally.waited_s = 0.2
+    result = result_of(plan_for("--num-prompts", "1"), tally, url="http://x")
+    assert "kept the load processes from a core for 20.0%" in result["harness"]["degraded"][1]
+
+
+def test_histograms_come_back_from_a_file() -> None:
+    result = json.loads(json.dumps(result_for(record())))
+    assert histogram_from(result, "frame_gap") == histogram_of([10 * MS])
+    assert histogram_from(result, "itl") == Histogram()
+
+
+def test_most_at_once() -> None:
+    spans = [(0, 10), (5, 15), (10, 20)]
+    assert most_at_once([record(sent_ns=start, done_ns=end) for start, end in spans]) == 2
+
+
+def drawn(result: dict[str, Any]) -> str:
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(terminal.rendered(result))
+    return console.export_text()
+
+
+def test_the_terminal_shows_both_times_to_first_token_and_draws_them() -> None:
+    records = [record(index=at, first_content_ns=(11 + at) * MS, last_content_ns=50 * MS) for at in range(20)]
+    text = drawn(
+        result_of(plan_for("--num-prompts", "20"), tally_of(*records, gaps=histogram_of([1, MS])), url="http://x")
+    )
+    assert "TTFT from planned" in text
+    assert "TTFT from sent" in text
+    assert "the engine did not count tokens" in text
+    assert "█" in text
+
+
+def test_bins_hold_every_value() -> None:
+    for values in ([5], [0, 0, 3], [1, 10**6, 10**9], [10**9, 10**9 + 1]):
+        bins = terminal.log_bins(histogram_of(values), 10)
+        assert sum(share for *_, share in bins) == pytest.approx(1.0)
+        assert len(bins) <= 10
+
+
+# -- flags and plans
+
+
+def test_the_plan_is_the_same_again_and_other_words_change_nothing_else() -> None:
+    words = ("--request-rate", "9", "--num-prompts", "40", "--random-input-len", "uniform:1-9", "--seed", "4")
+    one = plan_for(*words)
+    assert plan_for(*words) == one
+    other = plan_for(*words, variant="other")
+    assert [item.planned_ns for item in other.items] == [item.planned_ns for item in one.items]
+    assert [len(item.body.split()) for item in other.items] == [len(item.body.split()) for item in one.items]
+    assert other.items[0].body != one.items[0].body
+    faster = plan_for(*words, "--request-rate", "18")
+    assert [item.body for item in faster.items] == [item.body for item in one.items]
+
+
+@pytest.mark.parametrize(
+    ("words", "number"),
+    [
+        ((), 1000),
+        (("--num-prompts", "7"), 7),
+        (("--request-rate", "20", "--duration", "3"), 60),
+        (("--request-rate", "20", "--duration", "3", "--num-prompts", "9"), 9),
+        (
+            ("--ramp-up-strategy", "linear", "--ramp-up-start-rps", "0", "--ramp-up-end-rps", "10", "--duration", "4"),
+            20,
+        ),
+    ],
+)
+def test_how_many(words: tuple[str, ...], number: int) -> None:
+    assert len(plan_for("--random-input-len", "1", *words).items) == number
+
+
+def test_open_and_closed_loops() -> None:
+    assert plan_for("--max-concurrency", "3").is_closed_loop
+    both = plan_for("--max-concurrency", "3", "--request-rate", "5", "--num-prompts", "9")
+    assert not both.is_closed_loop
+    assert both.rate_text == "open loop, 5 requests/s, at most 3 at once"
+    assert plan_for("--num-prompts", "1").rate_text == "open loop, all at once"
+
+
+def test_jobs_share_everything_out() -> None:
+    plan = plan_for("--num-prompts", "10", "--processes", "3", "--max-concurrency", "5", "--num-warmups", "4")
+    jobs = jobs_of(plan, resolve("http://127.0.0.1:1/base/v1"))
+    assert sorted(item.index for job in jobs for item in job.items) == list(range(10))
+    assert [job.max_concurrency for job in jobs] == [2, 2, 1]
+    assert all(job.head.startswith(b"POST /base/v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1:1\r\n") for job in jobs)
+    few = plan_for("--num-prompts", "10", "--processes", "8", "--max-concurrency", "2")
+    assert [job.max_concurrency for job in jobs_of(few, resolve("http://127.0.0.1:1"))] == [1, 1]
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(jobs[0]), type=type(jobs[0])) == jobs[0]
+
+
+def test_backends_are_routes() -> None:
+    assert plan_for("--backend", "openai", "--num-prompts", "1").route is Route.COMPLETIONS
+    assert plan_for("--num-prompts", "1").endpoint == "/v1/chat/completions"
+    assert plan_for("--route", "messages", "--endpoint", "/x", "--num-prompts", "1").endpoint == "/x"
+
+
+def test_headers_and_keys() -> None:
+    plan = plan_for("--api-key", "k", "--header", "X-Sim-Tokens: 5", "--num-prompts", "1", "--no-keep-alive")
+    (job,) = jobs_of(plan, resolve("http://127.0.0.1:1"))
+    for line in (b"authorization: Bearer k", b"x-sim-tokens: 5", b"connection: close"):
+        assert b"\r\n" + line + b"\r\n" in job.head
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--num-prompts", "-1"),
+        ("--burstiness", "0"),
+        ("--request-rate", "0"),
+        ("--duration", "5"),
+        ("--processes", "0"),
+        ("--header", "nonsense"),
+        ("--header", "a: b\r\nc: d"),
+        ("--goodput", "itl:5"),
+        ("--extra-body", "[1]"),
+        ("--dataset-name", "sharegpt"),
+        ("--random-input-len", "many"),
+        ("--random-range-ratio", "1"),
+        ("--trace", "/nonexistent"),
+        ("--ramp-up-strategy", "linear"),
+        ("--ramp-up-strategy", "linear", "--ramp-up-end-rps", "5", "--request-rate", "5"),
+        ("--request-rate", "10", "--num-prompts", "10", "--warmup", "2"),
+        ("--max-concurrency", "2", "--warmup", "2"),
+    ],
+)
+def test_what_the_flags_refuse(words: tuple[str, ...]) -> None:
+    with pytest.raises(ValueError, match=r"--|is no length"):
+        plan_for(*words)
+
+
+@pytest.mark.parametrize(
+    "url", ["ftp://x", "http://", "http://x:99999", "http://u:p@x", "http://x?q=1", "http://nope.invalid"]
+)
+def test_what_is_no_url(url: str) -> None:
+    with pytest.raises(ValueError, match=r"x|http|nope"):
+        resolve(url)
+
+
+def test_urls() -> None:
+    assert resolve("127.0.0.1:80").address == ("127.0.0.1", 80)
+    assert resolve("http://127.0.0.1").address == ("127.0.0.1", 80)
+    assert resolve("https://127.0.0.1").tls_name == "127.0.0.1"
+    assert resolve("http://[::1]:9/").host == "[::1]:9"
+    assert resolve("http://127.0.0.1:1/v1").path("/v1/models") == "/v1/models"
+    assert resolve("http://127.0.0.1:1/a/").path("/v1/models") == "/a/v1/models"
+
+
+def test_file_names_are_vllms() -> None:
+    plan = plan_for("--num-prompts", "1", "--request-rate", "2.5", "--max-concurrency", "8")
+    assert file_name(msgspec.structs.replace(plan, model="org/m"), "").startswith("chat-2.5qps-concurrency8-m-")
+
+
+def test_metadata_and_percentiles() -> None:
+    assert command.metadata_of(["a=b=c"]) == {"a": "b=c"}
+    assert command.percentiles_of("50,99.9") == [50, 99.9]
+    with pytest.raises(ValueError, match="--metadata"):
+        command.metadata_of(["x"])
+    for text in ("101", "x"):
+        with pytest.raises(ValueError, match="--metric-percentiles"):
+            command.percentiles_of(text)
+
+
+def test_the_environment_is_stamped() -> None:
+    assert set(environment()) == {"python", "kernel", "processor", "cores", "load_average"}
+    assert math.isfinite(environment()["load_average"])
+
+
+# -- the command, against an engine in a process of its own
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    words = [
+        sys.executable,
+        "-m",
+        "relay_bench",
+        "engine",
+        "--listen",
+        "127.0.0.1:0",
+        "--ttft-ms",
+        "5",
+        "--step-ms",
+        "1",
+    ]
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        yield process.stderr.readline().partition("listening on ")[2].strip()
+        process.terminate()
+
+
+def test_load_by_several_processes(url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [
+        "load",
+        url,
+        "--request-rate",
+        "400",
+        "--num-prompts",
+        "40",
+        "--random-input-len",
+        "5",
+        "--random-output-len",
+    ]
+    words += ["6", "--processes", "2", "--continuous-usage", "--goodput", "ttft:60000", "--max-lag-ms", "60000"]
+    words += ["--save-detailed", "--result-dir", str(tmp_path), "--result-filename", "r.json", "--metadata", "gpu=none"]
+    words += ["--save-requests", str(tmp_path / "requests.jsonl"), "--no-floor"]
+    assert cli.main(words) == 0
+    result = json.loads((tmp_path / "r.json").read_bytes())
+    assert (result["completed"], result["failed"], result["gpu"]) == (40, 0, "none")
+    assert (result["total_output_tokens"], result["total_input_tokens"]) == (240, 200)
+    assert result["itl_source"] == {"continuous": 40}
+    assert histogram_from(result, "frame_gap").count == histogram_from(result, "itl").count == 200
+    assert len(result["ttfts"]) == 40
+    assert 5 <= result["median_ttft_ms"] <= result["median_ttft_planned_ms"] + 0.001
+    assert result["slo_attainment"] == 1.0
+    lines = (tmp_path / "requests.jsonl").read_bytes().splitlines()
+    assert [json.loads(line)["index"] for line in lines] == list(range(40))
+    assert "TTFT from planned" in capsys.readouterr().out
+
+
+def test_failures_and_a_floor(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["load", url, "--num-prompts", "3", "--random-input-len", "5", "--random-output-len", "4"]
+    assert cli.main([*words, "--header", "x-sim-fault: die-after:2"]) == 1
+    captured = capsys.readouterr()
+    assert "3 failed: truncated" in captured.out
+    assert "harness floor: TTFT" in captured.out
+
+
+def test_there_is_no_such_server(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["load", "http://127.0.0.1:1", "--no-floor"]) == 2
+    assert "names no model" in capsys.readouterr().err
+    assert cli.main(["load", "ftp://x"]) == 2
+    assert capsys.readouterr().err.startswith("relay-bench load: ftp://x")
+
+
+def test_verbs_that_need_rich_say_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def missing(_: str) -> None:
+        raise ModuleNotFoundError("No module named 'rich'", name="rich")
+
+    monkeypatch.setattr("importlib.import_module", missing)
+    assert cli.main(["load"]) == 2
+    assert "install relay[bench]" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["lode"])
+    assert exit_.value.code == 2
