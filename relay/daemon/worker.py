@@ -211,7 +211,7 @@ class Worker:
         admin_listener: socket.socket | None = None,
         load_config: Callable[[], Config] | None = None,
     ) -> None:
-        self.config = config
+        self.config = self._started_with = config
         self._load_config = load_config
         self.listeners = listeners
         self.admin_listener = admin_listener
@@ -248,7 +248,7 @@ class Worker:
             raise ValueError(str(exc)) from None
         except ConfigError as exc:
             raise ValueError("; ".join(problem.line(exc.source) for problem in exc.problems)) from None
-        fixed = [name for name in _FIXED if getattr(config, name) != getattr(self.config, name)]
+        fixed = [name for name in _FIXED if getattr(config, name) != getattr(self._started_with, name)]
         self.config = config
         self.roster.reconfigure(config)
         self.budget.limit = config.limits.max_buffered_bytes
@@ -304,6 +304,8 @@ class Worker:
                     await self._departure.wait()
                 try:
                     sock, peer = listener.accept()
+                    sock.setblocking(False)
+                    sockets.set_no_delay(sock)
                 except BlockingIOError:
                     break
                 except ConnectionAbortedError:
@@ -313,8 +315,6 @@ class Worker:
                     self._complain(exc)
                     await trio.sleep(ACCEPT_PAUSE_S)
                     break
-                sock.setblocking(False)
-                sockets.set_no_delay(sock)
                 address = peer[0] if isinstance(peer, tuple) else "unix"
                 config, admit = self.config, self.service.guard.admit
                 client = ClientConnection(sock, address, config.timeouts, config.limits, self.budget, admit)
