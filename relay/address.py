@@ -55,6 +55,11 @@ class Address(msgspec.Struct, frozen=True):
         """Whether only this machine can reach it."""
         return self.unix_path is not None or self.host in _LOOPBACK or self.host.startswith("127.")
 
+    @property
+    def is_wildcard(self) -> bool:
+        """Whether it stands for every interface, and so cannot be called."""
+        return self.host in _EVERY_INTERFACE
+
     def collides_with(self, other: Address) -> bool:
         """Whether both cannot be bound by one process: the same, or one is every interface of the other's family."""
         if self.unix_path is not None or other.unix_path is not None:

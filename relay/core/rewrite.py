@@ -31,6 +31,8 @@ MAX_MEMBERS: Final = 4096
 _KEY = re.compile(rb'[ \t\r\n]*+[{,][ \t\r\n]*+("(?:[^"\\]++|\\.)*+")[ \t\r\n]*+:[ \t\r\n]*+')
 #: Of a frame everything but its data: a byte order mark, names of fields, other lines, line ends (WHATWG HTML §9.2.6).
 _NOT_DATA = re.compile(rb"(?:\A(?:\xef\xbb\xbf)?|\r\n|\n|\r)(?:data:[ ]?|[^\r\n]*+)")
+_DATA: Final = b"data: "
+_BLANKS: Final = b" " * len(_DATA)
 _NO_OBJECT: Final = msgspec.Raw(b"null")
 
 
@@ -177,6 +179,8 @@ def _json_of(answer: Buffer) -> Buffer:
 
     A line break in data stands where JSON has blank space. So blanks in place of all that is not data leave it.
     """
+    if answer.startswith(_DATA) and answer.find(b"\n") == len(answer) - 2 and b"\r" not in answer:
+        return _BLANKS + answer[len(_DATA) :]  # one line of data: nearly every frame there is
     return answer if answer.lstrip().startswith(b"{") else _NOT_DATA.sub(lambda found: b" " * len(found[0]), answer)
 
 

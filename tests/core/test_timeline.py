@@ -15,9 +15,9 @@ from relay.core.timeline import Record, Timeline, make_record, record_text, serv
 #: The interface: scripts and dashboards read these names, and people read them in this order.
 FIELDS = [
     "ts", "id", "client", "key", "method", "path", "model", "pool", "upstream", "prefill_upstream", "status", "outcome",
-    "stream", "streamed_upstream", "attempts", "queue_ms", "connect_ms", "prefill_ms", "head_ms", "ttft_ms", "total_ms",
-    "relay_ms", "frames", "bytes_in", "bytes_out", "gap_p50_ms", "gap_p99_ms", "gap_max_ms", "prompt_tokens",
-    "cached_tokens", "completion_tokens", "reasoning_tokens", "total_tokens", "usage", "finish_reason", "cost", "error",
+    "stream", "streamed_upstream", "attempts", "queue_ms", "connect_ms", "prefill_ms", "handover_ms", "head_ms",
+    "ttft_ms", "total_ms", "relay_ms", "frames", "bytes_in", "bytes_out", "gap_p50_ms", "gap_p99_ms", "gap_max_ms",
+    "prompt_tokens", "cached_tokens", "completion_tokens", "reasoning_tokens", "total_tokens", "usage", "finish_reason", "cost", "error",
 ]  # fmt: skip
 
 NOW = 1_795_226_774.0625
