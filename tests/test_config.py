@@ -618,7 +618,7 @@ def test_an_engine_at_each_address_of_a_name() -> None:
     [
         ("dns+https://a:1", "is https"),
         ("dns+unix:/a", "has no name to resolve"),
-        ("dns+dns+unix:/a", "has no name to resolve"),
+        ("dns+dns+http://a:1", "has no name to resolve"),
         ("dns+a:1", "is not an engine's URL"),
         ("dns+http://a:0", "has port 0"),
         ("https://a:1", "is https"),

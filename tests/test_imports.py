@@ -46,7 +46,9 @@ ROOMS = {
     "relay": Room(_names(""), others=_names("")),
     "relay.errors": Room(_names(""), others=_names(""), without=IMPURE),
     "relay.address": Room(_names(""), others=_names("msgspec"), without=IMPURE),
-    "relay.config": Room(_names("relay.address relay.config"), others=_names("msgspec"), without=IMPURE),
+    "relay.config": Room(
+        _names("relay.address relay.config relay.core.connectors"), others=_names("msgspec"), without=IMPURE
+    ),
     "relay.core": Room(_names("relay.errors relay.core"), others=_names("h11 msgspec"), without=IMPURE),
     "relay.net": Room(_names("relay.errors relay.address relay.config relay.core relay.net")),
     "relay.daemon": Room(_names("relay.errors relay.address relay.config relay.core relay.net relay.daemon")),

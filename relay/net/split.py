@@ -288,13 +288,12 @@ class SplitAttempt:
         exchange = self._exchange
         # In a split pool a 500 is a failed attempt too: a lost handle shows as one.
         statuses = (*exchange.config.failover.statuses, 500)
-        upstream = self._place.upstreams["decode"]
-        exchange.upstream = upstream
-        group = self._pool.groups["decode"]
+        group, upstream = self._pool.groups["decode"], self._place.upstreams["decode"]
         return Leg(exchange, group, upstream, sends, failure_statuses=statuses, may_go_on=self._may_go_on)
 
     async def _open(self, leg: Leg) -> Opening:
         self.role = "decode"
+        self._exchange.upstream = leg.upstream
         opening = await leg.open()
         if opening.answer.status in leg.failure_statuses:
             self._forget_endpoint()

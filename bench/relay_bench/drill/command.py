@@ -10,7 +10,7 @@ import msgspec
 import trio
 from rich.console import Console
 
-from relay_bench.drill import affinity, hangups, kill, rolling
+from relay_bench.drill import affinity, hangups, kill, rolling, split
 from relay_bench.drill.report import DrillError, Report, rendered
 from relay_bench.drill.stage import Scene
 
@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 #: The drills, and what each is.
-DRILLS: Final[dict[str, Any]] = {"kill": kill, "hangups": hangups, "rolling": rolling, "affinity": affinity}
+DRILLS: Final[dict[str, Any]] = {
+    "kill": kill, "hangups": hangups, "rolling": rolling, "affinity": affinity, "split": split,
+}  # fmt: skip
 _KEPT, _BROKEN, _NOT_HELD = 0, 1, 2
 
 

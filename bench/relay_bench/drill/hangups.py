@@ -80,7 +80,7 @@ async def drill(scene: Scene, plan: Plan = FULL) -> Report:
         left = iter(asks)
         async with trio.open_nursery() as nursery:
             for _ in range(plan.clients):
-                nursery.start_soon(_ask, relay.address, left, plan.wait_s, outcomes)
+                nursery.start_soon(ask_in_turn, relay.address, left, plan.wait_s, outcomes)
         took_s = time.monotonic() - began
         await judge_rest(report, relay, engines, descriptors, scene.settle_s)
         counts: Counter[str] = Counter()
@@ -113,7 +113,7 @@ def _draw_hang_up(rng: random.Random) -> HangUp:
     return HangUp(moment, rng.random(), how)
 
 
-async def _ask(
+async def ask_in_turn(
     address: tuple[str, int], left: Iterator[tuple[Ask, HangUp | None]], wait_s: float, outcomes: list[Outcome]
 ) -> None:
     """One client: a request after the other, from those left to all clients."""
