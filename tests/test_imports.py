@@ -56,7 +56,9 @@ ROOMS = {
     "relay.install": Room(_names("relay.core")),
     "relay.keys": Room(_names("relay.core")),
     "relay.demo": Room(_names("")),
-    "relay.cli": Room(_names("relay.address relay.config relay.daemon relay.demo relay.install relay.keys relay.status")),
+    "relay.cli": Room(
+        _names("relay.address relay.config relay.daemon relay.demo relay.install relay.keys relay.status")
+    ),
     "relay.__main__": Room(_names("relay.cli")),
     "relay_bench": Room(_names("relay.errors relay.core relay_bench")),
 }

@@ -53,7 +53,7 @@ async def test_without_descriptors_streams_go_on_and_new_clients_wait(engine: En
                 assert (await client.ask(live)).status == 200
             # There is none for a connection to the engine either, which is an answer and not the end.
             refused = await accepted[0].ask(request())
-            assert (refused.status, refused.end) == (502, "whole")
+            assert (refused.status, refused.end) == (503, "whole")
 
             await waiting[0].send(live)
             for client in accepted:
