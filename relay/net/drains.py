@@ -44,15 +44,20 @@ class Drains:
         """Has a decoder take a handle: the `planned` one where it `is_bound` to that, else any that is up."""
         decoder = planned if is_bound else _any_up(pool, planned)
         if self.nursery is None or self.running >= MOST_DRAINS or decoder is None:
-            self.failed += 1
+            self._count(exchange, is_done=False)
             return
         try:
             sends = drain(hand_over.decode, exchange.route)
         except ValueError:
-            self.failed += 1
+            self._count(exchange, is_done=False)
             return
         self.running += 1
         self.nursery.start_soon(self._run, exchange, decoder, sends)
+
+    def _count(self, exchange: Exchange, *, is_done: bool) -> None:
+        self.done += is_done
+        self.failed += not is_done
+        exchange.service.tally.drained(is_done=is_done)
 
     async def _run(self, exchange: Exchange, decoder: Upstream, sends: Sends) -> None:
         is_done = False
@@ -64,8 +69,7 @@ class Drains:
             decoder.last_error = f"drain: {failure.message}"
         finally:
             self.running -= 1
-            self.done += is_done
-            self.failed += not is_done
+            self._count(exchange, is_done=is_done)
 
 
 def _any_up(pool: Pool, planned: Upstream) -> Upstream | None:

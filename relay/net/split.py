@@ -26,6 +26,8 @@ from relay.core.connectors.base import (
     SplitRequest,
 )
 from relay.core.connectors.base import Leg as Sends
+from relay.core.dialect import Meter
+from relay.core.editor import UsageEditor
 from relay.core.request import Route
 from relay.errors import ExchangeError, Phase, Side, UpstreamAnswered, UpstreamProtocolError, UpstreamTimeout
 from relay.net.delivery import Delivery
@@ -65,6 +67,8 @@ class SplitAttempt:
     async def run(self) -> None:
         """Has the engines answer, and takes the answer to the client. Raises ExchangeError."""
         try:
+            if self._pool.connector.may_recompute and self._exchange.route is not Route.OTHER:
+                self._editor.request = self._exchange.body
             plan = await self._plan()
             match plan:
                 case DecodeOnly(decode=sends):
@@ -80,6 +84,13 @@ class SplitAttempt:
             if failure.side is Side.UPSTREAM:
                 self._forget_endpoint()
             raise
+
+    @property
+    def _editor(self) -> UsageEditor:
+        exchange = self._exchange
+        if exchange.editor is None:
+            exchange.editor = UsageEditor()
+        return exchange.editor
 
     async def _plan(self) -> Plan:
         exchange, pool, place = self._exchange, self._pool, self._place
@@ -121,6 +132,8 @@ class SplitAttempt:
             exchange.service.tally.prefilled_without_kv()
             if pool.config.on_missing_kv == "error":
                 raise UpstreamProtocolError("the prefiller's answer holds no handle", phase=Phase.PREFILL)
+        if pool.config.cached_tokens_from == "prefill" and hand_over.holds_kv:
+            self._editor.cached_tokens = _cached_tokens(exchange.route, answer.body)
         leg = self._decode_leg(hand_over.decode)
         try:
             await trio.lowlevel.checkpoint_if_cancelled()
@@ -225,7 +238,7 @@ class SplitAttempt:
     def _is_generating(self) -> bool:
         """Whether the decoder has gone on from the prompt, and the client has seen it."""
         reply = self._exchange.reply
-        return reply.status is not None and (self._exchange.meter.saw_content or not reply.is_stream)
+        return reply.is_committed and (self._exchange.meter.saw_content or not reply.is_stream)
 
     def _fail(self, role: str, failure: ExchangeError) -> None:
         if self._failure is None:
@@ -233,7 +246,7 @@ class SplitAttempt:
 
     async def _conclude(self) -> None:
         """What has come of both legs, where it is not an answer that went out."""
-        if self._refusal is not None and self._exchange.reply.status is None:
+        if self._refusal is not None and not self._exchange.reply.is_committed:
             await self._exchange.reply.pass_on(*self._refusal)
         elif self._refusal is not None:
             message = f"the prefiller refused the request ({self._refusal.status}) while the decoder was streaming"
@@ -307,7 +320,15 @@ class SplitAttempt:
         return opening
 
     async def _deliver(self, opening: Opening) -> None:
+        self._exchange.timeline.answered = time.monotonic()  # whatever was waited for until now was the engines'
         await Delivery(self._exchange, opening).run()
+
+
+def _cached_tokens(route: Route, answer: bytes) -> int | None:
+    """How much of the prompt the prefiller had in its cache; the decoder counts all it was handed over."""
+    meter = Meter(route)
+    meter.take_body(answer)
+    return meter.usage.cached_tokens if meter.usage else None
 
 
 async def _ask_first(preflight: Preflight) -> Endpoint:

@@ -717,3 +717,12 @@ async def test_a_prefillers_failure_is_all_the_same_once_tokens_flow() -> None:
         pair.decode.usual, pair.prefill.usual = decode, fail
         got = await ask(pair.relay.port, sent())
     assert_decoders(got, STREAMS[Route.CHAT])
+
+
+async def test_an_engine_that_the_connector_cannot_tell_of_is_not_added() -> None:
+    async with split_pair(connector="sglang") as pair:
+        wrong = await pair.relay.admin("POST", "/-/upstreams", {"role": "prefill", "url": "unix:/run/p"})
+        right = await pair.relay.admin("POST", "/-/upstreams", {"role": "prefill", "url": "http://10.0.0.1:8000"})
+        assert len(pair.relay.upstreams) == 3
+    assert (wrong.status, right.status) == (400, 200)
+    assert b"unix:/run/p has no host for decoders to find its bootstrap server on" in wrong.payload

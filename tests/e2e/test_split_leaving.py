@@ -89,6 +89,7 @@ async def test_a_handle_that_was_on_its_way_is_drained() -> None:
         pair.prefill.usual = late = LateAnswer()
         await leave(pair, late.begun)
         await until(lambda: counts(pair) == (0, 1, 0))
+        assert pair.metric("relay_kv_drains_total") == 1
         record = await pair.relay.record()
         assert (record.outcome, pair.order, len(pair.relay.records)) == ("CP", "pd", 1)
         drained = pair.decode.last
@@ -205,7 +206,8 @@ async def standing(connector: str, nursery: trio.Nursery) -> AsyncIterator[Stand
     engines: list[Engine] = [await nursery.start(serve_engine, EngineConfig(ttft_ms=2.0)) for _ in range(2)]
     stand = Stand(*engines)
     prefill, decode = (parse_upstream(engine.url) for engine in engines)
-    pool = PoolConfig(prefill=(prefill,), decode=(decode,), connector=connector)
+    settings: dict[str, Any] = {"prefill": (prefill,), "decode": (decode,), "connector": connector}
+    pool = PoolConfig(**settings)
     async with running_fleet(pool, timeouts=TimeoutsConfig()) as stand.relay:
         yield stand
 

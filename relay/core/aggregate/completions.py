@@ -7,9 +7,9 @@ from typing import Final
 import msgspec
 
 from relay.core.aggregate.choices import ChoicesAggregator, add_nulls
-from relay.core.aggregate.failure import UNDECODABLE
 from relay.core.aggregate.parts import Items, Object, Schema, Text
 from relay.core.framing import Buffer
+from relay.core.loose import UNDECODABLE
 from relay.core.request import Route
 
 _LOGPROBS: Final[Schema] = {"tokens": Items, "token_logprobs": Items, "top_logprobs": Items, "text_offset": Items}

@@ -8,7 +8,7 @@ from typing import Final
 import msgspec
 
 from relay.core.aggregate.base import Aggregator
-from relay.core.aggregate.failure import UNDECODABLE, Truncated
+from relay.core.aggregate.failure import Truncated
 from relay.core.aggregate.parts import (
     NULL,
     Items,
@@ -20,6 +20,7 @@ from relay.core.aggregate.parts import (
     list_json,
     object_json,
 )
+from relay.core.loose import UNDECODABLE
 from relay.core.request import Route
 
 _MESSAGE: Final[Schema] = {"usage": lambda: Object({})}
