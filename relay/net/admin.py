@@ -20,6 +20,7 @@ from relay.address import UpstreamConfig
 from relay.core import status
 from relay.core.board import total
 from relay.core.health import State
+from relay.core.loose import UNDECODABLE
 from relay.core.status import PoolStatus, Status, UpstreamStatus
 from relay.net import sockets
 from relay.net.fleet import Pool
@@ -103,7 +104,7 @@ class Admin:
                 method, answer = await self._answer_on(sock)
                 await sockets.send_all(sock, _head(answer) + (b"" if method == b"HEAD" else answer.body))
                 sock.shutdown(socket.SHUT_WR)
-                while await sockets.receive(sock):
+                while await _receive(sock):
                     pass  # what has not been read would reset the connection, and could lose the answer
             except (OSError, _Gone):
                 return
@@ -120,7 +121,7 @@ class Admin:
             while True:
                 event = connection.next_event()
                 if event is h11.NEED_DATA:
-                    data = await sockets.receive(sock)
+                    data = await _receive(sock)
                     if not data:
                         raise _Gone
                     connection.receive_data(data)
@@ -141,8 +142,8 @@ class Admin:
         verb = "GET" if method == b"HEAD" else method.decode("latin-1")
         actions: dict[str, dict[str, Callable[[bytes], Answer]]] = {
             "/metrics": {"GET": self._metrics},
-            "/-/status": {"GET": lambda _: Answer(200, msgspec.json.encode(self.status()) + b"\n")},
-            "/-/exchanges": {"GET": lambda _: Answer(200, msgspec.json.encode(self._exchanges()) + b"\n")},
+            "/-/status": {"GET": lambda _: _json(self.status())},
+            "/-/exchanges": {"GET": lambda _: _json(self._exchanges())},
             "/-/upstreams": {"POST": self._add, "DELETE": self._remove},
             "/-/reload": {"POST": self._reloaded},
             "/instances/add": {"POST": lambda body: self._instances(body, is_added=True)},
@@ -225,7 +226,7 @@ class Admin:
         for pool in self._service.fleet.pools:
             for role, group in pool.groups.items():
                 counts[f"{role}_instances"] = counts.get(f"{role}_instances", 0) + len(group.upstreams)
-        return Answer(200, msgspec.json.encode({"status": "ok", **counts}) + b"\n")
+        return _json({"status": "ok", **counts})
 
     # -- changing
 
@@ -233,25 +234,25 @@ class Admin:
         change = self._change(body)
         config = _engine(change.url)
         self._roster.add(change.pool, change.role, config)
-        return Answer(200, msgspec.json.encode({"added": config.url, "pool": change.pool}) + b"\n")
+        return _json({"added": config.url, "pool": change.pool})
 
     def _remove(self, body: bytes) -> Answer:
         change = self._change(body)
         url = _engine(change.url).url
         self._roster.remove(change.pool, change.role, url)
-        return Answer(200, msgspec.json.encode({"removed": url, "pool": change.pool}) + b"\n")
+        return _json({"removed": url, "pool": change.pool})
 
     def _change(self, body: bytes) -> _Change:
         try:
             change = msgspec.json.decode(body, type=_Change)
-        except msgspec.DecodeError as exc:
+        except UNDECODABLE as exc:
             raise ValueError(f'{exc}; wanted: {{"pool": …, "role": …, "url": …}}') from None
         return msgspec.structs.replace(change, pool=change.pool or self._service.fleet.pools[0].name)
 
     def _instances(self, body: bytes, *, is_added: bool) -> Answer:
         try:
             wanted = msgspec.json.decode(body, type=_Instances)
-        except msgspec.DecodeError as exc:
+        except UNDECODABLE as exc:
             raise ValueError(f'{exc}; wanted: {{"type": "prefill" or "decode", "instances": ["HOST:PORT"]}}') from None
         instances = [wanted.instances] if isinstance(wanted.instances, str) else wanted.instances
         for pool in self._service.fleet.pools:
@@ -262,11 +263,17 @@ class Admin:
                     else:
                         self._roster.remove(pool.name, wanted.type, config.url)
                 word = "added" if is_added else "removed"
-                return Answer(200, msgspec.json.encode({word: instances, "type": wanted.type}) + b"\n")
+                return _json({word: instances, "type": wanted.type})
         raise RosterError(f"no pool has instances of type {wanted.type}")
 
     def _reloaded(self, _: bytes) -> Answer:
-        return Answer(200, msgspec.json.encode({"reloaded": self._reload()}) + b"\n")
+        return _json({"reloaded": self._reload()})
+
+
+async def _receive(sock: socket.socket) -> bytes:
+    """The next bytes, after other tasks' turn: else a client that floods would hold up the streams, and its own end."""
+    await trio.lowlevel.wait_readable(sock)
+    return await sockets.receive(sock)
 
 
 def _engine(url: str) -> UpstreamConfig:
@@ -300,4 +307,8 @@ def _head(answer: Answer) -> bytes:
 
 
 def _refusal(status_code: int, message: str) -> Answer:
-    return Answer(status_code, msgspec.json.encode({"error": message}) + b"\n")
+    return _json({"error": message}, status_code)
+
+
+def _json(value: object, status_code: int = 200) -> Answer:
+    return Answer(status_code, msgspec.json.encode(value) + b"\n")
