@@ -279,7 +279,7 @@ def _summary(config: Config) -> Iterator[str]:
             yield f"  at most {pool.max_in_flight} in flight"
         if pool.max_queue:
             yield f"  at most {pool.max_queue} waiting"
-        for name in ("force_stream", "include_usage"):
+        for name in ("force_stream", "include_usage", "keepalive_comment_s"):
             if (value := getattr(pool, name)) is not None:
                 yield f"  {name} = {_toml(value)}"
     if config.prices:
