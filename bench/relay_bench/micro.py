@@ -27,6 +27,7 @@ from relay.core.frames import FrameRelay, Pieces
 from relay.core.framing import ChunkDecoder
 from relay.core.request import Route
 from relay.core.sse import FrameFinder
+from relay_bench.processes import processor
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -156,23 +157,25 @@ def measure_pure(*, rounds: int = 7, frames: int = 50_000) -> list[PureCost]:
     """Costs of all parts; `frames` per round."""
     costs = []
     for name, make in PARTS.items():
-        ns = _best_ns(make(), rounds, frames)
+        part = make()
+        reads = max(frames // part.frames_per_read, 1)
+        part.work(reads)
+        ns = best_ns(part.work, reads, rounds) / part.frames_per_read
         held, peak = _memory(make, frames)
         costs.append(PureCost(name, round(ns, 1), round(held, 3), peak))
     return costs
 
 
-def _best_ns(part: Part, rounds: int, frames: int) -> float:
-    reads = max(frames // part.frames_per_read, 1)
-    part.work(reads)
+def best_ns(work: Callable[[int], None], times: int, rounds: int) -> float:
+    """The time of one of `times` repetitions in the best round, with the garbage collector off."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
         best = float("inf")
         for _ in range(rounds):
             began = time.perf_counter_ns()
-            part.work(reads)
-            best = min(best, (time.perf_counter_ns() - began) / (reads * part.frames_per_read))
+            work(times)
+            best = min(best, (time.perf_counter_ns() - began) / times)
         return best
     finally:
         if was_enabled:
@@ -243,18 +246,9 @@ def _machine() -> dict[str, Any]:
         "relay": relay.__version__,
         "python": platform.python_version(),
         "kernel": platform.release(),
-        "processor": _processor(),
+        "processor": processor(),
         "cores": len(os.sched_getaffinity(0)),
     }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.machine()
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())
 
 
 def print_table(title: str, names: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -9,9 +9,7 @@ be disturbed upwards.
 from __future__ import annotations
 
 import argparse
-import gc
 import sys
-import time
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -19,7 +17,7 @@ import msgspec
 from relay.core import metrics
 from relay.core.board import BOARD_BYTES, Board, total
 from relay.core.histogram import Histogram
-from relay_bench.micro import print_table
+from relay_bench.micro import best_ns, print_table
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -122,24 +120,9 @@ STEPS: Final[dict[str, tuple[Callable[[int], None], int]]] = {
 def measure(*, rounds: int = 5, share: float = 1.0) -> list[MetricsCost]:
     """Costs of all steps; `share` of the usual number in each round."""
     return [
-        MetricsCost(step, round(_best_ns(work, max(1, int(times * share)), rounds), 1))
+        MetricsCost(step, round(best_ns(work, max(1, int(times * share)), rounds), 1))
         for step, (work, times) in STEPS.items()
     ]
-
-
-def _best_ns(work: Callable[[int], None], times: int, rounds: int) -> float:
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        best = float("inf")
-        for _ in range(rounds):
-            began = time.perf_counter_ns()
-            work(times)
-            best = min(best, (time.perf_counter_ns() - began) / times)
-        return best
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

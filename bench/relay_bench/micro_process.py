@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import resource
 import shutil
 import signal
 import socket
@@ -28,6 +27,7 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
+from relay_bench import processes
 from relay_bench.micro_client import PATIENCE_S, Crowd, MeasureError
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class ProcessCost(msgspec.Struct, frozen=True, kw_only=True):
 
 def measure(*, quick: bool = False, nginx: str = "nginx") -> list[ProcessCost]:
     """All tests, on the relay and, where there is one, on nginx. Raises MeasureError."""
-    _raise_descriptor_limit()
+    processes.raise_descriptor_limit()  # 1,000 streams, in the engine too, which inherits it
     requests = 40 if quick else 4000
     with _cores() as (own, other), contextlib.ExitStack() as stack:
         engine = stack.enter_context(_engine(own))
@@ -182,13 +182,13 @@ class Server:
         return f"<Server {self.name} {self.url}>"
 
     def cpu_ns(self) -> int:
-        """CPU time of the process, its threads and its children so far."""
-        return sum(_cpu_ns(pid) for pid in _family(self._process.pid))
+        """CPU time of the process, its threads and its descendants so far: nginx's work is done by a child."""
+        return processes.cpu_ns(self._process.pid)
 
     def pin(self, core: int | None) -> None:
-        """Keeps the process and its children on one core."""
+        """Keeps the process and its descendants on one core."""
         if core is not None:
-            for pid in _family(self._process.pid):
+            for pid in processes.family(self._process.pid):
                 os.sched_setaffinity(pid, {core})
 
 
@@ -263,25 +263,7 @@ def _free_port() -> int:
         return port
 
 
-# -- the kernel's accounts
-
-
-def _family(pid: int) -> list[int]:
-    """A process and its children: nginx's work is done by a child."""
-    try:
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    except OSError:  # a kernel without CONFIG_PROC_CHILDREN
-        return [pid]
-    return [pid, *map(int, children)]
-
-
-def _cpu_ns(pid: int) -> int:
-    """CPU time of all threads: from the scheduler's statistics, exact to the ns, or else in ticks of 10 ms."""
-    try:
-        return sum(int(path.read_text().split()[0]) for path in Path(f"/proc/{pid}/task").glob("*/schedstat"))
-    except (OSError, IndexError):
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) * 1_000_000_000 // os.sysconf("SC_CLK_TCK")
+# -- cores
 
 
 @contextlib.contextmanager
@@ -297,9 +279,3 @@ def _cores() -> Iterator[tuple[int | None, int | None]]:
         yield own, other
     finally:
         os.sched_setaffinity(0, before)
-
-
-def _raise_descriptor_limit() -> None:
-    """1,000 streams take more than the usual soft limit of 1,024, in the engine too, which inherits it."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

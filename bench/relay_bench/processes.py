@@ -1,8 +1,10 @@
-"""What the kernel's accounts say of a process and all its descendants."""
+"""What the kernel's accounts say of a process and all its descendants, its limits, and the processor it runs on."""
 
 from __future__ import annotations
 
 import os
+import platform
+import resource
 from pathlib import Path
 
 _TICK_NS = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
@@ -43,6 +45,22 @@ def memory_bytes(pid: int) -> int:
         except (OSError, IndexError):
             continue
     return total
+
+
+def raise_descriptor_limit() -> None:
+    """Takes all the descriptors that the hard limit allows; children inherit it. The usual soft limit is 1,024."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def processor() -> str:
+    """The processor's name; where the kernel does not say, its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
 
 
 def _cpu_ns(pid: int) -> int:

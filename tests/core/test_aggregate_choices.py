@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relay.core.aggregate import aggregator_for
+from relay.core.aggregate import EngineError, aggregator_for
+from relay.core.aggregate.parts import MOST_OBJECTS
 from relay.core.request import Route
 from tests.core.test_aggregate import aggregate
 
@@ -347,3 +348,13 @@ def test_any_pieces_in_any_order_make_the_message(
     made = aggregate(Route.CHAT, [*frames, b"data: [DONE]\n\n"])["choices"]
     assert [choice["message"] for choice in made] == messages
     assert [choice["index"] for choice in made] == list(range(len(messages)))
+
+
+def test_choices_have_a_limit() -> None:
+    """An object of ours is many times the size of the text that counts."""
+    aggregator = aggregator_for(Route.CHAT, max_bytes=1 << 30, request=b"{}")
+    pieces = ",".join(f'{{"index":{index}}}' for index in range(MOST_OBJECTS))
+    aggregator.feed(f'data: {{"choices":[{pieces}]}}\n\n'.encode())
+    aggregator.feed(b'data: {"choices":[{"index":0}]}\n\n')
+    with pytest.raises(EngineError):
+        aggregator.feed(b'data: {"choices":[{"index":-1}]}\n\n')

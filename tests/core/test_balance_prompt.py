@@ -188,3 +188,13 @@ def test_endless_nesting_does_not_raise(opening: bytes) -> None:
 
 def test_endless_numbers_do_not_raise() -> None:
     assert prompt_prefix(b'{"seed":' + b"1" * 60_000 + b',"prompt":"p"}')
+
+
+def test_no_more_than_so_many_members_and_messages_are_looked_at() -> None:
+    """Each takes Python a microsecond, and a body has room for thousands."""
+    assert prompt_prefix(b'{%b"prompt":"a"}' % (b'"a":1,' * 255)) == b'"a"'
+    assert prompt_prefix(b'{%b"prompt":"a"}' % (b'"a":1,' * 256)) == b""
+    begin = b'{"messages":[' + b"{}," * 256
+    assert prompt_prefix(begin + b'{"role":"user"}]}') == prompt_prefix(begin + b'{"role":"user","content":"b"}]}')
+    begin = b'{"messages":[' + b"{}," * 255
+    assert prompt_prefix(begin + b'{"role":"user"}]}') != prompt_prefix(begin + b'{"role":"user","content":"b"}]}')

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from relay.core.models import ByModel
 
@@ -30,3 +34,14 @@ def test_a_name_comes_before_the_first_pattern_that_fits(model: str, item: str |
 
 def test_any_text_is_none_too() -> None:
     assert ByModel([("*", 1)]).get("") == 1
+
+
+@given(st.text("ab*", max_size=8).filter(lambda glob: "*" in glob), st.text("ab", max_size=12))
+def test_a_star_is_any_text(glob: str, model: str) -> None:
+    expected = re.fullmatch(".*".join(map(re.escape, glob.split("*"))), model, re.DOTALL)
+    assert (ByModel([(glob, 1)]).get(model) == 1) == (expected is not None)
+
+
+def test_a_long_name_is_not_sought_over_and_over() -> None:
+    """By the square of its length, this takes the better part of an hour."""
+    assert ByModel([("*-vl-*-awq", 1)]).get("-vl-" * 250_000) is None

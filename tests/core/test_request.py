@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relay.core.request import RequestFacts, Route, may_stream, peek, route_of
+from relay.core.request import MAX_MODEL_CHARACTERS, RequestFacts, Route, may_stream, peek, route_of
 
 
 @pytest.mark.parametrize(
@@ -67,6 +67,9 @@ def facts(body: bytes, **known: object) -> RequestFacts:
         # of another type: absent, and the others are found all the same
         (b'{"model":1,"stream":true}', {"wants_stream": True}),
         (b'{"model":["m"],"user":"u"}', {"user": "u"}),
+        (b'{"model":"%b","stream":true}' % (b"m" * MAX_MODEL_CHARACTERS),
+         {"model": "m" * MAX_MODEL_CHARACTERS, "wants_stream": True}),
+        (b'{"model":"%b","stream":true}' % (b"m" * (MAX_MODEL_CHARACTERS + 1)), {"wants_stream": True}),
         (b'{"model":"m","n":"2","stream":true}', {"model": "m", "wants_stream": True}),
         (b'{"n":1.5,"model":"m"}', {"model": "m"}),
         (b'{"n":1e999,"model":"m"}', {"model": "m"}),

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from typing import Final
+from typing import Any, Final
 
 import pytest
 import trio
@@ -21,13 +21,16 @@ from relay.net.upstream import MOST_INTERIM
 from relay_bench.engine import Engine
 from tests.conftest import running_relay
 from tests.e2e.fleet import Scrape, answer, fakes, pool_of, running_fleet
-from tests.e2e.harness import GOOD_ANSWER, STREAM, Client, ask, request, scripted, until
+from tests.e2e.harness import GOOD_ANSWER, PATIENCE_S, STREAM, Client, ask, request, scripted, until
 
 #: How long a flood lasts that nobody ends.
 FLOOD_S: Final = 3.0
 STREAM_HEAD: Final = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
 JSON_HEAD: Final = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n"
-PRICED: Final = {"prices": {"*": PriceConfig(prompt=1.0, completion=1.0)}, "cost": CostConfig(in_usage=True)}
+PRICED: Final[dict[str, Any]] = {
+    "prices": {"*": PriceConfig(prompt=1.0, completion=1.0)},
+    "cost": CostConfig(in_usage=True),
+}
 
 
 def chunk(data: bytes) -> bytes:
@@ -90,48 +93,51 @@ async def test_interim_answers_have_an_end(engine: Engine) -> None:
 async def test_frames_that_are_all_hidden_end_at_the_first_token_limit() -> None:
     usage = chunk(b'data: {"choices":[],"usage":{"prompt_tokens":1}}\n\n')
     with flooding(STREAM_HEAD, usage * 500) as flood:
-        tables = {"stream": StreamConfig(include_usage="always"), "timeouts": TimeoutsConfig(first_token_s=0.2)}
-        async with running_relay(flood.url, **tables) as relay:
+        always, limits = StreamConfig(include_usage="always"), TimeoutsConfig(first_token_s=0.2)
+        async with running_relay(flood.url, stream=always, timeouts=limits) as relay:
             got = await ask(relay.port, request())
             assert (got.status, got.error["code"]) == (504, "upstream_timeout")
 
 
-async def test_a_body_as_fast_as_its_client_reads_holds_up_nobody() -> None:
-    with flooding(JSON_HEAD, chunk(b" " * 65536)) as flood:
-        async with running_relay(flood.url) as relay:
-            reader = socket.create_connection(("127.0.0.1", relay.port))
-            reader.sendall(request(body={"stream": False}))
+async def test_a_body_as_fast_as_its_client_takes_it_holds_up_nobody(nursery: trio.Nursery) -> None:
+    """Other tasks have their turn between two reads, though there is always something to be read and room to send."""
+    seen: set[int] = set()
 
-            def read() -> None:
-                while reader.recv(1 << 20):
-                    pass
+    async def look() -> None:
+        while True:
+            seen.update(exchange.bytes_out for exchange in relay.worker.service.active)
+            await trio.lowlevel.checkpoint()
 
-            thread = threading.Thread(target=read)
-            thread.start()
-            await until(lambda: flood.sent > 1_000_000)
-            assert (await ask(relay.port, request("/-/live", method="GET"))).status == 200
-            assert not flood.is_over
-            reader.shutdown(socket.SHUT_RDWR)
-            await until(lambda: not relay.worker.connections)
-            thread.join()
-            reader.close()
+    async with scripted((answer(200, b" " * 200_000), "keep")) as engine, running_relay(engine.urls[0]) as relay:
+        nursery.start_soon(look)
+        got = await ask(relay.port, request(body={"stream": False}))
+        assert len(got.payload) == 200_000
+    assert len(seen) > 3
+    nursery.cancel_scope.cancel()
 
 
-async def test_an_encoded_stream_passes_as_it_came() -> None:
-    body = gzip.compress(STREAM * 20)[:-1]  # a byte short: the relay has no business to mend it
+async def test_an_encoded_stream_passes_as_it_comes() -> None:
+    body = gzip.compress(STREAM)
     fields = b"content-type: text/event-stream\r\ncontent-encoding: gzip"
-    sent = b"HTTP/1.1 200 OK\r\n%b\r\ncontent-length: %d\r\n\r\n%b" % (fields, len(body), body)
-    async with scripted((sent, "keep")) as engine, running_relay(engine.urls[0]) as relay:
-        got = await ask(relay.port, request())
-        assert (got.payload, got.end) == (body, "whole")
-        assert got.headers["content-encoding"] == "gzip"
+    sent = b"HTTP/1.1 200 OK\r\n%b\r\ncontent-length: %d\r\n\r\n%b" % (fields, len(body), body[:-8])
+    async with (
+        scripted((sent, "keep")) as engine,
+        running_relay(engine.urls[0]) as relay,
+        await Client.connect(relay.port) as client,
+    ):
+        await client.send(request())
+        got = b""
+        with trio.fail_after(PATIENCE_S):
+            while not got.endswith(body[:-8]):
+                got += await client.stream.receive_some()
+        assert b"content-encoding: gzip\r\n" in got
 
 
 @pytest.mark.parametrize("number", ["9" * 400, "-7", "99999999999999999999", "1e308", '"many"'])
 async def test_absurd_usage_is_none(number: str) -> None:
     frame = f'data: {{"choices":[],"usage":{{"prompt_tokens":{number},"completion_tokens":{number}}}}}\n\n'
-    script = (STREAM_HEAD + chunk(frame.encode()) + chunk(STREAM) + b"0\r\n\r\n", "keep")
-    async with scripted(script) as engine, running_fleet(pool_of(engine.urls[0]), **PRICED) as relay:
+    script = STREAM_HEAD + chunk(frame.encode()) + chunk(STREAM) + b"0\r\n\r\n"
+    async with scripted((script, "keep")) as engine, running_fleet(pool_of(engine.urls[0]), **PRICED) as relay:
         got = await ask(relay.port, request())
         assert (got.status, got.end) == (200, "whole")
         assert frame.encode() in got.payload
@@ -145,18 +151,21 @@ async def test_absurd_usage_is_none(number: str) -> None:
 
 async def test_a_finish_reason_is_a_word() -> None:
     frame = b'data: {"choices":[{"index":0,"delta":{},"finish_reason":"%b"}]}\n\n' % (b"x" * 100_000)
-    script = (STREAM_HEAD + chunk(frame) + b"0\r\n\r\n", "keep")
-    async with scripted(script) as engine, running_relay(engine.urls[0]) as relay:
+    script = STREAM_HEAD + chunk(frame) + b"0\r\n\r\n"
+    async with scripted((script, "keep")) as engine, running_relay(engine.urls[0]) as relay:
         assert (await ask(relay.port, request())).payload == frame
         assert (await relay.record()).finish_reason == "x" * 100
 
 
 async def test_chunk_extensions_are_part_of_what_is_kept() -> None:
     body = b'{"usage":{"prompt_tokens":1,"completion_tokens":1}}'
-    bloated = b"".join(b"1;%b\r\n%c\r\n" % (b"e" * 1000, byte) for byte in body)
-    script = [(JSON_HEAD + pieces + b"0\r\n\r\n", "keep") for pieces in (chunk(body), bloated)]
-    tables = {**PRICED, "stream": StreamConfig(max_answer_bytes=5000)}
-    async with scripted(*script) as engine, running_relay(engine.urls[0], **tables) as relay:  # type: ignore[arg-type]
+    bloated = b"".join(b"1;%b\r\n%c\r\n" % (b"e" * 4000, byte) for byte in body)
+    short, long = (JSON_HEAD + pieces + b"0\r\n\r\n" for pieces in (chunk(body), bloated))
+    stream = StreamConfig(max_answer_bytes=5000)
+    async with (
+        scripted((short, "keep"), (long, "keep")) as engine,
+        running_relay(engine.urls[0], stream=stream, **PRICED) as relay,
+    ):
         assert b"total_cost" in (await ask(relay.port, request(body={"stream": False}))).payload
         assert (await ask(relay.port, request(body={"stream": False}))).payload == body
 
@@ -164,13 +173,14 @@ async def test_chunk_extensions_are_part_of_what_is_kept() -> None:
 async def test_an_index_of_thousands_of_digits() -> None:
     digits = b"1" * 5000
     frame = b'data: {"choices":[{"index":%b,"delta":{"content":"a"},"finish_reason":"stop"}]}\n\n' % digits
-    script = (STREAM_HEAD + chunk(frame + b"data: [DONE]\n\n") + b"0\r\n\r\n", "keep")
+    script = STREAM_HEAD + chunk(frame + b"data: [DONE]\n\n") + b"0\r\n\r\n"
     async with (
-        scripted(script) as engine,
+        scripted((script, "keep")) as engine,
         running_relay(engine.urls[0], stream=StreamConfig(force_stream=True)) as relay,
     ):
         got = await ask(relay.port, request(body={"stream": False}))
-        assert (got.status, got.json()["choices"][0]["message"]["content"]) == (200, "a")
+        assert got.status == 200
+        assert b'"content":"a"' in got.payload  # Python's own parser would not take the index
 
 
 # -- what engines answer to probes

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -58,12 +57,6 @@ class Observation(msgspec.Struct, kw_only=True):
     def ttft_s(self) -> float | None:
         """To the first content frame."""
         return self.content_s[0] if self.content_s else None
-
-    @property
-    def longest_silence_s(self) -> float:
-        """Between two reads, or before the first, or after the last."""
-        marks = [0.0, *self.read_s, self.end_s]
-        return max(later - earlier for earlier, later in pairwise(marks))
 
     @property
     def last_silence_s(self) -> float:

@@ -16,7 +16,7 @@ import trio
 from relay_bench.drill.client import PATIENCE_S, READ_BYTES, Ask, Client, End, Outcome, Reading, examples
 from relay_bench.drill.report import Report
 from relay_bench.drill.rest import judge_rest, records_of
-from relay_bench.drill.stage import Scene, stage
+from relay_bench.drill.stage import Scene, pace, stage
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -68,7 +68,7 @@ QUICK = Plan(requests=400, clients=64, places=32, ttft_ms=100.0, step_ms=5.0)
 async def drill(scene: Scene, plan: Plan = FULL) -> Report:
     """Holds the drill. Raises `DrillError`."""
     report = Report("hangups")
-    flags = ("--ttft-ms", f"{plan.ttft_ms:g}", "--step-ms", f"{plan.step_ms:g}")
+    flags = pace(plan.ttft_ms, plan.step_ms)
     asks = draw(plan)
     outcomes: list[Outcome] = []
     async with stage(scene) as here:
@@ -161,23 +161,29 @@ async def _read(stream: trio.SocketStream, reading: Reading, tokens: float | Non
         reading.feed(await stream.receive_some(READ_BYTES))
 
 
+def judge_outcomes(
+    report: Report, outcomes: Sequence[Outcome], records: Sequence[dict[str, Any]], phases: Sequence[str]
+) -> None:
+    """What became of the clients that stayed, and of those that left: in all `phases`, as the records have them."""
+    letters = Counter(record["outcome"] for record in records)
+    report.add("records' outcomes", ", ".join(f"{outcome} {count:,}" for outcome, count in letters.most_common()))
+    report.judge("clients have hung up in all phases", all(letters[phase] for phase in phases), ", ".join(phases))
+    failed = [outcome for outcome in outcomes if outcome.end not in (End.WHOLE, End.LEFT)]
+    report.judge("clients that stay have whole answers", not failed, f"{examples(failed)} have not")
+    report.judge(
+        "one record for each request begun", len(records) == len(outcomes), f"{len(records):,} of {len(outcomes):,}"
+    )
+
+
 def _judge(
     report: Report,
     asks: Sequence[tuple[Ask, HangUp | None]],
     outcomes: Sequence[Outcome],
     records: Sequence[dict[str, Any]],
 ) -> None:
-    letters = Counter(record["outcome"] for record in records)
-    report.add("records' outcomes", ", ".join(f"{outcome} {count:,}" for outcome, count in letters.most_common()))
     queued = sum(bool(record["queue_ms"]) for record in records)
     report.add("requests that were in the queue", queued)
-    phases = ("CR", "CQ", "CH", "CD")
-    report.judge("clients have hung up in all phases", all(letters[phase] for phase in phases), ", ".join(phases))
-    failed = [outcome for outcome in outcomes if outcome.end not in (End.WHOLE, End.LEFT)]
-    report.judge("clients that stay have whole answers", not failed, f"{examples(failed)} have not")
-    report.judge(
-        "one record for each request begun", len(records) == len(asks), f"{len(records):,} records of {len(asks):,}"
-    )
+    judge_outcomes(report, outcomes, records, ("CR", "CQ", "CH", "CD"))
     sent = [ask.id for ask, hang_up in asks if hang_up is None or hang_up.moment not in (Moment.HEAD, Moment.BODY)]
     ids = Counter(record["id"] for record in records)
     found = sum(ids[id_] == 1 for id_ in sent)

@@ -11,7 +11,7 @@ import trio
 from relay_bench.drill.client import Crowd, End, examples
 from relay_bench.drill.report import Report
 from relay_bench.drill.rest import judge_rest, records_of
-from relay_bench.drill.stage import Scene, holds, stage
+from relay_bench.drill.stage import Scene, holds, pace, stage
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,7 +39,7 @@ QUICK = Plan(clients=30, tokens=range(5, 30), before_s=0.6, down_s=0.2, back_s=1
 async def drill(scene: Scene, plan: Plan = FULL) -> Report:
     """Holds the drill. Raises `DrillError`."""
     report = Report("kill")
-    flags = ("--ttft-ms", f"{plan.ttft_ms:g}", "--step-ms", f"{plan.step_ms:g}")
+    flags = pace(plan.ttft_ms, plan.step_ms)
     async with stage(scene) as here:
         engines = await here.engines(plan.engines, *flags)
         relay = await here.relay(engines, {})

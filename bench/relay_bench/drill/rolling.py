@@ -10,7 +10,7 @@ import trio
 from relay_bench.drill.client import Crowd, End, examples
 from relay_bench.drill.report import Report
 from relay_bench.drill.rest import judge_rest, records_of
-from relay_bench.drill.stage import EngineChild, RelayChild, Scene, holds, stage
+from relay_bench.drill.stage import EngineChild, RelayChild, Scene, holds, pace, stage
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
@@ -33,7 +33,7 @@ QUICK = Plan(clients=30, tokens=range(2, 12), ttft_ms=50.0, between_s=0.2)
 async def drill(scene: Scene, plan: Plan = FULL) -> Report:
     """Holds the drill. Raises `DrillError`."""
     report = Report("rolling")
-    flags = ("--ttft-ms", f"{plan.ttft_ms:g}", "--step-ms", f"{plan.step_ms:g}")
+    flags = pace(plan.ttft_ms, plan.step_ms)
     async with stage(scene) as here:
         old = await here.engines(plan.engines, *flags)
         relay = await here.relay(old, {})

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import trio
 
 from relay_bench.drill import hangups
-from relay_bench.drill.client import End, Outcome, examples
+from relay_bench.drill.client import Outcome
 from relay_bench.drill.report import Report
 from relay_bench.drill.rest import judge_rest, records_of
-from relay_bench.drill.stage import EngineChild, Scene, holds, stage
+from relay_bench.drill.stage import EngineChild, Scene, holds, pace, stage
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,7 +37,7 @@ QUICK = Plan(requests=500)
 async def drill(scene: Scene, plan: Plan = FULL) -> Report:
     """Holds the drill. Raises `DrillError`."""
     report = Report("split")
-    flags = ("--ttft-ms", f"{plan.ttft_ms:g}", "--step-ms", f"{plan.step_ms:g}")
+    flags = pace(plan.ttft_ms, plan.step_ms)
     asks = hangups.draw(plan)
     outcomes: list[Outcome] = []
     async with stage(scene) as here:
@@ -65,7 +65,7 @@ async def drill(scene: Scene, plan: Plan = FULL) -> Report:
     report.add("decoders' requests", f"{decoded['completed']:,} completed, {decoded['aborted']:,} aborted")
     asked = sum(record["upstream"] is not None and record["outcome"] != "CC" for record in records)
     report.add("handles drained", decoded["served"] - asked)
-    _judge(report, outcomes, records)
+    hangups.judge_outcomes(report, outcomes, records, ("CR", "CQ", "CP", "CH", "CD"))
     return report
 
 
@@ -89,15 +89,3 @@ async def _judge_handles(report: Report, prefillers: Sequence[EngineChild], limi
     await holds(is_none_held, limit_s)
     report.add("handles", f"{counts['handles_given']:,} given, {counts['handles_taken']:,} taken")
     report.judge("no handle is left at a prefiller", counts["handles_held"] == 0, f"{counts['handles_held']:,} held")
-
-
-def _judge(report: Report, outcomes: Sequence[Outcome], records: Sequence[dict[str, Any]]) -> None:
-    letters = Counter(record["outcome"] for record in records)
-    report.add("records' outcomes", ", ".join(f"{outcome} {count:,}" for outcome, count in letters.most_common()))
-    phases = ("CR", "CQ", "CP", "CH", "CD")
-    report.judge("clients have hung up in all phases", all(letters[phase] for phase in phases), ", ".join(phases))
-    failed = [outcome for outcome in outcomes if outcome.end not in (End.WHOLE, End.LEFT)]
-    report.judge("clients that stay have whole answers", not failed, f"{examples(failed)} have not")
-    report.judge(
-        "one record for each request begun", len(records) == len(outcomes), f"{len(records):,} of {len(outcomes):,}"
-    )

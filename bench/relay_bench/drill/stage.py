@@ -195,6 +195,11 @@ class Stage:
         return relay
 
 
+def pace(ttft_ms: float, step_ms: float) -> tuple[str, ...]:
+    """An engine's flags: the time to its first token, and between the others."""
+    return "--ttft-ms", f"{ttft_ms:g}", "--step-ms", f"{step_ms:g}"
+
+
 @asynccontextmanager
 async def stage(scene: Scene) -> AsyncGenerator[Stage, None]:
     """A place to start processes in."""

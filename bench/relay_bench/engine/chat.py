@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from relay_bench.engine.handover import kv_handle
-from relay_bench.engine.script import DONE, FINGERPRINT, Script, json_string, openai_error_frames
+from relay_bench.engine.script import DONE, FINGERPRINT, Script, chunk_start, json_string, openai_error_frames
 from relay_bench.engine.text import TOOL_ARGUMENTS
-from relay_bench.engine.usage import cached_tokens, usage_json
+from relay_bench.engine.usage import usage_json, whole_usage
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -22,12 +22,7 @@ class ChatScript(Script):
 
     def __init__(self, ask: Ask) -> None:
         super().__init__(ask)
-        # everything before the choices is the same in every chunk of a stream
-        self._start = b'data: {"id":%b,"object":"chat.completion.chunk","created":%d,"model":%b,"choices":[' % (
-            json_string(ask.id),
-            ask.created,
-            json_string(ask.model),
-        )
+        self._start = chunk_start(ask, "chat.completion.chunk")
         self._others = b',"usage":null' if ask.usage.null_on_others else b""
 
     def steps(self) -> Iterator[list[bytes]]:
@@ -161,15 +156,3 @@ class ChatScript(Script):
             "token_ids": None,
             "routed_experts": None,
         }
-
-
-def whole_usage(ask: Ask) -> dict[str, Any]:
-    """The usage object of a non-streaming chat or completions answer, which is always there."""
-    details = ask.usage.with_details
-    return {
-        "prompt_tokens": ask.prompt_tokens,
-        "total_tokens": ask.prompt_tokens + ask.completion_tokens,
-        "completion_tokens": ask.completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": cached_tokens(ask.prompt_tokens)} if details else None,
-        "completion_tokens_details": {"reasoning_tokens": ask.reasoning * ask.choices} if details else None,
-    }

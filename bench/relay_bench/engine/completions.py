@@ -6,10 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from relay_bench.engine.chat import whole_usage
 from relay_bench.engine.handover import kv_handle
-from relay_bench.engine.script import DONE, FINGERPRINT, Script, json_string, openai_error_frames
-from relay_bench.engine.usage import usage_json
+from relay_bench.engine.script import DONE, FINGERPRINT, Script, chunk_start, json_string, openai_error_frames
+from relay_bench.engine.usage import usage_json, whole_usage
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -22,11 +21,7 @@ class CompletionsScript(Script):
 
     def __init__(self, ask: Ask) -> None:
         super().__init__(ask)
-        self._start = b'data: {"id":%b,"object":"text_completion","created":%d,"model":%b,"choices":[' % (
-            json_string(ask.id),
-            ask.created,
-            json_string(ask.model),
-        )
+        self._start = chunk_start(ask, "text_completion")
         self._others = b',"usage":null' if ask.usage.null_on_others else b""
 
     def steps(self) -> Iterator[list[bytes]]:

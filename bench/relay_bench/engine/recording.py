@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from relay.core.framing import ChunkDecoder, decode_into
 from relay_bench.engine.plain import Refusal
 
 if TYPE_CHECKING:
@@ -43,8 +44,11 @@ def parse_recording(raw: bytes) -> Recording:
             break
         raw = rest
     fields = {name.lower(): value.strip() for name, _, value in (line.partition(b":") for line in lines[1:])}
-    body = _dechunk(rest) if fields.get(b"transfer-encoding") == b"chunked" else rest
-    return Recording(status, fields.get(b"content-type", b""), body)
+    if fields.get(b"transfer-encoding") == b"chunked":
+        payload = bytearray()
+        decode_into(payload, ChunkDecoder(), rest)  # of one that was cut off, what had arrived
+        rest = bytes(payload)
+    return Recording(status, fields.get(b"content-type", b""), rest)
 
 
 def load_recording(folder: str, name: str) -> Recording:
@@ -55,16 +59,3 @@ def load_recording(folder: str, name: str) -> Recording:
             400, f"x-sim-play: there is no recording {name!r}; see --captures", "BadRequestError", "x-sim-play"
         )
     return parse_recording(path.read_bytes())
-
-
-def _dechunk(raw: bytes) -> bytes:
-    """The payload of a chunked body; of one that was cut off, what had arrived."""
-    payload = []
-    while raw:
-        size_line, _, raw = raw.partition(b"\r\n")
-        size = int(size_line.partition(b";")[0] or b"0", 16)
-        if size == 0:
-            break
-        payload.append(raw[:size])
-        raw = raw[size + 2 :]
-    return b"".join(payload)

@@ -75,6 +75,16 @@ def json_string(value: str) -> bytes:
     return msgspec.json.encode(value)
 
 
+def chunk_start(ask: Ask, kind: str) -> bytes:
+    """How each chunk of a chat or completions stream begins, up to its choices."""
+    return b'data: {"id":%b,"object":%b,"created":%d,"model":%b,"choices":[' % (
+        json_string(ask.id),
+        json_string(kind),
+        ask.created,
+        json_string(ask.model),
+    )
+
+
 def openai_error_frames() -> list[bytes]:
     """vLLM's error inside a stream: made by Python's json, hence the blanks after the colons; then the end mark."""
     error = b'{"error": {"message": %b, "type": "InternalServerError", "param": null, "code": 500}}'

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+    from relay_bench.engine.ask import Ask
 
 #: What ``x-sim-usage`` may name; several are separated by commas.
 USAGE_WORDS = frozenset({"null-others", "on-last-choice", "force", "include", "continuous", "details", "none"})
@@ -66,3 +68,15 @@ def usage_json(prompt: int, completion: int, *, reasoning: int = 0, with_details
 def cached_tokens(prompt: int) -> int:
     """How many of `prompt` tokens the engine says were in its prefix cache."""
     return prompt * _CACHED_SIXTEENTHS // 16
+
+
+def whole_usage(ask: Ask) -> dict[str, Any]:
+    """The usage object of a non-streaming chat or completions answer, which is always there."""
+    details = ask.usage.with_details
+    return {
+        "prompt_tokens": ask.prompt_tokens,
+        "total_tokens": ask.prompt_tokens + ask.completion_tokens,
+        "completion_tokens": ask.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": cached_tokens(ask.prompt_tokens)} if details else None,
+        "completion_tokens_details": {"reasoning_tokens": ask.reasoning * ask.choices} if details else None,
+    }

@@ -14,7 +14,8 @@ import h11
 
 from relay.core.dialect import Meter
 from relay.core.frames import FrameRelay
-from relay.core.framing import BodyDecoder, FramingError, decode_into, decoder_for, response_body_kind
+from relay.core.framing import BodyDecoder, BodyKind, FramingError, decode_into, decoder_for, response_body_kind
+from relay.core.headers import content_type, is_event_stream, wants_close
 from relay.core.usage import Usage
 
 if TYPE_CHECKING:
@@ -204,13 +205,12 @@ class Answer:
         self.status = event.status_code
         self.headers = headers
         self.head_ns = now_ns
-        connection = b",".join(value.lower() for name, value in headers if name == b"connection")
-        self.may_reuse = event.http_version == b"1.1" and b"close" not in connection and kind.value != "close"
+        self.may_reuse = kind is not BodyKind.CLOSE and not wants_close(event.http_version, headers)
         self._decoder = decoder = decoder_for(kind, headers)
-        self.content_type = next((value for name, value in headers if name == b"content-type"), b"").lower()
-        if self.content_type.startswith(b"text/event-stream"):
-            chunked = kind.value == "chunked"
-            self._frames = FrameRelay(decoder, self.meter, is_chunked=chunked, max_frame_bytes=_MAX_FRAME_BYTES)
+        self.content_type = content_type(headers)
+        if is_event_stream(self.content_type):
+            is_chunked = kind is BodyKind.CHUNKED
+            self._frames = FrameRelay(decoder, self.meter, is_chunked=is_chunked, max_frame_bytes=_MAX_FRAME_BYTES)
 
     def _feed_body(self, data: bytes) -> None:
         decoder = self._decoder

@@ -17,12 +17,12 @@ import platform
 import statistics
 import time
 from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
 import relay
+from relay_bench import processes
 from relay_bench.load.slo import is_good
 from relay_bench.load.stats import Histogram, histogram_of, percentile
 
@@ -148,7 +148,7 @@ def environment() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "kernel": f"{platform.system()} {platform.release()}",
-        "processor": _processor(),
+        "processor": processes.processor(),
         "cores": len(os.sched_getaffinity(0)),
         "load_average": round(os.getloadavg()[0], 2),
     }
@@ -291,12 +291,3 @@ def _harness(plan: Plan, tally: Tally, histograms: dict[str, Histogram]) -> dict
         "reads_with_kernel_stamp": tally.client_delay.count,
         "lost_stamps": tally.lost_stamps,
     }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.machine()
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import gc
 import os
-import resource
 import ssl
 import statistics
 import sys
@@ -28,7 +27,7 @@ from relay_bench.load.client import Client, Exchange
 from relay_bench.load.records import Record, Tally, inter_token_ns
 from relay_bench.load.stats import Histogram
 from relay_bench.load.target import Target
-from relay_bench.processes import run_delay_ns
+from relay_bench.processes import raise_descriptor_limit, run_delay_ns
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -329,8 +328,7 @@ def main() -> None:
     """Serve the parent: a job in, figures out."""
     source, sink = sys.stdin.buffer, os.dup(1)
     os.dup2(2, 1)  # whoever prints by mistake must not spoil the messages
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    raise_descriptor_limit()
 
     def emit(message: msgspec.Struct) -> None:
         data = framed(message)
