@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any, Final
 
@@ -56,8 +56,9 @@ class RosterError(Exception):
 class Roster:
     """Keeps a service's fleet as it should be. `run` it; the other methods may be called meanwhile."""
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, on_change: Callable[[], None] = lambda: None) -> None:
         self._service = service
+        self._on_change = on_change  #: who is in the fleet, and up, has changed
         self._rng = random.Random()
         self._watched: set[Upstream] = set()
         self._names: set[tuple[Pool, str, str]] = set()  # pool, role, and what is resolved for them
@@ -95,6 +96,7 @@ class Roster:
             self._group(pool, role).add(config)
         except ValueError:
             raise RosterError(f"{config.url} is in pool {pool} already") from None
+        self._on_change()
         self._look_around()
         self._pool(pool).advance()
 
@@ -105,12 +107,14 @@ class Roster:
         except KeyError:
             known = ", ".join(self._group(pool, role).upstreams) or "none"
             raise RosterError(f"{url} is not in pool {pool}; in it: {known}") from None
+        self._on_change()
         self._pool(pool).advance()  # who waits for the last one waits in vain
 
     def reconfigure(self, config: Config) -> None:
         """Takes on another configuration; streams in flight go on under the old one."""
         self._service.config = config
         self._service.fleet.reconfigure(config)
+        self._on_change()
         self._look_around()
 
     def _pool(self, name: str) -> Pool:
@@ -169,6 +173,7 @@ class Roster:
                 if was_up != upstream.health.is_up:
                     word = "is up" if upstream.health.is_up else f"is down: {upstream.last_error}"
                     print(f"relay: {upstream.config.url} {word}", file=sys.stderr, flush=True)
+                    self._on_change()
                 group.refresh(upstream)
                 self._note_probed()
                 if is_well and time.monotonic() - upstream.models_at > MODELS_S:
@@ -198,10 +203,13 @@ class Roster:
             with trio.fail_after(PROBE_S):
                 answer = await self._client(upstream).get(**_call(upstream, "/v1/models"))
             if answer.is_success and len(answer.content) <= _MOST_MODELS_BYTES:
-                upstream.models = {
-                    _decode_model(entry).id: entry.copy() for entry in _decode_models(answer.content).data
-                }
+                before, upstream.models = (
+                    upstream.models,
+                    {_decode_model(entry).id: entry.copy() for entry in _decode_models(answer.content).data},
+                )
                 upstream.models_at = time.monotonic()
+                if before is None or before.keys() != upstream.models.keys():  # the rest is times
+                    self._on_change()
 
     def _client(self, upstream: Upstream) -> httpx.AsyncClient:
         path = upstream.config.unix_path
@@ -224,7 +232,10 @@ class Roster:
             except OSError as exc:
                 print(f"relay: {url} does not resolve: {exc.strerror}", file=sys.stderr, flush=True)
             else:
-                mine = _settle(pool.groups[role], mine, [config.at(ip) for ip in {str(each[4][0]) for each in found}])
+                wanted = [config.at(ip) for ip in {str(each[4][0]) for each in found}]
+                before, mine = mine, _settle(pool.groups[role], mine, wanted)
+                if mine != before:
+                    self._on_change()
             self._unresolved.discard((pool, role, url))
             self._look_around()
             pool.advance()
@@ -232,6 +243,7 @@ class Roster:
         self._names.discard((pool, role, url))
         if role in pool.groups:
             _settle(pool.groups[role], mine, [])
+            self._on_change()
             pool.advance()
 
     def _configured(self, pool: Pool, role: str, url: str) -> UpstreamConfig | None:
