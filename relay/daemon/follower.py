@@ -96,9 +96,9 @@ class Follower(Worker):
         """Begins to listen to the control process; comes back when it has told of the fleet."""
         self._background = background
         background.start_soon(self._channel.run)
-        await background.start(self._follow)
+        await background.start(self._run)
 
-    async def _follow(self, *, task_status: trio.TaskStatus[None]) -> None:
+    async def _run(self, *, task_status: trio.TaskStatus[None]) -> None:
         """Does what it is told; drains when nobody is there to tell any more."""
         is_begun = False
         while (order := await self._channel.receive()) is not None:

@@ -20,7 +20,7 @@ import trio
 
 #: Bytes of lines waiting to be written; a stalled reader costs this much memory.
 MAX_WAITING_BYTES: Final = 4_194_304
-#: Joined into one write at most: PIPE_BUF (pipe(7)). Workers share standard output, and only such a write is never torn.
+#: Joined into one write at most: PIPE_BUF (pipe(7)). Workers share standard output, and only such writes are not torn.
 #: On a stream socket of the journal it is one buffer, so neither is it there.
 _WRITE_BYTES: Final = select.PIPE_BUF
 #: How long the last lines may take at the end of the process.
