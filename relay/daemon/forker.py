@@ -116,7 +116,7 @@ def _leave(work: Callable[[], int]) -> None:
     status = 1
     try:
         status = work()
-    except BaseException as exc:  # noqa: ASYNC103 - there is nobody to raise it to
+    except Exception as exc:
         sys.excepthook(type(exc), exc, exc.__traceback__)
     finally:
         with suppress(OSError):
