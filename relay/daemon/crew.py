@@ -127,7 +127,7 @@ class Crew:
     async def _listen_to(self, hand: _Hand, channel: Channel) -> None:
         hand.channel, hand.config, hand.limits, hand.confirmed, hand.owed = channel, None, {}, 0, 0
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(channel.run)
+            nursery.start_soon(channel.deliver)
             self._tell(hand, self._fleet())
             if self._is_ending:
                 channel.send(messages.Drain())

@@ -95,7 +95,7 @@ class Follower(Worker):
     async def look_after_fleet(self, background: trio.Nursery) -> None:
         """Begins to listen to the control process; comes back when it has told of the fleet."""
         self._background = background
-        background.start_soon(self._channel.run)
+        background.start_soon(self._channel.deliver)
         await background.start(self._run)
 
     async def _run(self, *, task_status: trio.TaskStatus[None]) -> None:

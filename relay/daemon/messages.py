@@ -113,7 +113,7 @@ _decode: Final = msgspec.msgpack.Decoder(Message).decode
 
 
 class Channel:
-    """One end. `send` never waits; `run` it, so that what is sent leaves."""
+    """One end. `send` never waits; `deliver` must run, so that what is sent leaves."""
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
@@ -133,7 +133,7 @@ class Channel:
         self._unsent.append((memoryview(len(data).to_bytes(_HEAD_BYTES, "big") + data), kept))
         self._wake.set()
 
-    async def run(self) -> None:
+    async def deliver(self) -> None:
         """Sends what there is to send, until cancelled or the other end is gone, which `receive` tells."""
         while True:
             await self._wake.wait()
