@@ -19,7 +19,7 @@ from typing import Any
 import trio
 
 from relay_bench.engine import Engine
-from tests.e2e.harness import Answer, Client, ask, request, states, until
+from tests.e2e.harness import GOOD_ANSWER, Answer, Client, ask, request, states, until
 from tests.e2e.test_process import START_S, Process, relay_serve
 
 STREAMS = 3
@@ -175,6 +175,10 @@ async def test_limits_hold_over_both_and_survive_a_death(engine: Engine, tmp_pat
                 assert (await ask(relay.port, request())).status == 429
                 os.kill(first, signal.SIGKILL)  # what it held is given back, and goes to who waits at the other
                 await until(lambda: len(answers) == 4, START_S)
+                # All three places are there again.
+                await until(lambda: len(relay.workers) == 2, START_S)
+                async with relay.streams(second, STREAMS - 1, sim_fault="stall-after:2"):
+                    assert (await relay.admin("GET", "/-/status"))["in_flight"] == STREAMS
             served = [answer for answer in answers if answer.head.startswith(b"HTTP/1.1 200")]
             assert all(answer.head == b"" for answer in answers if answer not in served)  # the dead worker's
         await relay.becomes_idle()
@@ -233,3 +237,57 @@ async def test_workers_outlive_the_control_process_to_the_end_of_their_streams(e
             answer = await client.answer()
             assert (answer.end, len(answer.frames)) == ("whole", 22)
         await until(lambda: not children_of(forker), START_S)
+
+
+class LayerwiseEngines:
+    """A prefiller and a decoder of ascend_layerwise: the decoder calls back, and answers once the prefiller was asked.
+
+    Both are at one address, on which a request to decode is one that names a metaserver.
+    """
+
+    def __init__(self) -> None:
+        self.asked: list[dict[str, Any]] = []  #: what the prefiller was given as `kv_transfer_params`
+        self.is_prefilled = trio.Event()
+
+    async def serve(self, stream: trio.SocketStream) -> None:
+        data = b""
+        while not (match := re.match(rb"(?si).*\r\ncontent-length: *(\d+).*?\r\n\r\n", data)) or (
+            len(data) < match.end() + int(match[1])
+        ):
+            received = await stream.receive_some()
+            if not received:
+                return
+            data += received
+        asked = json.loads(data[match.end() :])["kv_transfer_params"]
+        if "metaserver" not in asked:
+            self.asked.append(asked)
+            self.is_prefilled.set()
+            await stream.send_all(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}")
+            return
+        found = re.search(rb"(?i)\r\nx-request-id: (\S+)", data)
+        assert found is not None
+        body = json.dumps({"request_id": f"chatcmpl-{found[1].decode()}", "remote_block_ids": [1, 2]}).encode()
+        match_url = re.fullmatch(r"http://127\.0\.0\.1:(\d+)(/\S+)", asked["metaserver"])
+        assert match_url is not None
+        path = match_url[2]
+        answer = await ask(int(match_url[1]), request(path, body))
+        assert answer.status == 200
+        await self.is_prefilled.wait()
+        self.is_prefilled = trio.Event()
+        await stream.send_all(GOOD_ANSWER)
+
+
+async def test_a_decoders_call_reaches_the_worker_that_waits_for_it(nursery: trio.Nursery, tmp_path: Path) -> None:
+    engines = LayerwiseEngines()
+    listeners = [(await trio.open_tcp_listeners(0, host="127.0.0.1"))[0] for _ in range(2)]
+    for listener in listeners:
+        nursery.start_soon(trio.serve_listeners, engines.serve, [listener])
+    prefill, decode = (f"http://127.0.0.1:{listener.socket.getsockname()[1]}" for listener in listeners)
+    pool = (f"prefill = ['{prefill}']", f"decode = ['{decode}']", 'connector = "ascend_layerwise"')
+    path = configuration(tmp_path / "relay.toml", *pool, "[health]", "interval_s = 0")
+    async with two_workers("--config", path) as relay:
+        for pid in relay.workers:
+            with relay.stopped(pid):
+                answer = await ask(relay.port, request())
+                assert (answer.status, answer.end) == (200, "whole")
+    assert [asked["remote_block_ids"] for asked in engines.asked] == [[1, 2], [1, 2]]
