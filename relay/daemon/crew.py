@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
@@ -82,8 +83,12 @@ class Crew:
 
     @property
     def oldest_beat(self) -> float:
-        """When the event loop turned of the worker where that is longest ago (monotonic clock)."""
-        return min(hand.slot.beat for hand in self._hands)
+        """When the event loop turned of the worker where that is longest ago (monotonic clock).
+
+        One that has died counts until it is replaced; one that has drained does not.
+        """
+        expected = (hand.slot.beat for hand in self._hands if hand.channel is not None or not self._is_ending)
+        return min(expected, default=math.inf)
 
     async def run(self, on_lost: Callable[[], None]) -> None:
         """Has all workers work, until they have been told to end and have; `on_lost`: none can be replaced any more."""

@@ -13,9 +13,9 @@ from relay.core.health import Attempt, Health, HealthRules
 from relay.net.pool import Upstream
 from relay.net.shares import Shares
 
-#: How old the other workers' loads may be at a pick, seconds for each engine: some twenty times what it takes to read
-#: them, so that is never more than a twentieth of the time. A few engines' are read anew for nearly every pick; a
-#: thousand engines' are 5 ms old at most.
+#: How old the other workers' loads may be at a pick, seconds for each engine. To take them in costs 0.05 to 0.17 µs an
+#: engine with one other worker, 0.3 with seven, so it is at most some hundredths of the time; and it costs nothing while
+#: nothing is picked, as a tick would. A few engines' are read anew for nearly every pick, a thousand's each 5 ms.
 LOADS_AGE_S: Final = 5e-6
 
 
