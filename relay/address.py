@@ -26,6 +26,7 @@ _UNIX_PATH_MAX_BYTES = 107
 _EVERY_INTERFACE = frozenset({"0.0.0.0", "::"})
 _LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 
+_LOOPBACK_NET = re.compile(r"127(\.\d{1,3}){3}")
 _HOST_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9_])?\.?")
 _DIGITS_AND_DOTS = re.compile(r"[0-9.]+")
 _ZONE = re.compile(r"[A-Za-z0-9._-]+")
@@ -53,7 +54,12 @@ class Address(msgspec.Struct, frozen=True):
     @property
     def is_loopback(self) -> bool:
         """Whether only this machine can reach it."""
-        return self.unix_path is not None or self.host in _LOOPBACK or self.host.startswith("127.")
+        return self.unix_path is not None or self.host in _LOOPBACK or bool(_LOOPBACK_NET.fullmatch(self.host))
+
+    @property
+    def is_wildcard(self) -> bool:
+        """Whether it stands for every interface, and so cannot be called."""
+        return self.host in _EVERY_INTERFACE
 
     def collides_with(self, other: Address) -> bool:
         """Whether both cannot be bound by one process: the same, or one is every interface of the other's family."""
@@ -122,7 +128,7 @@ def parse_upstream(text: str) -> UpstreamConfig:
         return UpstreamConfig(url=_UNIX_PREFIX + path, host="", port=0, unix_path=path, authority="localhost")
     if text[: len(_DNS_PREFIX)].lower() == _DNS_PREFIX:
         config = parse_upstream(text[len(_DNS_PREFIX) :])
-        if config.unix_path is not None:
+        if config.unix_path is not None or config.is_dns:
             raise ValueError("has no name to resolve; allowed: dns+http://NAME:PORT")
         return msgspec.structs.replace(config, url=_DNS_PREFIX + config.url, is_dns=True)
     scheme = text[: len(_HTTP_PREFIX)].lower()

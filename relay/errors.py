@@ -178,6 +178,13 @@ class UpstreamRecomputed(ExchangeError):
     code = "upstream_recomputed"
 
 
+class OutOfResources(ExchangeError):
+    """The relay has no descriptor or no memory for another connection: no engine's fault."""
+
+    status = 503
+    code = "no_upstream"
+
+
 class NoUpstream(ExchangeError):
     """No engine may be tried: none configured for the model, or none left within the attempt budget."""
 

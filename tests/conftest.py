@@ -8,11 +8,16 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import trio
+from hypothesis import settings
 
 from relay.address import parse_upstream
 from relay.config import Config, HealthConfig, LogConfig, PoolConfig
 from relay.core.timeline import Record
 from relay.daemon.worker import Worker
+
+# How long an example takes says more of the machine than of the code.
+settings.register_profile("relay", deadline=None)
+settings.load_profile("relay")
 
 #: No test waits longer than this for anything.
 TEST_LIMIT_S = 20.0

@@ -249,12 +249,12 @@ def test_check_says_what_the_file_would_do(file: Callable[[str], str], capsys: p
 
 
 def test_check_reports_every_problem(file: Callable[[str], str], capsys: pytest.CaptureFixture[str]) -> None:
-    path = file("[auth]\n[[pool]]\nupstreams = []\n[limits]\nmax_connections = 0")
+    path = file("[other]\n[[pool]]\nupstreams = []\n[limits]\nmax_connections = 0")
     assert main(["check", "--config", path]) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert [line.removeprefix(f"{path}:").partition(": ")[0] for line in err.splitlines()] == [
-        "auth",
+        "other",
         "limits.max_connections",
         "pool[0].upstreams",
     ]

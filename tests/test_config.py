@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import tomllib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args, get_origin
 
+import msgspec
 import pytest
 
 from relay.address import Address, parse_address, parse_upstream
-from relay.config import Config, ConfigError, load
+from relay.config import Config, ConfigError, UpstreamTable, load
 from relay.core.balance import POLICIES
 
 if TYPE_CHECKING:
@@ -68,6 +69,8 @@ def test_a_file_with_every_setting(read: Callable[[str], Config]) -> None:
         max_in_flight = 100
         max_queue = 50
         session_header = "X-Chat"
+        force_stream = false
+        include_usage = "always"
         [[pool]]
         name = "long"
         prefill = [{ url = "http://10.0.1.1:8000", kv_address = "10.0.1.1:21001", bootstrap = "http://10.0.1.1:8998" }]
@@ -78,6 +81,9 @@ def test_a_file_with_every_setting(read: Callable[[str], Config]) -> None:
         callback_address = "10.0.0.9:9000"
         [stream]
         max_frame_bytes = 4096
+        force_stream = true
+        max_answer_bytes = 8192
+        include_usage = "as-asked"
         [failover]
         attempts = 1
         budget_s = 0.5
@@ -104,6 +110,17 @@ def test_a_file_with_every_setting(read: Callable[[str], Config]) -> None:
         interval_s = 0
         failures = 1
         successes = 4
+        [auth]
+        keys_file = "/etc/relay/keys"
+        routes = ["/v1/*", "/tokenize"]
+        upstream_key_file = "/etc/relay/key"
+        [prices."qwen3-32b"]
+        prompt = 0.1
+        cached_prompt = 0.02
+        completion = 0.4
+        [prices."*"]
+        [cost]
+        in_usage = true
         [log]
         format = "off"
     """)
@@ -132,7 +149,18 @@ def test_a_file_with_every_setting(read: Callable[[str], Config]) -> None:
     assert (decode.url, decode.bootstrap_port) == ("http://10.0.2.1:8000", 8998)
     assert (split.connector, split.on_missing_kv, split.drain_kv) == ("sglang", "error", False)
     assert split.callback_address == "10.0.0.9:9000"
-    assert config.stream.max_frame_bytes == 4096
+    stream = config.stream
+    assert (stream.max_frame_bytes, stream.max_answer_bytes) == (4096, 8192)
+    assert (stream.force_stream, stream.include_usage) == (True, "as-asked")
+    assert config.stream_of(pool) == msgspec.structs.replace(stream, force_stream=False, include_usage="always")
+    assert config.stream_of(split) == stream
+    auth = config.auth
+    assert (auth.keys_file, auth.upstream_key_file) == ("/etc/relay/keys", "/etc/relay/key")
+    assert auth.routes == ("/v1/*", "/tokenize")
+    price, free = config.prices["qwen3-32b"], config.prices["*"]
+    assert (price.prompt, price.cached_prompt, price.completion) == (0.1, 0.02, 0.4)
+    assert (free.prompt, free.cached_prompt, free.completion) == (0.0, None, 0.0)
+    assert config.cost.in_usage
     assert (config.failover.attempts, config.failover.budget_s, config.failover.statuses) == (1, 0.5, ())
     timeouts = config.timeouts
     assert [getattr(timeouts, name) for name in timeouts.__struct_fields__] == [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 0]
@@ -157,6 +185,9 @@ def test_the_defaults_are_those_of_the_interface(read: Callable[[str], Config]) 
         ready_delay_s = 0.0
         [stream]
         max_frame_bytes = 1048576
+        force_stream = false
+        max_answer_bytes = 67108864
+        include_usage = "as-asked"
         [failover]
         attempts = 3
         budget_s = 30.0
@@ -183,6 +214,12 @@ def test_the_defaults_are_those_of_the_interface(read: Callable[[str], Config]) 
         interval_s = 5.0
         failures = 3
         successes = 2
+        [auth]
+        keys_file = ""
+        routes = ["/v1/*"]
+        upstream_key_file = ""
+        [cost]
+        in_usage = false
         [log]
         format = "json"
     """)
@@ -196,8 +233,9 @@ def test_the_defaults_are_those_of_the_interface(read: Callable[[str], Config]) 
     assert written == {
         table: {name: plain(getattr(getattr(config, table), name)) for name in getattr(config, table).__struct_fields__}
         for table in Config.__struct_fields__
-        if table != "pools"
+        if table not in {"pools", "prices"}
     }
+    assert (config.pools, config.prices) == ((), {})
 
 
 def test_the_defaults_of_a_pool_and_its_engines_are_those_of_the_interface(read: Callable[[str], Config]) -> None:
@@ -206,7 +244,7 @@ def test_the_defaults_of_a_pool_and_its_engines_are_those_of_the_interface(read:
     assert values == {
         "name": "default", "models": (), "balance": "least_outstanding", "max_in_flight": 0, "max_queue": 0,
         "session_header": "X-Session-Id", "prefill": (), "decode": (), "connector": "nixl", "on_missing_kv": "decode",
-        "drain_kv": True, "callback_address": "",
+        "drain_kv": True, "callback_address": "", "force_stream": None, "include_usage": None,
     }  # fmt: skip
     (upstream,) = pool.upstreams
     assert (upstream.weight, upstream.max_in_flight) == (1, 0)
@@ -220,6 +258,24 @@ def test_every_policy_has_its_name(name: str, read: Callable[[str], Config]) -> 
     (pool,) = read(f"{POOL}balance = '{name}'").pools
     assert pool.balance == name
     assert name in POLICIES
+
+
+def test_every_setting_says_what_is_allowed() -> None:
+    """Where a value is wrong, its type's description is what the line about it ends with."""
+
+    def check(setting: Any, key: str) -> None:
+        if isinstance(setting, type) and issubclass(setting, msgspec.Struct):
+            for field in msgspec.structs.fields(setting):
+                check(field.type, f"{key}.{field.encode_name}")
+        elif get_origin(setting) is tuple:
+            check(get_args(setting)[0], key)
+        else:
+            meta = getattr(setting, "__metadata__", ())
+            assert meta, key
+            assert meta[0].description, key
+
+    check(Config, "")
+    check(UpstreamTable, "upstream")
 
 
 def test_admin_can_be_off(read: Callable[[str], Config]) -> None:
@@ -256,7 +312,7 @@ def test_all_problems_are_reported_each_on_its_line(problems: Callable[[str], li
         max_buffered_bytes = 1
     """) == [
         "bogus: is not a known name; allowed: listen, admin, daemon, pool, stream, failover, timeouts, limits, "
-        "health, log",
+        "health, auth, prices, cost, log",
         'listen.addresses[0]: "8080" has no host; write 127.0.0.1:8080, or 0.0.0.0:8080 for every interface',
         "listen.addresses[2]: 3 is not valid; allowed: HOST:PORT, [::1]:PORT or unix:/path",
         'daemon.workers: 0 is not valid; allowed: "auto" or a whole number, 1 to 1024',
@@ -290,17 +346,12 @@ def test_all_problems_are_reported_each_on_its_line(problems: Callable[[str], li
 @pytest.mark.parametrize(
     ("table", "text"),
     [
-        ("auth", '[auth]\nkeys_file = "keys"'),
-        ("prices", '[prices."qwen3-32b"]\nprompt = 0.1'),
-        ("cost", "[cost]\nin_usage = true"),
         ("listen.tls", '[listen]\ntls = { cert = "c", key = "k" }'),
-        ("stream.force_stream", "[stream]\nforce_stream = true"),
-        ("stream.include_usage", '[stream]\ninclude_usage = "always"'),
         ("stream.keepalive_comment_s", "[stream]\nkeepalive_comment_s = 5"),
         *[
             (f"pool[0].{name}", f"[[pool]]\nupstreams = ['http://a:1']\n{name} = {value}")
             for name, value in {
-                "force_stream": "true", "include_usage": "'always'", "keepalive_comment_s": 1,
+                "keepalive_comment_s": 1,
             }.items()
         ],
         *[
@@ -347,6 +398,12 @@ def test_what_comes_later_is_refused_now(table: str, text: str, problems: Callab
         ("health", "failures = 1.5"),
         ("health", "successes = 0"),
         ("timeouts", "prefill_s = -1"),
+        ("stream", "force_stream = 1"),
+        ("stream", "max_answer_bytes = 0"),
+        ("stream", 'include_usage = "never"'),
+        ("auth", "keys_file = 1"),
+        ("auth", 'routes = "/v1/*"'),
+        ("cost", "in_usage = 1"),
     ],
 )
 def test_a_value_out_of_range(table: str, setting: str, problems: Callable[[str], list[str]]) -> None:
@@ -362,7 +419,7 @@ def test_a_value_out_of_range(table: str, setting: str, problems: Callable[[str]
         "name = ''", "name = 'a b'", "models = 'm'", "models = ['a b']", "balance = 'round-robin'", "balance = 1",
         "max_in_flight = -1", "max_in_flight = 1.5", "max_in_flight = true", "max_queue = '1'", "session_header = ''",
         "session_header = 'a:'", "connector = 'vllm'", "on_missing_kv = 'wait'", "drain_kv = 1",
-        "callback_address = 'here'", "prefill = 'http://a:1'",
+        "callback_address = 'here'", "prefill = 'http://a:1'", "force_stream = 'yes'", "include_usage = true",
     ],
 )  # fmt: skip
 def test_a_pools_value_out_of_range(setting: str, problems: Callable[[str], list[str]]) -> None:
@@ -448,6 +505,7 @@ def test_a_table_of_the_wrong_kind(text: str, problems: Callable[[str], list[str
             "pool[0].decode[0]",
             "is this relay itself",
         ),
+        (POOL + "[cost]\nin_usage = true", "cost.in_usage", 'allowed: false, or a table [prices."MODEL"]'),
         (POOL + "[limits]\nmax_buffered_bytes = 1000", "limits.max_buffered_bytes", "allowed: 67108864 or more"),
     ],
 )
@@ -560,7 +618,7 @@ def test_an_engine_at_each_address_of_a_name() -> None:
     [
         ("dns+https://a:1", "is https"),
         ("dns+unix:/a", "has no name to resolve"),
-        ("dns+dns+unix:/a", "has no name to resolve"),
+        ("dns+dns+http://a:1", "has no name to resolve"),
         ("dns+a:1", "is not an engine's URL"),
         ("dns+http://a:0", "has port 0"),
         ("https://a:1", "is https"),

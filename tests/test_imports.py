@@ -46,7 +46,9 @@ ROOMS = {
     "relay": Room(_names(""), others=_names("")),
     "relay.errors": Room(_names(""), others=_names(""), without=IMPURE),
     "relay.address": Room(_names(""), others=_names("msgspec"), without=IMPURE),
-    "relay.config": Room(_names("relay.address relay.config"), others=_names("msgspec"), without=IMPURE),
+    "relay.config": Room(
+        _names("relay.address relay.config relay.core.connectors"), others=_names("msgspec"), without=IMPURE
+    ),
     "relay.core": Room(_names("relay.errors relay.core"), others=_names("h11 msgspec"), without=IMPURE),
     "relay.net": Room(_names("relay.errors relay.address relay.config relay.core relay.net")),
     "relay.daemon": Room(_names("relay.errors relay.address relay.config relay.core relay.net relay.daemon")),
@@ -54,7 +56,9 @@ ROOMS = {
     "relay.install": Room(_names("relay.core")),
     "relay.keys": Room(_names("relay.core")),
     "relay.demo": Room(_names("")),
-    "relay.cli": Room(_names("relay.address relay.config relay.daemon relay.demo relay.install relay.keys relay.status")),
+    "relay.cli": Room(
+        _names("relay.address relay.config relay.daemon relay.demo relay.install relay.keys relay.status")
+    ),
     "relay.__main__": Room(_names("relay.cli")),
     "relay_bench": Room(_names("relay.errors relay.core relay_bench")),
 }

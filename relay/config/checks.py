@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 from typing import TYPE_CHECKING
 
+from relay.address import parse_address
+from relay.config.endpoints import endpoint_of
 from relay.config.reading import Problem, shown
 
 if TYPE_CHECKING:
@@ -12,6 +14,7 @@ if TYPE_CHECKING:
 
     from relay.address import Address
     from relay.config.tables import Config, PoolConfig
+    from relay.core.connectors.base import Role
 
 _NO_UPSTREAM = "no upstream to send requests to; give --upstream http://HOST:PORT, or upstreams in a [[pool]]"
 
@@ -54,6 +57,7 @@ def _exposed_admin(config: Config) -> Iterator[Problem]:
 def _useless_pools(config: Config) -> Iterator[Problem]:
     for at, pool in enumerate(config.pools):
         yield from _roles(pool, f"pool[{at}]")
+        yield from _endpoints(pool, f"pool[{at}]")
         yield from _repeated(pool.models, f"pool[{at}].models")
         every = (*pool.upstreams, *pool.decode)
         if pool.max_queue and not pool.max_in_flight and not all(one.max_in_flight for one in every):
@@ -75,6 +79,23 @@ def _roles(pool: PoolConfig, key: str) -> Iterator[Problem]:
             yield Problem(f"{key}.upstreams", "stands beside prefill and decode; allowed: one or the other")
     elif not pool.upstreams:
         yield Problem(f"{key}.upstreams", _NO_UPSTREAM)
+
+
+def _endpoints(pool: PoolConfig, key: str) -> Iterator[Problem]:
+    """Engines that a split pool's connector cannot tell of each other."""
+    roles: tuple[Role, ...] = ("prefill", "decode")
+    for role in roles:
+        for at, upstream in enumerate(getattr(pool, role)):
+            try:
+                endpoint_of(upstream.at("127.0.0.1") if upstream.is_dns else upstream, pool.connector, role)
+            except ValueError as problem:
+                yield Problem(f"{key}.{role}[{at}]", f"{upstream.url} {problem}")
+    if pool.callback_address:
+        try:
+            if parse_address(pool.callback_address).is_wildcard:
+                raise ValueError("is no address to call; allowed: HOST:PORT with the host that decoders reach")
+        except ValueError as problem:
+            yield Problem(f"{key}.callback_address", f"{shown(pool.callback_address)} {problem}")
 
 
 def _rival_pools(config: Config) -> Iterator[Problem]:

@@ -50,7 +50,7 @@ Connector = Annotated[
 OnMissing = Annotated[Literal["decode", "error"], Meta(description='"decode" or "error"')]
 AddressOrNone = Annotated[str, Meta(pattern=r"^(\S+:\d+)?\Z", description='HOST:PORT, or "" for one of its own')]
 UrlOrNone = Annotated[str, Meta(pattern=r"^(https?://\S+)?\Z", description='http://HOST:PORT, or "" for the default')]
-Switch = Annotated[bool, Meta(description="true or false")]
+File = Annotated[str, Meta(description="a file's path")]
 Flag = Annotated[bool, Meta(description="true or false")]
 OwnFlag = Annotated[bool | None, Meta(description="true or false")]
 IncludeUsage = Annotated[Literal["as-asked", "always"], Meta(description='"as-asked" or "always"')]
@@ -79,7 +79,7 @@ class AdminConfig(Table, frozen=True):
     #: Apart from the public listener, so that no client ever reaches it; None (in the file "off"): no admin side.
     address: AddressOrOff = Address("127.0.0.1", 8081)
     #: Whether `address` may be reached from other machines: whoever reaches it can take engines out.
-    allow_remote: Switch = False
+    allow_remote: Flag = False
 
 
 class DaemonConfig(Table, frozen=True):
@@ -135,7 +135,7 @@ class PoolConfig(Table, frozen=True):
     #: What a prefiller's answer without a handle leads to: the decoder computes the prompt itself, or 502.
     on_missing_kv: OnMissing = "decode"
     #: Whether a handle whose client left before its decode request was sent is freed by a decoder all the same.
-    drain_kv: Switch = True
+    drain_kv: Flag = True
     #: Where decoders reach this worker (ascend_layerwise).
     callback_address: AddressOrNone = ""
     #: For this pool alone, instead of what [stream] says.
@@ -256,11 +256,11 @@ class AuthConfig(Table, frozen=True):
     """Who may use the relay."""
 
     #: Lines of ``name:sha256-hex`` (`relay key new` prints them); empty: everybody may, and engines see clients' keys.
-    keys_file: str = ""
+    keys_file: File = ""
     #: With keys, the paths that are open, ``*`` for anything: engines' own control routes stay inside.
     routes: Routes = ("/v1/*",)
     #: A file with the key that engines ask for, sent instead of clients' own.
-    upstream_key_file: str = ""
+    upstream_key_file: File = ""
 
 
 class LogConfig(Table, frozen=True):

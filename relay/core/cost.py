@@ -6,11 +6,11 @@ sums of them are, as long as they are made of decimals.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from decimal import Decimal
 from typing import Final, NamedTuple
 
+from relay.core.models import ByModel
 from relay.core.usage import Usage
 
 _MILLION: Final = Decimal(1_000_000)
@@ -57,20 +57,11 @@ class PriceList:
     """Prices by model: the name itself, else the longest pattern that fits, where ``*`` is any text."""
 
     def __init__(self, prices: Mapping[str, Prices]) -> None:
-        self._by_name = {name: price for name, price in prices.items() if "*" not in name}
-        self._by_pattern = [
-            (re.compile(".*".join(map(re.escape, name.split("*"))), re.DOTALL), prices[name])
-            for name in sorted(prices.keys() - self._by_name.keys(), key=lambda name: (-len(name), name))
-        ]
+        self._by_model = ByModel((name, prices[name]) for name in sorted(prices, key=lambda name: (-len(name), name)))
 
     def __repr__(self) -> str:
-        return f"<PriceList names={len(self._by_name)} patterns={len(self._by_pattern)}>"
+        return f"<PriceList {self._by_model!r}>"
 
     def of(self, model: str | None) -> Prices | None:
         """A model's prices; None where it has none."""
-        if model is None:
-            return None
-        named = self._by_name.get(model)
-        if named is not None:
-            return named
-        return next((prices for pattern, prices in self._by_pattern if pattern.fullmatch(model)), None)
+        return None if model is None else self._by_model.get(model)

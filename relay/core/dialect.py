@@ -10,22 +10,19 @@ references; the recordings of a real engine in ``tests/captures`` are the judge.
 
 from __future__ import annotations
 
-import re
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import msgspec
 
 from relay.core import ordinary
 from relay.core.framing import Buffer
+from relay.core.loose import UNDECODABLE, decode_or_none
 from relay.core.request import Route
+from relay.core.sse import fields
 from relay.core.usage import Usage, WireUsage, updated
 
-__all__ = ["Meter", "Usage", "error_body", "error_frame"]
+__all__ = ["Meter", "Usage", "error_body", "error_frame", "refusal_frame"]
 
-T = TypeVar("T")
-
-_LINES = re.compile(rb"\r\n|\n|\r")
-_BOM: Final = b"\xef\xbb\xbf"
 #: Longest text of an error kept for the record, in characters.
 _ERROR_TEXT: Final = 300
 
@@ -80,11 +77,15 @@ class _Error(msgspec.Struct, gc=False):
     code: str | int | None = None
 
 
-_UNDECODABLE: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+class _Refusal(msgspec.Struct, gc=False):
+    error: msgspec.Raw = _NULL
+
+
 _decode_event = msgspec.json.Decoder(_Event).decode
 _decode_fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 _ERROR: Final = msgspec.json.Decoder(_Error)
 _MESSAGE: Final = msgspec.json.Decoder(_Message)
+_REFUSAL: Final = msgspec.json.Decoder(_Refusal)
 _STOP: Final = msgspec.json.Decoder(_Stop)
 #: For frames with a key of an unexpected type: each key by itself.
 _FIELDS: Final = tuple((field.name, msgspec.json.Decoder(field.type)) for field in msgspec.structs.fields(_Event))
@@ -141,8 +142,10 @@ class Meter:
 
     def inspect(self, frame: Buffer) -> None:
         """Takes note of all that one frame says. Never raises."""
-        frame = bytes(frame)
-        event, data = self._fields(frame)
+        event, data, others = fields(bytes(frame))
+        if others:
+            self.comments += others.count(b"")
+            self.saw_id_field = self.saw_id_field or b"id" in others
         if data is None:
             return
         if data == b"[DONE]":
@@ -150,7 +153,7 @@ class Meter:
             return
         try:
             body = _decode_event(data)
-        except _UNDECODABLE:
+        except UNDECODABLE:
             self.opaque_frames += 1
             salvaged = _salvaged(data)
             if salvaged is None:
@@ -170,7 +173,7 @@ class Meter:
         """Takes note of usage and finish reason of a whole JSON answer. Never raises."""
         try:
             answer = _decode_event(body)
-        except _UNDECODABLE:
+        except UNDECODABLE:
             return
         if answer.usage is not None:
             self.usage = updated(self.usage, answer.usage)
@@ -179,28 +182,6 @@ class Meter:
         self.finish_reason = self.finish_reason or answer.stop_reason
         if answer.object == "response":
             self.finish_reason = _finish_of(answer.status, answer.incomplete_details)
-
-    def _fields(self, frame: bytes) -> tuple[bytes, bytes | None]:
-        """The event type and the data of a frame (WHATWG HTML §9.2.6); no data: nothing is dispatched."""
-        if frame.startswith(b"data: ") and frame.find(b"\n") == len(frame) - 2 and b"\r" not in frame:
-            return b"", frame[6:-2]  # one line of data: nearly every frame there is
-        event = b""
-        data: list[bytes] = []
-        for line in _LINES.split(frame.removeprefix(_BOM)):
-            name, _, value = line.partition(b":")
-            value = value.removeprefix(b" ")
-            if name == b"data":
-                data.append(value)
-            elif name == b"event":
-                event = value
-            elif name == b"id":
-                self.saw_id_field = True
-            elif not name and line:
-                self.comments += 1
-            elif name == b"error":  # llama.cpp before September 2025
-                event = name
-                data.append(value)
-        return event, b"\n".join(data) if data else None
 
     def _is_content(self, body: _Event) -> bool:
         if body.choices is not None:
@@ -217,10 +198,10 @@ class Meter:
         if kind == "message_stop":
             self.saw_end = True
         elif kind == "message_delta":
-            stop = _decode_quietly(_STOP, body.delta)
+            stop = decode_or_none(_STOP, body.delta)
             self.finish_reason = (stop and stop.stop_reason) or self.finish_reason
         elif kind == "message_start":
-            message = _decode_quietly(_MESSAGE, body.message)
+            message = decode_or_none(_MESSAGE, body.message)
             if message is not None and message.usage is not None:
                 # What it says of the output is a placeholder: should the stream be cut, nothing is known of it.
                 message.usage.output_tokens = None
@@ -239,20 +220,13 @@ def _salvaged(data: bytes) -> _Event | None:
     """What can be read of an object with a key of an unexpected type, which counts as absent; None: no JSON object."""
     try:
         found = _decode_fields(data)
-    except _UNDECODABLE:
+    except UNDECODABLE:
         return None
     event = _Event()
     for name, decoder in _FIELDS:
-        if name in found and (value := _decode_quietly(decoder, found[name])) is not None:
+        if name in found and (value := decode_or_none(decoder, found[name])) is not None:
             setattr(event, name, value)
     return event
-
-
-def _decode_quietly(decoder: msgspec.json.Decoder[T], raw: msgspec.Raw) -> T | None:
-    try:
-        return decoder.decode(raw)
-    except _UNDECODABLE:
-        return None
 
 
 def _says_something(delta: dict[str, Any]) -> bool:
@@ -266,7 +240,7 @@ def _finish_of(status: str | None, incomplete: _Incomplete | None) -> str | None
 
 def _error_text(raw: msgspec.Raw) -> str:
     """A line for the record out of an error, whatever its form."""
-    error = _decode_quietly(_ERROR, raw) or _Error()
+    error = decode_or_none(_ERROR, raw) or _Error()
     text = error.message or error.type or error.code
     return _cut(bytes(raw)) if text is None else str(text)[:_ERROR_TEXT]
 
@@ -299,7 +273,24 @@ def error_frame(route: Route, status: int, code: str, message: str) -> bytes:
 
     ``{"error": …}`` in plain data is what openai's SDK looks for on every route; anthropic's wants ``event: error``.
     """
-    body = error_body(route, status, code, message)
+    return _framed(route, error_body(route, status, code, message))
+
+
+def refusal_frame(route: Route, status: int, code: str, message: str, answer: bytes) -> bytes:
+    """The body of an engine's error answer as a frame, for a stream that began before it.
+
+    The engine's error object stays as it is, in one line. Of any other form (SGLang's flat one, FastAPI's ``detail``, a
+    proxy's page) the beginning of what it says is put behind `message`.
+    """
+    refusal = decode_or_none(_REFUSAL, msgspec.Raw(answer))
+    error = bytes(refusal.error).translate(None, b"\r\n") if refusal else b""
+    if not error.startswith(b"{"):
+        said = _error_text(msgspec.Raw(answer))
+        return error_frame(route, status, code, f"{message}: {said}" if said else message)
+    return _framed(route, (b'{"type":"error","error":%b}' if route is Route.MESSAGES else b'{"error":%b}') % error)
+
+
+def _framed(route: Route, body: bytes) -> bytes:
     if route is Route.MESSAGES:
         return b"event: error\ndata: " + body + b"\n\n"
     if route is Route.RESPONSES:

@@ -21,6 +21,9 @@ from relay.core.framing import BodyDecoder, Buffer, ChunkDecoder
 from relay.core.sse import FrameFinder, missing_blank_line, split_frames
 
 LAST_CHUNK: Final = b"0\r\n\r\n"
+#: A comment, with the blank line without which `vllm bench serve` drops the next event.
+COMMENT: Final = b": keep-alive\n\n"
+COMMENT_CHUNK: Final = b"%x\r\n%b\r\n" % (len(COMMENT), COMMENT)
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})\r\n")
 
 Pieces = list[bytes | memoryview]
@@ -69,6 +72,17 @@ class FrameRelay:
         self._match_ordinary = ordinary.CHUNKS[meter.route].match
         self._chunks = decoder if is_chunked and isinstance(decoder, ChunkDecoder) else None
 
+    @property
+    def comment(self) -> bytes:
+        """What can be sent between two frames to show that the stream goes on; empty where nothing can.
+
+        That is within a frame that outgrew the limit, behind an ``id:`` (openai's SDK then takes a comment for an event
+        without data, and fails), and behind the end mark.
+        """
+        if self.is_unaligned or self.meter.saw_id_field or self.meter.saw_end:
+            return b""
+        return COMMENT_CHUNK if self.is_chunked else COMMENT
+
     def feed(self, buffer: Buffer, view: memoryview, stop: int, out: Pieces) -> None:
         """Reads ``buffer[:stop]`` and appends to `out` what can be sent. `view` is a view of `buffer`."""
         decoder, chunks = self.decoder, self._chunks
@@ -92,7 +106,10 @@ class FrameRelay:
             self.has_excess = True
 
     def finish(self, out: Pieces) -> None:
-        """After a clean end of the body: the rest, with the blank line it may lack, and the last chunk."""
+        """After a clean end of the body: the rest, with the blank line it may lack, and the last chunk.
+
+        There is none where the editor has found that the answer is cut.
+        """
         rest = bytes(self.pending)
         if rest:
             rest += missing_blank_line(rest)
@@ -104,7 +121,7 @@ class FrameRelay:
             self.finder.frames += 1
         if rest:
             self._emit([rest], out)
-        if self.is_chunked:
+        if self.is_chunked and (self.editor is None or self.editor.failure is None):
             out.append(LAST_CHUNK)
 
     def _whole_chunks(self, buffer: Buffer, start: int, stop: int) -> int:

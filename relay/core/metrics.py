@@ -6,7 +6,8 @@ Names and labels are the interface: dashboards and alerts depend on them. Times 
 * ``model``: what the client asked for, so of a bounded number of values (`relay.core.board.MOST_MODELS`), then `OTHER`;
 * ``route``: `relay.core.request.Route`; ``status``: of the answer; ``outcome``: the record's two letters;
 * ``phase``: the name of a `relay.errors.Phase` in lower case;
-* ``role``: `ROLES`; ``stage``: `STAGES`; ``kind``: `TOKEN_KINDS`; ``direction``: `DIRECTIONS`.
+* ``role``: `ROLES`; ``stage``: `STAGES`; ``kind``: `TOKEN_KINDS`; ``direction``: `DIRECTIONS`;
+  ``result``: `DRAIN_RESULTS`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ ROLES: Final = ("serve", "prefill", "decode")
 #: Where added time went: waiting for a place, dialling, and the relay's own work.
 STAGES: Final = ("queue", "connect", "relay")
 TOKEN_KINDS: Final = ("prompt", "cached", "completion", "reasoning")
+DRAIN_RESULTS: Final = ("done", "failed")
 #: Bytes of requests taken from clients, and of answers given to them.
 DIRECTIONS: Final = ("in", "out")
 
@@ -112,6 +114,11 @@ ADDED: Final = HistogramFamily(
 PREFILL: Final = HistogramFamily(
     "relay_prefill_seconds", "Waited for the prefill leg of a split request.", bounds=FIRST_TOKEN_BOUNDS
 )
+HANDOVER: Final = HistogramFamily(
+    "relay_handover_seconds",
+    "From a prefiller's answer to the decoder's first content frame.",
+    bounds=FIRST_TOKEN_BOUNDS,
+)
 TOKENS: Final = CounterFamily(
     "relay_tokens_total",
     "Tokens as the engine counts them, of ended exchanges; cached ones are in prompt, reasoning ones in completion.",
@@ -134,6 +141,12 @@ CLIENT_DISCONNECTS: Final = CounterFamily(
 PREFILL_WITHOUT_KV: Final = CounterFamily(
     "relay_prefill_without_kv_total", "Prefill replies without a handle to the key-value cache."
 )
+KV_DRAINS: Final = CounterFamily(
+    "relay_kv_drains_total",
+    "Handles whose clients had left, by whether a decoder has freed them or they wait for the engine's timer.",
+    ("result",),
+)
+RECOMPUTED: Final = CounterFamily("relay_recomputed_total", "Answers cut because a decoder gave the request up.")
 FRAMES: Final = CounterFamily("relay_frames_total", "Frames passed on to clients.")
 BYTES: Final = CounterFamily(
     "relay_bytes_total", "Bytes of request bodies read and of answers sent, on the clients' side.", ("direction",)
@@ -150,7 +163,7 @@ METRICS_DROPPED: Final = CounterFamily(
 
 #: In the order in which they are shown.
 FAMILIES: Final[tuple[Family, ...]] = (
-    REQUESTS, IN_FLIGHT, QUEUE_DEPTH, FIRST_TOKEN, INTER_FRAME, REQUEST_DURATION, ADDED, PREFILL, TOKENS, COST,
-    UPSTREAM_HEALTHY, UPSTREAM_IN_FLIGHT, UPSTREAM_FAILURES, FAILOVERS, CLIENT_DISCONNECTS, PREFILL_WITHOUT_KV, FRAMES,
-    BYTES, EVENT_LOOP_LAG, RECORDS_DROPPED, METRICS_DROPPED,
+    REQUESTS, IN_FLIGHT, QUEUE_DEPTH, FIRST_TOKEN, INTER_FRAME, REQUEST_DURATION, ADDED, PREFILL, HANDOVER, TOKENS,
+    COST, UPSTREAM_HEALTHY, UPSTREAM_IN_FLIGHT, UPSTREAM_FAILURES, FAILOVERS, CLIENT_DISCONNECTS, PREFILL_WITHOUT_KV,
+    KV_DRAINS, RECOMPUTED, FRAMES, BYTES, EVENT_LOOP_LAG, RECORDS_DROPPED, METRICS_DROPPED,
 )  # fmt: skip

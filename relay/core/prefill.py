@@ -32,6 +32,7 @@ from typing import Final
 import msgspec
 
 from relay.core.framing import Buffer
+from relay.core.loose import UNDECODABLE
 from relay.core.request import Route
 from relay.core.rewrite import Change, edit
 
@@ -69,7 +70,7 @@ _decode_message = msgspec.json.Decoder(_Message).decode
 def _budgets_thinking(body: Buffer) -> bool:
     try:
         thinking = _decode_message(body).thinking
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+    except UNDECODABLE:
         return False
     return thinking is not None and thinking.type == "enabled"
 
@@ -130,7 +131,7 @@ def obstacle(body: Buffer) -> str | None:
     """
     try:
         shape = _decode_shape(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+    except UNDECODABLE:
         return None
     for name, harmless in _HARMLESS.items():
         if bytes(getattr(shape, name)) not in harmless:
@@ -148,7 +149,7 @@ def prompts(body: Buffer) -> int:
     """How many prompts a request holds: the length of a list of texts or of token lists, otherwise 1. Never raises."""
     try:
         return _prompts(_decode_shape(body).prompt)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+    except UNDECODABLE:
         return 1
 
 

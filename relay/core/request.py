@@ -8,8 +8,11 @@ A key of the wrong type counts as absent, and the body goes on untouched for the
 from __future__ import annotations
 
 from enum import Enum
+from typing import Final
 
 import msgspec
+
+from relay.core.loose import UNDECODABLE, decode_or_none, first_known
 
 
 class Route(Enum):
@@ -97,9 +100,9 @@ class _LooseStreamOptions(msgspec.Struct, gc=False):
 _decode = msgspec.json.Decoder(_Body).decode
 _decode_loose = msgspec.json.Decoder(_LooseBody).decode
 _decode_loose_options = msgspec.json.Decoder(_LooseStreamOptions).decode
-_decode_text = msgspec.json.Decoder(str).decode
-_decode_number = msgspec.json.Decoder(int).decode
-_decode_scalar = msgspec.json.Decoder(bool | int | float | str | None).decode
+_TEXT: Final = msgspec.json.Decoder(str)
+_NUMBER: Final = msgspec.json.Decoder(int)
+_SCALAR: Final = msgspec.json.Decoder(bool | int | float | str | None)
 _decode_any = msgspec.json.Decoder(msgspec.Raw).decode
 
 
@@ -110,7 +113,7 @@ def peek(body: bytes | bytearray) -> RequestFacts:
         found = _decode(body)
     except msgspec.ValidationError:
         return _peek_loosely(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+    except UNDECODABLE:
         return RequestFacts(False, size)
     options = found.stream_options
     return RequestFacts(
@@ -121,7 +124,7 @@ def peek(body: bytes | bytearray) -> RequestFacts:
         options is not None and options.include_usage is True,
         found.n,
         found.user,
-        _first(found.max_completion_tokens, found.max_output_tokens, found.max_tokens),
+        first_known(found.max_completion_tokens, found.max_output_tokens, found.max_tokens),
     )
 
 
@@ -131,59 +134,36 @@ def _peek_loosely(body: bytes | bytearray) -> RequestFacts:
         found = _decode_loose(body)
     except msgspec.ValidationError:
         return RequestFacts(_is_json(body), size)  # an array or a scalar
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+    except UNDECODABLE:
         return RequestFacts(False, size)
     try:
         include_usage = _flag(_decode_loose_options(found.stream_options).include_usage)
     except msgspec.DecodeError:
         include_usage = False
+    limits = (found.max_completion_tokens, found.max_output_tokens, found.max_tokens)
     return RequestFacts(
         True,
         size,
-        _text(found.model),
+        decode_or_none(_TEXT, found.model),
         _flag(found.stream),
         include_usage,
-        _number(found.n),
-        _text(found.user),
-        _first(_number(found.max_completion_tokens), _number(found.max_output_tokens), _number(found.max_tokens)),
+        decode_or_none(_NUMBER, found.n),
+        decode_or_none(_TEXT, found.user),
+        first_known(*(decode_or_none(_NUMBER, limit) for limit in limits)),
     )
 
 
 def _is_json(body: bytes | bytearray) -> bool:
     try:
         _decode_any(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+    except UNDECODABLE:
         return False
     return True
 
 
-def _text(raw: msgspec.Raw) -> str | None:
-    try:
-        return _decode_text(raw)
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        return None
-
-
-def _number(raw: msgspec.Raw) -> int | None:
-    try:
-        return _decode_number(raw)
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        return None
-
-
 def _flag(raw: msgspec.Raw) -> bool:
     """Truth as the engines' pydantic models see it in their default, lax mode: ``1`` and ``"true"`` are true too."""
-    try:
-        value = _decode_scalar(raw)
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        return False
+    value = decode_or_none(_SCALAR, raw)
     if isinstance(value, str):
         return value.lower() in ("1", "on", "t", "true", "y", "yes")
     return bool(value == 1)
-
-
-def _first(*limits: int | None) -> int | None:
-    for limit in limits:
-        if limit is not None:
-            return limit
-    return None

@@ -31,6 +31,8 @@ MAX_MEMBERS: Final = 4096
 _KEY = re.compile(rb'[ \t\r\n]*+[{,][ \t\r\n]*+("(?:[^"\\]++|\\.)*+")[ \t\r\n]*+:[ \t\r\n]*+')
 #: Of a frame everything but its data: a byte order mark, names of fields, other lines, line ends (WHATWG HTML §9.2.6).
 _NOT_DATA = re.compile(rb"(?:\A(?:\xef\xbb\xbf)?|\r\n|\n|\r)(?:data:[ ]?|[^\r\n]*+)")
+_DATA: Final = b"data: "
+_BLANKS: Final = b" " * len(_DATA)
 _NO_OBJECT: Final = msgspec.Raw(b"null")
 
 
@@ -149,7 +151,7 @@ def set_cached_tokens(answer: Buffer, count: int) -> bytes:
 def is_usage_only(frame: Buffer) -> bool:
     """Whether a frame holds a usage object and not one choice: what ``include_usage`` adds to a stream."""
     try:
-        found = _decode_answer(_json_of(frame))
+        found = _decode_answer(json_of(frame))
     except _UNREADABLE:
         return False
     return found.choices == [] and _is_object(found.usage)
@@ -160,7 +162,7 @@ def _changed(answer: Buffer, changes: Callable[[_Answer], Mapping[str, Change]])
 
     The same object, if it is bytes and nothing changes.
     """
-    text = _json_of(answer)
+    text = json_of(answer)
     try:
         edits = _edits(text, changed) if (changed := changes(_decode_answer(text))) else []
     except _UNREADABLE:
@@ -172,11 +174,13 @@ def _has_usage(response: _UsageHolder | None) -> bool:
     return response is not None and _is_object(response.usage)
 
 
-def _json_of(answer: Buffer) -> Buffer:
+def json_of(answer: Buffer) -> Buffer:
     """The JSON of a frame, or of a whole answer, at its positions there.
 
     A line break in data stands where JSON has blank space. So blanks in place of all that is not data leave it.
     """
+    if answer.startswith(_DATA) and answer.find(b"\n") == len(answer) - 2 and b"\r" not in answer:
+        return _BLANKS + answer[len(_DATA) :]  # one line of data: nearly every frame there is
     return answer if answer.lstrip().startswith(b"{") else _NOT_DATA.sub(lambda found: b" " * len(found[0]), answer)
 
 

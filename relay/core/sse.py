@@ -1,4 +1,4 @@
-"""Where the frames of an event stream end (WHATWG HTML §9.2.5), in bytes that come in any pieces.
+"""Where the frames of an event stream end (WHATWG HTML §9.2.5), in bytes that come in any pieces, and what one says.
 
 A frame is the bytes of one event with the blank line that ends it. Lines end in LF, CR LF or CR, mixed at will; a blank
 line is a line end right behind a line end. Engines write LF, so a piece without CR takes two searches; anything else
@@ -12,7 +12,8 @@ that does come is passed on as the rest of that line end.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Final
 
 from relay.core.framing import Buffer
 
@@ -20,6 +21,7 @@ _LF, _CR = 0x0A, 0x0D
 _LINE_END = re.compile(rb"\r\n|\n|\r")
 # Atomic groups: without them, CR LF alone would match as CR and LF.
 _BLANK_LINE = re.compile(rb"(?>\r\n|\n|\r)(?>\r\n|\n|\r)")
+_BOM: Final = b"\xef\xbb\xbf"
 _LINE_STARTS = (b"data:", b"event:", b"id:", b"retry:", b":")
 _FIELD_LINE = re.compile(rb"(?:\xef\xbb\xbf)?[\r\n]*(?:data|event|id|retry)?(?::|[\r\n]|$)")
 
@@ -108,13 +110,39 @@ def split_frames(buffer: Buffer, start: int, stop: int) -> Iterator[tuple[int, i
         yield begin, stop
 
 
+def fields(frame: bytes) -> tuple[bytes, bytes | None, Sequence[bytes]]:
+    """What a frame says (WHATWG HTML §9.2.6): the event's type, its data, and the names of all other fields.
+
+    Without data nothing is dispatched: None. A comment is a field without a name. llama.cpp before September 2025 told
+    of errors in a field ``error``; it is taken for the data of an event of that type.
+    """
+    if frame.startswith(b"data: ") and frame.find(b"\n") == len(frame) - 2 and b"\r" not in frame:
+        return b"", frame[6:-2], ()  # one line of data: nearly every frame there is
+    event = b""
+    data: list[bytes] = []
+    others: list[bytes] = []
+    for line in _LINE_END.split(frame.removeprefix(_BOM)):
+        name, _, value = line.partition(b":")
+        value = value.removeprefix(b" ")
+        if name == b"data":
+            data.append(value)
+        elif name == b"event":
+            event = value
+        elif name == b"error":
+            event = name
+            data.append(value)
+        elif line:
+            others.append(name)
+    return event, b"\n".join(data) if data else None, others
+
+
 def looks_like_event_stream(body_start: bytes) -> bool | None:
     """Whether a body of unknown type begins as an event stream does; None: too short to tell.
 
     For answers whose content type lies: vLLM-Ascend's example proxy labels streams ``application/json``. Blank bytes
     and a byte order mark are passed over; then the first line must be a comment or name a field.
     """
-    text = body_start.removeprefix(b"\xef\xbb\xbf").lstrip(b" \t\r\n")
+    text = body_start.removeprefix(_BOM).lstrip(b" \t\r\n")
     if text.startswith(_LINE_STARTS):
         return True
     return None if any(start.startswith(text) for start in _LINE_STARTS) else False

@@ -22,8 +22,8 @@ class Timeline:
     """When an exchange passed which point."""
 
     __slots__ = (
-        "answered", "connect_s", "ended", "first_content_read", "first_content_sent", "head", "prefill_s", "queue_s",
-        "request_read", "request_sent", "request_started",
+        "answered", "connect_s", "ended", "first_content_read", "first_content_sent", "head", "prefill_s",
+        "prefilled", "prefilled_beside_s", "queue_s", "request_read", "request_sent", "request_started",
     )  # fmt: skip
 
     def __init__(self, request_started: float, request_read: float) -> None:
@@ -32,6 +32,8 @@ class Timeline:
         self.queue_s = 0.0  #: waited for a place, in all attempts
         self.connect_s: float | None = None  #: spent dialling, in all attempts
         self.prefill_s: float | None = None  #: waited for the prefill leg, in all attempts; None: not a split request
+        self.prefilled_beside_s = 0.0  #: the part of it that was spent beside the decode leg, and so not before it
+        self.prefilled: float | None = None  #: the prefiller's answer was read
         self.request_sent: float | None = None  #: the last attempt's request was on its way
         self.head: float | None = None  #: the answer's head was read
         self.answered: float | None = None  #: what is committed to was there: the head, or a stream's first frame
@@ -43,20 +45,30 @@ class Timeline:
         """Counts time spent until a connection was there."""
         self.connect_s = (self.connect_s or 0.0) + seconds
 
-    def add_prefill(self, seconds: float) -> None:
-        """Counts time spent on a prefill leg."""
+    def add_prefill(self, seconds: float, *, is_beside: bool = False) -> None:
+        """Counts time spent on a prefill leg, before the decode leg or beside it."""
         self.prefill_s = (self.prefill_s or 0.0) + seconds
+        if is_beside:
+            self.prefilled_beside_s += seconds
 
     @property
     def ttft_s(self) -> float | None:
         """True time to first token: from the request's last byte read to the first content frame sent."""
         return None if self.first_content_sent is None else self.first_content_sent - self.request_read
 
+    @property
+    def handover_s(self) -> float | None:
+        """Of a split request: from the prefiller's answer to the decoder's first content frame."""
+        if self.prefilled is None or self.first_content_read is None:
+            return None
+        return max(0.0, self.first_content_read - self.prefilled)
+
     def relay_s(self, until: float | None, answered: float | None) -> float | None:
         """The relay's part of the time to `until`: less queue, dialling, prefill, and the engine's to `answered`."""
         if until is None or answered is None or self.request_sent is None:
             return None
-        others = self.queue_s + (self.connect_s or 0.0) + (self.prefill_s or 0.0) + (answered - self.request_sent)
+        prefill_s = (self.prefill_s or 0.0) - self.prefilled_beside_s
+        others = self.queue_s + (self.connect_s or 0.0) + prefill_s + (answered - self.request_sent)
         return max(0.0, until - self.request_read - others)
 
 
@@ -81,6 +93,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     queue_ms: float | None = None
     connect_ms: float | None = None
     prefill_ms: float | None = None
+    handover_ms: float | None = None
     head_ms: float | None = None
     ttft_ms: float | None = None
     total_ms: float | None = None
@@ -184,6 +197,7 @@ def _times(timeline: Timeline) -> dict[str, float | None]:
         "queue_ms": _ms(timeline.queue_s),
         "connect_ms": _ms(timeline.connect_s),
         "prefill_ms": _ms(timeline.prefill_s),
+        "handover_ms": _ms(timeline.handover_s),
         "head_ms": _ms(None if head is None or sent is None else head - sent),
         "ttft_ms": _ms(timeline.ttft_s),
         "total_ms": _ms(None if ended is None else ended - timeline.request_started),

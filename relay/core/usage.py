@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import msgspec
 
+from relay.core.loose import first_known
+
 
 class Usage(msgspec.Struct, frozen=True, gc=False):
     """Tokens of one exchange; None: the engine did not say."""
@@ -49,8 +51,8 @@ def updated(before: Usage | None, wire: WireUsage) -> Usage | None:
     if prompt is None and wire.input_tokens is not None:
         # vLLM follows Anthropic in this (vllm#40912); on Responses neither of the two cache fields exists.
         prompt = wire.input_tokens + (wire.cache_read_input_tokens or 0) + (wire.cache_creation_input_tokens or 0)
-    prompt = _first(prompt, old.prompt_tokens)
-    completion = _first(wire.completion_tokens, wire.output_tokens, old.completion_tokens)
+    prompt = first_known(prompt, old.prompt_tokens)
+    completion = first_known(wire.completion_tokens, wire.output_tokens, old.completion_tokens)
     inputs = wire.prompt_tokens_details or wire.input_tokens_details or _Details()
     outputs = wire.completion_tokens_details or wire.output_tokens_details or _Details()
     total = wire.total_tokens
@@ -60,15 +62,8 @@ def updated(before: Usage | None, wire: WireUsage) -> Usage | None:
         return before
     return Usage(
         prompt,
-        _first(inputs.cached_tokens, wire.cache_read_input_tokens, old.cached_tokens),
+        first_known(inputs.cached_tokens, wire.cache_read_input_tokens, old.cached_tokens),
         completion,
-        _first(outputs.reasoning_tokens, old.reasoning_tokens),
+        first_known(outputs.reasoning_tokens, old.reasoning_tokens),
         total,
     )
-
-
-def _first(*values: int | None) -> int | None:
-    for value in values:
-        if value is not None:
-            return value
-    return None

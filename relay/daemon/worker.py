@@ -224,7 +224,7 @@ class Worker:
         load_config: Callable[[], Config] | None = None,
         board: Block | None = None,
     ) -> None:
-        self.config = config
+        self.config = self._started_with = config
         self._load_config = load_config
         self.listeners = listeners
         self.admin_listener = admin_listener
@@ -253,7 +253,7 @@ class Worker:
         Streams in flight, and connections open already, go on under what they began with.
         """
         config = read_again(self._load_config)
-        said = what_came_of(config, self.config)
+        said = what_came_of(config, self._started_with)
         self.config = config
         self.roster.reconfigure(config)
         self.budget.limit = config.limits.max_buffered_bytes
@@ -309,6 +309,8 @@ class Worker:
                     await self._departure.wait()
                 try:
                     sock, peer = listener.accept()
+                    sock.setblocking(False)
+                    sockets.set_no_delay(sock)
                 except BlockingIOError:
                     break
                 except ConnectionAbortedError:
@@ -318,8 +320,6 @@ class Worker:
                     self._complain(exc)
                     await trio.sleep(ACCEPT_PAUSE_S)
                     break
-                sock.setblocking(False)
-                sockets.set_no_delay(sock)
                 address = peer[0] if isinstance(peer, tuple) else "unix"
                 config, admit = self.config, self.service.guard.admit
                 client = ClientConnection(sock, address, config.timeouts, config.limits, self.budget, admit)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 import h11
@@ -25,7 +26,7 @@ MOST_BYTES: Final = 16_777_216
 async def serve(service: Service, pool: Pool, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
     """Takes the calls of one pool's decoders until cancelled; started once the pool knows its address."""
     configured = pool.config.callback_address
-    address = parse_address(configured) if configured else Address("0.0.0.0", 0)
+    address = parse_address(configured) if configured else Address(_own_address(pool))
     family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -33,8 +34,7 @@ async def serve(service: Service, pool: Pool, *, task_status: trio.TaskStatus[No
         listener.bind((address.host, address.port))
         listener.listen()
         port = listener.getsockname()[1]
-        host = address.host if configured else _own_address(pool)
-        pool.callback_url = f"{Address(host, port).url}{CALLBACK_PATH.decode('ascii')}"
+        pool.callback_url = f"{Address(address.host, port).url}{CALLBACK_PATH.decode('ascii')}"
         task_status.started()
         async with trio.open_nursery() as nursery:
             while True:
@@ -50,13 +50,13 @@ async def serve(service: Service, pool: Pool, *, task_status: trio.TaskStatus[No
 
 def _own_address(pool: Pool) -> str:
     """The address by which this machine's packets leave for the first decoder."""
-    decoder = next(iter(pool.groups["decode"].upstreams.values()), None)
-    if decoder is None or not decoder.config.host:
+    decoder = pool.config.decode[0]
+    if not decoder.host:
         return "127.0.0.1"
-    family = socket.AF_INET6 if ":" in decoder.config.host else socket.AF_INET
+    family = socket.AF_INET6 if ":" in decoder.host else socket.AF_INET
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         try:
-            probe.connect((decoder.config.host, decoder.config.port))
+            probe.connect((decoder.host, decoder.port))
         except OSError:
             return "127.0.0.1"
         return str(probe.getsockname()[0])
@@ -66,43 +66,46 @@ async def _take_call(service: Service, pool: Pool, sock: socket.socket, peer: st
     with sock, trio.move_on_after(CALLBACK_S):
         try:
             connection = h11.Connection(h11.SERVER)
-            target = b""
-            body = bytearray()
-            while True:
-                event = connection.next_event()
-                if event is h11.NEED_DATA:
-                    connection.receive_data(await sockets.receive(sock))
-                elif isinstance(event, h11.Request):
-                    target = event.target
-                elif isinstance(event, h11.Data):
-                    body += event.data
-                    if len(body) > MOST_BYTES:
-                        return
-                else:
-                    break
-            status = 200
-            if not await _is_decoder(pool, peer):
-                status = 403
-            elif target.partition(b"?")[0] != CALLBACK_PATH:
-                status = 404
-            elif (key := pool.connector.callback_key(bytes(body))) is not None and key in service.callbacks:
-                service.callbacks[key](bytes(body))
-            # A call for nobody is answered 200 too: the decoder takes anything else for a reason to call again.
+            status = await _take_message(service, pool, connection, sock, peer)
             response = h11.Response(status_code=status, headers=[("content-length", "0"), ("connection", "close")])
             await sockets.send_all(sock, connection.send(response) or b"")
         except (OSError, h11.ProtocolError):
             return
 
 
+async def _take_message(
+    service: Service, pool: Pool, connection: h11.Connection, sock: socket.socket, peer: str
+) -> int:
+    """Reads one call, and passes its message on to whom it is for; answers its status."""
+    target = b""
+    body = bytearray()
+    while not isinstance(event := connection.next_event(), h11.EndOfMessage):
+        if event is h11.NEED_DATA:
+            connection.receive_data(await sockets.receive(sock))
+        elif isinstance(event, h11.Request):
+            target = event.target.partition(b"?")[0]
+            if not await _is_decoder(pool, peer):
+                return 403
+            if target != CALLBACK_PATH:
+                return 404
+        elif isinstance(event, h11.Data):
+            body += event.data
+            if len(body) > MOST_BYTES:
+                return 413
+        else:
+            raise ConnectionResetError  # the decoder hung up
+    key = pool.connector.callback_key(bytes(body))
+    if key is not None and key in service.callbacks:
+        service.callbacks[key](bytes(body))
+    return 200  # also for nobody: the decoder takes no answer for a reason to call again
+
+
 async def _is_decoder(pool: Pool, peer: str) -> bool:
     for upstream in pool.groups["decode"].upstreams.values():
-        config = upstream.config
-        if config.host == peer:
+        host = upstream.config.host or "127.0.0.1"  # behind a unix socket, a decoder is on this machine
+        if host == peer:
             return True
-        try:
-            addresses = await trio.socket.getaddrinfo(config.host, config.port)
-        except OSError:
-            continue
-        if any(address[4][0] == peer for address in addresses):
-            return True
+        with suppress(OSError):
+            if any(address[4][0] == peer for address in await trio.socket.getaddrinfo(host, None)):
+                return True
     return False

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
+from relay.core.connectors.base import HandOver, drain
 from relay.core.connectors.base import Leg as Sends
-from relay.core.connectors.base import drain
 from relay.errors import ExchangeError
 from relay.net.whole import ask_whole
 
@@ -40,21 +40,41 @@ class Drains:
     def __repr__(self) -> str:
         return f"<Drains running={self.running} done={self.done} failed={self.failed}>"
 
-    def start(self, exchange: Exchange, pool: Pool, sends: Sends, bound: Upstream | None) -> None:
-        """Has a decoder take a handle: `bound`, or any that is up."""
-        decoders = [upstream for upstream in pool.groups["decode"].upstreams.values() if upstream.health.is_up]
-        if self.nursery is None or self.running >= MOST_DRAINS or not (bound or decoders):
-            self.failed += 1
+    def start(self, exchange: Exchange, pool: Pool, hand_over: HandOver, planned: Upstream, *, is_bound: bool) -> None:
+        """Has a decoder take a handle: the `planned` one where it `is_bound` to that, else any that is up."""
+        decoder = planned if is_bound else _any_up(pool, planned)
+        if self.nursery is None or self.running >= MOST_DRAINS or decoder is None:
+            self._count(exchange, is_done=False)
+            return
+        try:
+            sends = drain(hand_over.decode, exchange.route)
+        except ValueError:
+            self._count(exchange, is_done=False)
             return
         self.running += 1
-        self.nursery.start_soon(self._run, exchange, bound or random.choice(decoders), sends)
+        self.nursery.start_soon(self._run, exchange, decoder, sends)
+
+    def _count(self, exchange: Exchange, *, is_done: bool) -> None:
+        self.done += is_done
+        self.failed += not is_done
+        exchange.service.tally.drained(is_done=is_done)
 
     async def _run(self, exchange: Exchange, decoder: Upstream, sends: Sends) -> None:
+        is_done = False
         try:
-            with trio.fail_after(DRAIN_S):
-                await ask_whole(exchange, decoder, drain(sends, exchange.route))
-            self.done += 1
-        except (ExchangeError, ValueError, trio.TooSlowError):
-            self.failed += 1
+            with trio.move_on_after(DRAIN_S):
+                answer = await ask_whole(exchange, decoder, sends)
+                is_done = answer.status < 400
+        except ExchangeError as failure:
+            decoder.last_error = f"drain: {failure.message}"
         finally:
             self.running -= 1
+            self._count(exchange, is_done=is_done)
+
+
+def _any_up(pool: Pool, planned: Upstream) -> Upstream | None:
+    """A decoder; one that requests fail at only where there is no other, and the same for the one that was planned."""
+    up = [upstream for upstream in pool.groups["decode"].upstreams.values() if upstream.health.is_up]
+    closed = [upstream for upstream in up if not upstream.health.is_open]
+    others = [upstream for upstream in closed if upstream is not planned]
+    return random.choice(others or closed or up) if up else None

@@ -63,6 +63,7 @@ class Exchange:
         self.upstream: Upstream | None = None
         self.prefill_upstream: Upstream | None = None
         self.failure: ExchangeError | None = None
+        self.cost: Cost | None = None  #: known at its end, where its tokens and the model's prices are
         self.is_complete = False  #: the answer went out to its end
         self.pair: Pair
 
@@ -160,7 +161,7 @@ class Exchange:
         while True:
             self.attempts += 1
             may_go_on = self.attempts < failover.attempts and pool.has_others(place, ask, tried)
-            attempt = (SplitAttempt if pool.is_split else PlainAttempt)(self, pool, place, may_go_on=may_go_on)
+            attempt = (PlainAttempt if "serve" in ask.roles else SplitAttempt)(self, pool, place, may_go_on=may_go_on)
             try:
                 await attempt.run()
                 return
@@ -191,6 +192,9 @@ class Exchange:
         if pair.content_sent_ns:
             timeline.first_content_read = pair.content_read_ns / 1e9
             timeline.first_content_sent = pair.content_sent_ns / 1e9
+        prices, usage = self.service.prices.of(self.facts.model), self.meter.counted
+        if prices is not None and usage is not None:
+            self.cost = prices.cost(usage)
         self.service.tally.ended(self)
         if self.service.write_record is not None:
             self.service.write_record(self._record())
@@ -213,12 +217,6 @@ class Exchange:
         """What the client was told, or would have been, had it stayed."""
         failure, status = self.failure, self.reply.status
         return failure.status if failure is not None and status is None else status
-
-    @property
-    def cost(self) -> Cost | None:
-        """What its tokens cost, estimated ones included; None: nothing is known of them, or of the model's prices."""
-        usage, prices = self.meter.counted, self.service.prices.of(self.facts.model)
-        return None if usage is None or prices is None else prices.cost(usage)
 
     @property
     def bytes_out(self) -> int:
@@ -245,7 +243,7 @@ class Exchange:
             frames=self.frames,
             bytes_in=len(self.request.body),
             bytes_out=self.bytes_out,
-            cost=cost.total if (cost := self.cost) else None,
+            cost=self.cost.total if self.cost else None,
             error=self._error(),
             timeline=self.timeline,
             meter=self.meter,

@@ -62,12 +62,15 @@ class Place:
         """Takes engines for another attempt: none of those that failed, if others are left; False where none is."""
         for role in ask.roles:
             self.drop(role)
+        if any(role not in self._pool.groups for role in ask.roles):
+            return False  # the pool has been given other roles since
         # Where the failed engine is the only one of its role, the other role's engine has to be another.
         stays = [role for role in ask.roles if tried[role] and not self._pool.groups[role].has_other(tried[role])]
         for role in ask.roles:
             avoided = [] if role in stays else [*tried[role], *([self.upstreams[role]] if stays else [])]
             if self.take(role, ask, avoided) is None:
                 return False
+        self._pool.advance()
         return True
 
     def release(self, role: str) -> None:
@@ -151,7 +154,10 @@ class Pool:
     def reconfigure(self, config: PoolConfig, rules: HealthRules) -> None:
         """Takes on another configuration of the same name. Engines found by name are left to who resolves it."""
         self.session_field = config.session_header.lower().encode("ascii")
-        self.connector = connector_named(config.connector)
+        if config.connector != self.config.connector:
+            self.connector = connector_named(config.connector)
+            for upstream in self.upstreams:
+                upstream.endpoint = None
         before, self.groups = self.groups, {}
         for role in _ROLES[config.is_split]:
             group = before.pop(role, None)
@@ -200,7 +206,8 @@ class Pool:
 
     def has_others(self, place: Place, ask: Ask, tried: Mapping[str, Collection[Upstream]]) -> bool:
         """Whether, should the engines of `place` fail, there would be others for another attempt."""
-        return any(self.groups[role].has_other([*tried[role], place.upstreams[role]]) for role in ask.roles)
+        groups = {role: group for role, group in self.groups.items() if role in ask.roles}
+        return any(group.has_other([*tried[role], place.upstreams[role]]) for role, group in groups.items())
 
     def enter_now(self, ask: Ask) -> Place | None:
         """A place with its engines taken, if one is to be had without waiting."""

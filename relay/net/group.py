@@ -14,8 +14,8 @@ from relay.net.pool import Upstream
 from relay.net.shares import Shares
 
 #: How old the other workers' loads may be at a pick, seconds for each engine. To take them in costs 0.05 to 0.17 µs an
-#: engine with one other worker, 0.3 with seven, so it is at most some hundredths of the time; and it costs nothing while
-#: nothing is picked, as a tick would. A few engines' are read anew for nearly every pick, a thousand's each 5 ms.
+#: engine with one other worker, 0.3 with seven, so it is at most some hundredths of the time, and no time at all while
+#: nothing is picked. A few engines' are read anew for nearly every pick, a thousand's each 5 ms.
 LOADS_AGE_S: Final = 5e-6
 
 

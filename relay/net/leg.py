@@ -55,13 +55,17 @@ class Leg:
         except ExchangeError as failure:
             if failure.side is Side.UPSTREAM:
                 attempt.failed(time.monotonic())
-                self.upstream.failures += 1
-                self.upstream.last_error = failure.message
-                self.exchange.service.tally.upstream_failed(failure.phase)
+                self.note(failure)
             raise
         finally:
             attempt.abandoned(time.monotonic())
             self.group.refresh(self.upstream)
+
+    def note(self, failure: ExchangeError) -> None:
+        """Counts a failure as the engine's."""
+        self.upstream.failures += 1
+        self.upstream.last_error = failure.message
+        self.exchange.service.tally.upstream_failed(failure.phase)
 
     def close(self, connection: UpstreamConnection, *, is_reusable: bool) -> None:
         """Parks the connection, or drops it, which frees the engine at once."""
@@ -79,6 +83,7 @@ class Leg:
         try:
             return await self._over(connection)
         except wire.ConnectionDied:
+            self.is_sent = False
             return None
 
     async def _dial(self) -> UpstreamConnection:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 #: How much of a body of doubtful type is read for its first non-blank byte.
 MOST_LOOKED_AT_BYTES: Final = 4096
 #: How long the end of a stream's body is waited for behind its end mark, for the sake of the connection alone.
-BODY_END_S: Final = 1.0
+BODY_END_S: Final = 0.25
 
 
 class Opening:
@@ -179,7 +179,7 @@ class Opening:
                 break
             position = len(raw) + decode_into(payload, decoder, data)
             raw += data
-        if decoder.is_done:
+        if decoder.is_done and len(payload) <= max_bytes:
             self.body = editor.edit_body(bytes(payload), meter)
             self.is_reusable = answer.is_reusable and position == len(raw)
         else:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import time
 from collections import deque
 from contextlib import suppress
+from typing import Final
 
 import msgspec
 import trio
@@ -15,10 +17,12 @@ from relay.address import UpstreamConfig
 from relay.core.balance import Seat
 from relay.core.connectors.base import Endpoint
 from relay.core.health import Health
-from relay.errors import Phase, UpstreamTimeout, UpstreamUnreachable
+from relay.errors import OutOfResources, Phase, UpstreamTimeout, UpstreamUnreachable
 from relay.net import sockets
 from relay.net.shares import Permits, Shares
 
+#: What says that this process is short of something, not that the engine cannot be reached.
+_OWN_SHORTAGES: Final = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
 #: Idle connections kept per upstream at most; more are closed when they come back.
 MOST_IDLE = 1024
 
@@ -141,6 +145,9 @@ class Upstream:
             message = f"no connection to {self.config.url} within connect_s = {connect_s:g} s"
             raise UpstreamTimeout(message, phase=Phase.CONNECT) from None
         except OSError as exc:
+            if exc.errno in _OWN_SHORTAGES:
+                message = f"the relay cannot open another connection: {exc.strerror}; try again"
+                raise OutOfResources(message, phase=Phase.CONNECT, retry_after_s=1) from None
             message = f"cannot connect to {self.config.url}: {exc.strerror or exc}"
             raise UpstreamUnreachable(message, phase=Phase.CONNECT) from None
         connection = UpstreamConnection(self, sock)

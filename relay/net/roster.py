@@ -19,6 +19,7 @@ import trio
 
 from relay.address import UpstreamConfig
 from relay.config import Config
+from relay.config.endpoints import endpoint_of
 from relay.core.health import next_probe_delay
 from relay.net.fleet import Pool
 from relay.net.group import Group
@@ -92,8 +93,14 @@ class Roster:
         """Puts an engine into a running pool. Raises RosterError."""
         if config.is_dns:
             raise RosterError("a name to resolve belongs into the configuration; give http://HOST:PORT here")
+        group = self._group(pool, role)
+        if role != "serve":
+            try:
+                endpoint_of(config, self._pool(pool).config.connector, "prefill" if role == "prefill" else "decode")
+            except ValueError as problem:
+                raise RosterError(f"{config.url} {problem}") from None
         try:
-            self._group(pool, role).add(config)
+            group.add(config)
         except ValueError:
             raise RosterError(f"{config.url} is in pool {pool} already") from None
         self._on_change()

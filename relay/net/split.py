@@ -7,47 +7,47 @@ decode leg runs on the exchange's pair, as a plain one would; the prefill leg be
 from __future__ import annotations
 
 import time
+from contextlib import contextmanager
 from random import SystemRandom
 from typing import TYPE_CHECKING, Final
 
 import httpx
 import trio
 
-from relay.core.aggregate import EngineError, aggregator_for
+from relay.config.endpoints import endpoint_of
 from relay.core.connectors.base import (
     Concurrent,
     DecodeFirst,
     DecodeOnly,
     Endpoint,
     Plan,
+    Preflight,
     Sequential,
     SplitRequest,
 )
 from relay.core.connectors.base import Leg as Sends
 from relay.core.dialect import Meter
-from relay.core.frames import Pieces
-from relay.core.framing import ChunkDecoder, decode_into
+from relay.core.editor import UsageEditor
 from relay.core.request import Route
-from relay.core.sse import split_frames
 from relay.errors import ExchangeError, Phase, Side, UpstreamAnswered, UpstreamProtocolError, UpstreamTimeout
-from relay.net import upstream as wire
 from relay.net.delivery import Delivery
 from relay.net.leg import Leg
+from relay.net.second_frame import see_second_frame
 from relay.net.whole import WholeAnswer, ask_whole
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Iterator
 
+    from relay.core.health import Attempt
     from relay.net.exchange import Exchange
     from relay.net.fleet import Place, Pool
     from relay.net.opening import Opening
     from relay.net.pool import Upstream
 
-#: How long a first frame without content waits for the one behind it: vLLM tells of a lost handle in its second frame,
-#: of a stream that began with 200.
-SECOND_FRAME_S: Final = 0.1
 #: Longest time for what must be asked of an engine before its first request.
 PREFLIGHT_S: Final = 5.0
+#: How long a prefiller's answer may still come once its client has left: what it had sent by then, and no more.
+LAST_WORD_S: Final = 1.0
 
 _rng = SystemRandom()  # ids shared by two requests could mix up their keys and values
 
@@ -66,17 +66,31 @@ class SplitAttempt:
 
     async def run(self) -> None:
         """Has the engines answer, and takes the answer to the client. Raises ExchangeError."""
-        plan = await self._plan()
-        match plan:
-            case DecodeOnly(decode=sends):
-                self._place.release("prefill")
-                await self._deliver(await self._open(self._decode_leg(sends)))
-            case Sequential():
-                await self._in_sequence(plan)
-            case Concurrent():
-                await self._at_once(plan)
-            case DecodeFirst():
-                await self._decode_first(plan)
+        try:
+            if self._pool.connector.may_recompute and self._exchange.route is not Route.OTHER:
+                self._editor.request = self._exchange.body
+            plan = await self._plan()
+            match plan:
+                case DecodeOnly(decode=sends):
+                    self._place.release("prefill")
+                    await self._deliver(await self._open(self._decode_leg(sends)))
+                case Sequential():
+                    await self._in_sequence(plan)
+                case Concurrent():
+                    await self._at_once(plan)
+                case DecodeFirst():
+                    await self._decode_first(plan)
+        except ExchangeError as failure:
+            if failure.side is Side.UPSTREAM:
+                self._forget_endpoint()
+            raise
+
+    @property
+    def _editor(self) -> UsageEditor:
+        exchange = self._exchange
+        if exchange.editor is None:
+            exchange.editor = UsageEditor()
+        return exchange.editor
 
     async def _plan(self) -> Plan:
         exchange, pool, place = self._exchange, self._pool, self._place
@@ -84,60 +98,73 @@ class SplitAttempt:
         if prefiller is None or exchange.route is Route.OTHER:
             return DecodeOnly(Sends(exchange.body, exchange.attempt_id))
         request = SplitRequest(exchange.route, exchange.body, exchange.id, exchange.attempts, pool.callback_url)
-        return pool.connector.plan(request, await self._ready(prefiller), _endpoint(pool, decoder), _rng)
+        endpoint = endpoint_of(decoder.config, pool.config.connector, "decode")
+        return pool.connector.plan(request, await self._ready(prefiller), endpoint, _rng)
 
     async def _ready(self, prefiller: Upstream) -> Endpoint:
         """The prefiller's addresses, with what has to be asked for first."""
         if prefiller.endpoint is None:
-            prefiller.endpoint = _endpoint(self._pool, prefiller)
+            prefiller.endpoint = endpoint_of(prefiller.config, self._pool.config.connector, "prefill")
         preflight = self._pool.connector.preflight(prefiller.endpoint)
         if preflight is not None:
-            transport = httpx.AsyncHTTPTransport(verify=False, trust_env=False)
-            try:
-                async with httpx.AsyncClient(transport=transport, trust_env=False, timeout=PREFLIGHT_S) as client:
-                    answer = (await client.get(preflight.url)).raise_for_status()
-                prefiller.endpoint = preflight.parse(answer.content)
-            except (httpx.HTTPError, ValueError) as exc:
-                message = f"{preflight.url} was of no use: {exc}"
-                raise UpstreamProtocolError(message, phase=Phase.PREFILL) from None
+            self._exchange.phase = Phase.PREFILL
+            with self._judged(prefiller):
+                prefiller.endpoint = await _ask_first(preflight)
         return prefiller.endpoint
+
+    def _forget_endpoint(self) -> None:
+        """What was asked of the prefiller may be true no more: it may have been started anew."""
+        if "prefill" in self._place.upstreams:
+            self._place.upstreams["prefill"].endpoint = None
 
     # -- the orders
 
     async def _in_sequence(self, plan: Sequential) -> None:
-        answer = await self._prefill(plan.prefill)
+        exchange, pool = self._exchange, self._pool
+        exchange.phase = Phase.PREFILL
+        answer = await self._prefill(plan.prefill, last_word_s=LAST_WORD_S if pool.config.drain_kv else 0.0)
         if answer.status >= 400:
-            await self._exchange.reply.pass_on(*answer)
+            await exchange.reply.pass_on(*answer)
             return
         hand_over = plan.hand_over(answer.body)
         self._place.release("prefill")
         if hand_over.is_missing:
-            self._exchange.service.tally.prefilled_without_kv()
-            if self._pool.config.on_missing_kv == "error":
+            exchange.service.tally.prefilled_without_kv()
+            if pool.config.on_missing_kv == "error":
                 raise UpstreamProtocolError("the prefiller's answer holds no handle", phase=Phase.PREFILL)
+        if pool.config.cached_tokens_from == "prefill" and hand_over.holds_kv:
+            self._editor.cached_tokens = _cached_tokens(exchange.route, answer.body)
         leg = self._decode_leg(hand_over.decode)
         try:
+            await trio.lowlevel.checkpoint_if_cancelled()
             opening = await self._open(leg)
         except BaseException:
-            if hand_over.holds_kv and not leg.is_sent and self._pool.config.drain_kv:
-                bound = leg.upstream if plan.binds_decoder else None
-                self._exchange.service.drains.start(self._exchange, self._pool, hand_over.decode, bound)
+            if hand_over.holds_kv and not leg.is_sent and pool.config.drain_kv:
+                exchange.service.drains.start(exchange, pool, hand_over, leg.upstream, is_bound=plan.binds_decoder)
             raise
         await self._deliver(opening)
 
     async def _at_once(self, plan: Concurrent) -> None:
         is_prefilled = trio.Event()
 
-        async def prefill(scope: trio.CancelScope) -> None:
-            if await self._beside(scope, lambda: self._prefill(plan.prefill)):
-                self._place.release("prefill")
+        async def prefill() -> WholeAnswer:
+            answer = await self._prefill(plan.prefill, is_beside=True)
+            if answer.status < 400:
                 is_prefilled.set()
+            return answer
+
+        async def decode(leg: Leg) -> None:
+            opening = await self._open(leg)
+            if opening.answer.status < 400:  # nothing is committed to before both have answered
+                try:
+                    await is_prefilled.wait()
+                except BaseException:
+                    leg.close(opening.connection, is_reusable=False)
+                    raise
+            await self._deliver(opening)
 
         leg = self._decode_leg(plan.decode)
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(prefill, nursery.cancel_scope)
-            await self._guarded(nursery.cancel_scope, leg, is_prefilled.wait)
-        await self._conclude()
+        await self._side_by_side(prefill, lambda: decode(leg))
 
     async def _decode_first(self, plan: DecodeFirst) -> None:
         callbacks = self._exchange.service.callbacks
@@ -150,178 +177,167 @@ class SplitAttempt:
                 message = body
                 is_called.set()
 
-        async def prefill(scope: trio.CancelScope) -> None:
+        async def prefill() -> WholeAnswer:
             await is_called.wait()
-            if await self._beside(scope, lambda: self._prefill(plan.prefill(message))):
-                self._place.release("prefill")
+            return await self._prefill(plan.prefill(message), is_beside=True)
+
+        async def decode(leg: Leg) -> None:
+            await self._deliver(await self._open(leg))
 
         leg = self._decode_leg(plan.decode)
         callbacks[plan.key] = call
         try:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(prefill, nursery.cancel_scope)
-                await self._guarded(nursery.cancel_scope, leg, None)
-                nursery.cancel_scope.cancel()
+            await self._side_by_side(prefill, lambda: decode(leg))
         finally:
             del callbacks[plan.key]
-        await self._conclude()
 
-    async def _beside(self, scope: trio.CancelScope, prefill: Callable[[], Awaitable[WholeAnswer]]) -> bool:
-        """Runs the prefill leg while the decode leg runs; its failure ends that. True if it went well."""
+    async def _side_by_side(
+        self, prefill: Callable[[], Awaitable[WholeAnswer]], decode: Callable[[], Awaitable[None]]
+    ) -> None:
+        """Runs both legs; either's failure ends the other, and so does the end of the decode leg."""
+
+        async def beside(scope: trio.CancelScope) -> None:
+            try:
+                if await self._is_prefilled_by(prefill):
+                    self._place.release("prefill")
+                    return
+            except ExchangeError as failure:
+                self._fail("prefill", failure)
+            scope.cancel()
+
+        is_delivered = False
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(beside, nursery.cancel_scope)
+                try:
+                    await decode()
+                    is_delivered = True
+                except ExchangeError as failure:
+                    self._fail("decode", failure)
+                nursery.cancel_scope.cancel()
+        except* trio.Cancelled:  # noqa: ASYNC103 - a nursery makes a group of them; below, one is made of it
+            pass
+        if not is_delivered:
+            await trio.lowlevel.checkpoint_if_cancelled()
+            await self._conclude()
+
+    async def _is_prefilled_by(self, prefill: Callable[[], Awaitable[WholeAnswer]]) -> bool:
+        """Whether the prefill leg went well; once the client gets what is generated, that is all the same."""
         try:
             answer = await prefill()
-        except ExchangeError as failure:
-            if self._failure is None:
-                self.role, self._failure = "prefill", failure
-        else:
-            if answer.status < 400:
+        except ExchangeError:
+            if self._is_generating:
                 return True
+            raise
+        if answer.status >= 400 and not self._is_generating:
             self._refusal = answer
-        scope.cancel()
-        return False
+            return False
+        return True
 
-    async def _guarded(self, scope: trio.CancelScope, leg: Leg, before: Callable[[], Awaitable[None]] | None) -> None:
-        """Runs the decode leg while the prefill leg runs; `before` is waited for before anything is committed to."""
-        try:
-            opening = await self._open(leg)
-            if before is not None:
-                try:
-                    await before()
-                except BaseException:
-                    leg.close(opening.connection, is_reusable=False)
-                    raise
-            await self._deliver(opening)
-        except ExchangeError as failure:
-            if self._failure is None:
-                self.role, self._failure = "decode", failure
-            scope.cancel()
+    @property
+    def _is_generating(self) -> bool:
+        """Whether the decoder has gone on from the prompt, and the client has seen it."""
+        reply = self._exchange.reply
+        return reply.is_committed and (self._exchange.meter.saw_content or not reply.is_stream)
+
+    def _fail(self, role: str, failure: ExchangeError) -> None:
+        if self._failure is None:
+            self.role, self._failure = role, failure
 
     async def _conclude(self) -> None:
         """What has come of both legs, where it is not an answer that went out."""
-        if self._refusal is not None and self._exchange.reply.status is None:
+        if self._refusal is not None and not self._exchange.reply.is_committed:
             await self._exchange.reply.pass_on(*self._refusal)
         elif self._refusal is not None:
             message = f"the prefiller refused the request ({self._refusal.status}) while the decoder was streaming"
-            raise UpstreamProtocolError(message, phase=Phase.PREFILL)
+            raise UpstreamProtocolError(message, phase=Phase.DATA)
         elif self._failure is not None:
             raise self._failure
 
     # -- the legs
 
-    async def _prefill(self, sends: Sends) -> WholeAnswer:
+    async def _prefill(self, sends: Sends, *, is_beside: bool = False, last_word_s: float = 0.0) -> WholeAnswer:
         """The prefiller's answer, if it is one or a refusal (4xx). Raises ExchangeError for all else."""
         exchange, upstream = self._exchange, self._place.upstreams["prefill"]
-        group = self._pool.groups["prefill"]
         exchange.prefill_upstream = upstream
-        if exchange.phase is not Phase.DATA:
-            exchange.phase = Phase.PREFILL
         limit_s = exchange.config.timeouts.prefill_s
         began = time.monotonic()
+        try:
+            with self._judged(upstream) as attempt:
+                try:
+                    with trio.fail_after(limit_s or float("inf")):
+                        answer = await ask_whole(exchange, upstream, sends, last_word_s=last_word_s)
+                except trio.TooSlowError:
+                    message = f"{upstream.config.url} did not answer within prefill_s = {limit_s:g} s"
+                    raise UpstreamTimeout(message, phase=Phase.PREFILL) from None
+                exchange.timeline.prefilled = time.monotonic()
+                attempt.answered(answer.status, exchange.timeline.prefilled)
+                if answer.status >= 500:
+                    message = f"{upstream.config.url} answered {answer.status} to the prefill leg"
+                    raise UpstreamAnswered(message, phase=Phase.PREFILL, **answer._asdict())
+                return answer
+        finally:
+            exchange.timeline.add_prefill(time.monotonic() - began, is_beside=is_beside)
+
+    @contextmanager
+    def _judged(self, upstream: Upstream) -> Iterator[Attempt]:
+        """Tells the prefiller's health how an attempt with it went; errors are of the prefill phase."""
+        group = self._pool.groups["prefill"]
         attempt = group.begin(upstream)
         try:
-            with trio.fail_after(limit_s or float("inf")):
-                answer = await ask_whole(exchange, upstream, sends)
-            attempt.answered(answer.status, time.monotonic())
-            if answer.status >= 500:
-                message = f"{upstream.config.url} answered {answer.status} to the prefill leg"
-                raise UpstreamAnswered(message, phase=Phase.PREFILL, **answer._asdict())
-            return answer
-        except trio.TooSlowError:
-            failure: ExchangeError = UpstreamTimeout(
-                f"{upstream.config.url} did not answer within prefill_s = {limit_s:g} s", phase=Phase.PREFILL
-            )
-            self._blame(upstream, failure)
-            attempt.failed(time.monotonic())
-            raise failure from None
+            yield attempt
         except ExchangeError as failure:
             failure.phase = Phase.PREFILL
-            self._blame(upstream, failure)
             attempt.failed(time.monotonic())
+            upstream.failures += 1
+            upstream.last_error = failure.message
+            self._exchange.service.tally.upstream_failed(failure.phase)
             raise
         finally:
             attempt.abandoned(time.monotonic())
             group.refresh(upstream)
-            exchange.timeline.add_prefill(time.monotonic() - began)
-
-    def _blame(self, upstream: Upstream, failure: ExchangeError) -> None:
-        if failure.side is Side.UPSTREAM:
-            upstream.failures += 1
-            upstream.last_error = failure.message
-            upstream.endpoint = None  # it may come back as another
-            self._exchange.service.tally.upstream_failed(failure.phase)
 
     def _decode_leg(self, sends: Sends) -> Leg:
         exchange = self._exchange
         # In a split pool a 500 is a failed attempt too: a lost handle shows as one.
         statuses = (*exchange.config.failover.statuses, 500)
-        upstream = self._place.upstreams["decode"]
-        exchange.upstream = upstream
-        group = self._pool.groups["decode"]
+        group, upstream = self._pool.groups["decode"], self._place.upstreams["decode"]
         return Leg(exchange, group, upstream, sends, failure_statuses=statuses, may_go_on=self._may_go_on)
 
     async def _open(self, leg: Leg) -> Opening:
         self.role = "decode"
+        self._exchange.upstream = leg.upstream
         opening = await leg.open()
+        if opening.answer.status in leg.failure_statuses:
+            self._forget_endpoint()
         try:
-            await self._see_second_frame(opening)
-        except BaseException:
+            await see_second_frame(self._exchange.pair, opening)
+        except BaseException as exc:
             leg.close(opening.connection, is_reusable=False)
+            if isinstance(exc, ExchangeError):
+                leg.note(exc)
             raise
         return opening
 
-    async def _see_second_frame(self, opening: Opening) -> None:
-        """A stream that begins without content may go on with an error: then that is the answer. Waits a moment."""
-        exchange, relay = self._exchange, opening.relay
-        meter = exchange.meter
-        if relay is None:
-            return
-        with trio.move_on_after(SECOND_FRAME_S):
-            while not relay.decoder.is_done and not _says_something(meter):
-                data = await wire.receive(exchange.pair, opening.connection)
-                if not data:
-                    return  # the pump will see that too
-                out: Pieces = []
-                buffer = bytearray(data)
-                relay.feed(buffer, memoryview(buffer), len(buffer), out)
-                if relay.decoder.is_done:
-                    relay.finish(out)
-                opening.first += b"".join(out)
-        if meter.error is not None and not meter.saw_content:
-            raise _as_answer(exchange.route, opening.first, meter.error, is_chunked=relay.is_chunked)
-
     async def _deliver(self, opening: Opening) -> None:
+        self._exchange.timeline.answered = time.monotonic()  # whatever was waited for until now was the engines'
         await Delivery(self._exchange, opening).run()
 
 
-def _says_something(meter: Meter) -> bool:
-    """Whether a stream has shown what it will be."""
-    return meter.saw_content or meter.saw_end or meter.error is not None
+def _cached_tokens(route: Route, answer: bytes) -> int | None:
+    """How much of the prompt the prefiller had in its cache; the decoder counts all it was handed over."""
+    meter = Meter(route)
+    meter.take_body(answer)
+    return meter.usage.cached_tokens if meter.usage else None
 
 
-def _endpoint(pool: Pool, upstream: Upstream) -> Endpoint:
-    config = upstream.config
-    endpoint = Endpoint(
-        url=config.url,
-        host=config.host,
-        kv_address=config.kv_address,
-        bootstrap=config.bootstrap,
-        bootstrap_port=config.bootstrap_port or None,
-    )
-    return pool.connector.complete(endpoint, "prefill" if upstream.role == "prefill" else "decode")
-
-
-def _as_answer(route: Route, sent: bytes, message: str, *, is_chunked: bool) -> ExchangeError:
-    """The error of a stream's first frames as the answer the engine would have given without a stream."""
-    payload = bytearray()
-    if is_chunked:
-        decode_into(payload, ChunkDecoder(), sent)
-    else:
-        payload += sent
-    aggregator = aggregator_for(route, max_bytes=len(payload) + 1024)
+async def _ask_first(preflight: Preflight) -> Endpoint:
+    """What an engine has to be asked before its first request. Raises UpstreamProtocolError."""
+    transport = httpx.AsyncHTTPTransport(verify=False, trust_env=False)
     try:
-        for begin, end in split_frames(payload, 0, len(payload)):
-            aggregator.feed(payload[begin:end])
-    except EngineError as error:
-        fields = [(b"content-type", b"application/json")]
-        return UpstreamAnswered(message, phase=Phase.HEAD, status=error.status, fields=fields, body=error.body)
-    return UpstreamProtocolError(message, phase=Phase.HEAD)
+        async with httpx.AsyncClient(transport=transport, trust_env=False, timeout=PREFLIGHT_S) as client:
+            answer = (await client.get(preflight.url)).raise_for_status()
+        return preflight.parse(answer.content)
+    except (httpx.HTTPError, ValueError) as exc:
+        message = f"{preflight.url} was of no use: {str(exc) or type(exc).__name__}"
+        raise UpstreamProtocolError(message, phase=Phase.PREFILL) from None

@@ -12,7 +12,7 @@ import trio
 from relay.core import metrics
 from relay.core.board import BOARD_BYTES, Board, Buckets
 from relay.core.metrics import GaugeFamily
-from relay.errors import ExchangeError, Phase, Side
+from relay.errors import ExchangeError, Phase, Side, UpstreamRecomputed
 
 if TYPE_CHECKING:
     from relay.core.board import Block
@@ -58,6 +58,10 @@ class Tally:
         """A prefiller's answer held no handle."""
         self.board.counter(metrics.PREFILL_WITHOUT_KV).add()
 
+    def drained(self, *, is_done: bool) -> None:
+        """A handle whose client had left was freed, or could not be."""
+        self.board.counter(metrics.KV_DRAINS, metrics.DRAIN_RESULTS[not is_done]).add()
+
     def refused(self, failure: ExchangeError) -> None:
         """A request that never became an exchange: it could not be read, or was not let in."""
         self.board.counter(metrics.REQUESTS, "", "", str(failure.status), failure.outcome).add()
@@ -76,6 +80,8 @@ class Tally:
         self._bytes_in.add(len(exchange.request.body))
         self._bytes_out.add(exchange.bytes_out)
         failure = exchange.failure
+        if isinstance(failure, UpstreamRecomputed):
+            board.counter(metrics.RECOMPUTED).add()
         if failure is not None and failure.side is Side.CLIENT:
             board.counter(metrics.CLIENT_DISCONNECTS, failure.phase.name.lower()).add()
         if exchange.pool is None:
@@ -93,6 +99,8 @@ class Tally:
             self._added["connect"].observe(timeline.connect_s)
         if timeline.prefill_s is not None:
             self.board.histogram(metrics.PREFILL).observe(timeline.prefill_s)
+        if timeline.handover_s is not None:
+            self.board.histogram(metrics.HANDOVER).observe(timeline.handover_s)
         ttft_s = timeline.ttft_s
         if ttft_s is not None:
             self.board.histogram(metrics.FIRST_TOKEN, pool, exchange.facts.model or "").observe(ttft_s)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import trio
@@ -10,7 +11,7 @@ import trio
 from relay.core import headers
 from relay.core.connectors.base import Leg as Sends
 from relay.core.framing import decode_into
-from relay.errors import Phase, UpstreamDisconnected, UpstreamProtocolError
+from relay.errors import ExchangeError, Phase, UpstreamDisconnected, UpstreamProtocolError
 from relay.net import upstream as wire
 from relay.net.leg import head_of
 
@@ -31,66 +32,99 @@ class WholeAnswer(NamedTuple):
 
 
 class _SocketWaits:
-    """Waits for a socket by trio's own means; limits are the caller's scope's."""
+    """Waits for a socket by trio's own means; limits are the caller's scope's.
 
-    def __init__(self, sock: socket.socket) -> None:
+    When it is cancelled it hangs up, which makes the engine stop; but an answer may be on its way by then, and with it
+    a handle that somebody has to free. So it closes one direction only, and waits up to `last_word_s` for what comes.
+    """
+
+    def __init__(self, sock: socket.socket, last_word_s: float) -> None:
+        self.has_hung_up = False
         self._sock = sock
+        self._last_word_s = last_word_s
+        self._until = 0.0
 
     async def wait_upstream(self, *, or_writable: bool = False) -> None:
-        if not or_writable:
-            await trio.lowlevel.wait_readable(self._sock)
+        if or_writable:
+            # An engine that answers before it has read everything still reads on, or closes: both can be seen here.
+            await trio.lowlevel.wait_writable(self._sock)
             return
-        async with trio.open_nursery() as nursery:
+        try:
+            await trio.lowlevel.wait_readable(self._sock)
+        except trio.Cancelled:  # noqa: ASYNC103 - whoever waits next is told again
+            if not self._last_word_s:
+                raise
+            self._hang_up()
+            with trio.CancelScope(shield=True, deadline=self._until) as patience:
+                await trio.lowlevel.wait_readable(self._sock)
+            if patience.cancelled_caught:
+                raise
 
-            async def first(wait: object) -> None:
-                await wait(self._sock)  # type: ignore[operator]
-                nursery.cancel_scope.cancel()
+    def _hang_up(self) -> None:
+        if not self.has_hung_up:
+            self.has_hung_up = True
+            self._until = trio.current_time() + self._last_word_s
+            with suppress(OSError):  # the engine has hung up itself
+                self._sock.shutdown(socket.SHUT_WR)
 
-            nursery.start_soon(first, trio.lowlevel.wait_readable)
-            nursery.start_soon(first, trio.lowlevel.wait_writable)
 
+async def ask_whole(exchange: Exchange, upstream: Upstream, sends: Sends, *, last_word_s: float = 0.0) -> WholeAnswer:
+    """Asks an engine, and reads its answer. Cancelling it hangs up, which frees the engine.
 
-async def ask_whole(exchange: Exchange, upstream: Upstream, sends: Sends) -> WholeAnswer:
-    """Asks an engine, and reads its answer. Cancelling it closes the connection, which frees the engine.
-
+    With `last_word_s`, an answer that comes all the same within that time is returned in spite of the cancellation.
     Raises UpstreamUnreachable, UpstreamTimeout, UpstreamDisconnected or UpstreamProtocolError.
     """
     timeouts = exchange.config.timeouts
     connection = upstream.take_idle(timeouts.upstream_idle_s)
     if connection is not None:
         try:
-            return await _over(exchange, connection, sends)
+            return await _over(exchange, connection, sends, last_word_s)
         except wire.ConnectionDied:
             pass  # the engine closed it just then
-    return await _over(exchange, await upstream.dial(timeouts.connect_s), sends)
+    return await _over(exchange, await upstream.dial(timeouts.connect_s), sends, last_word_s)
 
 
-async def _over(exchange: Exchange, connection: UpstreamConnection, sends: Sends) -> WholeAnswer:
-    waits = _SocketWaits(connection.sock)
+async def _over(exchange: Exchange, connection: UpstreamConnection, sends: Sends, last_word_s: float) -> WholeAnswer:
+    waits = _SocketWaits(connection.sock, last_word_s)
+    try:
+        return await _ask(exchange, connection, waits, sends)
+    except ExchangeError as exc:
+        failure = exc
+    if waits.has_hung_up:
+        await trio.lowlevel.checkpoint_if_cancelled()  # there was no last word, which is no fault of the engine's
+    raise failure
+
+
+async def _ask(exchange: Exchange, connection: UpstreamConnection, waits: _SocketWaits, sends: Sends) -> WholeAnswer:
     is_reusable = False
     try:
         head = head_of(exchange, connection.upstream, sends)
         answer, _ = await wire.ask(waits, connection, exchange.request.method, head, sends.body)
-        body = bytearray()
-        decoder, data = answer.decoder, answer.rest
-        has_excess = False
-        while True:
-            has_excess = decode_into(body, decoder, data) < len(data)
-            if decoder.is_done:
-                break
-            if decoder.error is not None:
-                raise UpstreamProtocolError(f"the engine's answer is malformed: {decoder.error}", phase=Phase.HEAD)
-            if len(body) > MOST_BYTES:
-                raise UpstreamProtocolError(f"the engine's answer is over {MOST_BYTES} bytes", phase=Phase.HEAD)
-            data = await wire.receive(waits, connection)
-            if not data:
-                decoder.at_close()
-                if decoder.error is not None:
-                    raise UpstreamDisconnected(f"the engine's answer is cut: {decoder.error}", phase=Phase.HEAD)
-        is_reusable = answer.is_reusable and not has_excess
-        return WholeAnswer(answer.status, answer.fields, bytes(body))
+        body = await _body(waits, connection, answer)
+        is_reusable = answer.is_reusable and not waits.has_hung_up
+        return WholeAnswer(answer.status, answer.fields, body)
     finally:
         if is_reusable:
             connection.upstream.give_back(connection, exchange.config.timeouts.upstream_idle_s)
         else:
             connection.close()
+
+
+async def _body(waits: _SocketWaits, connection: UpstreamConnection, answer: wire.Answer) -> bytes:
+    """The body; bytes behind it make the connection unusable. Raises UpstreamDisconnected or UpstreamProtocolError."""
+    decoder, data = answer.decoder, answer.rest
+    body = bytearray()
+    while True:
+        taken = decode_into(body, decoder, data)
+        if decoder.is_done:
+            answer.is_reusable = answer.is_reusable and taken == len(data)
+            return bytes(body)
+        if decoder.error is not None:
+            raise UpstreamProtocolError(f"the engine's answer is malformed: {decoder.error}", phase=Phase.HEAD)
+        if len(body) > MOST_BYTES:
+            raise UpstreamProtocolError(f"the engine's answer is over {MOST_BYTES} bytes", phase=Phase.HEAD)
+        data = await wire.receive(waits, connection)
+        if not data:
+            decoder.at_close()
+            if decoder.error is not None:
+                raise UpstreamDisconnected(f"the engine's answer is cut: {decoder.error}", phase=Phase.HEAD)

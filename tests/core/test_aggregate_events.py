@@ -155,3 +155,28 @@ def test_a_response_is_the_engines_to_the_byte() -> None:
     aggregator = aggregator_for(Route.RESPONSES, max_bytes=100)
     aggregator.feed(b'data: {"response": {"a": 1.0e5, "b": "\\u00e9"}, "type": "response.completed"}\n\n')
     assert aggregator.result() == b'{"a": 1.0e5, "b": "\\u00e9"}'
+
+
+def test_vllm_leaves_nulls_out_of_its_messages_as_others_do_not() -> None:
+    """``exclude_none`` for bodies, ``exclude_unset`` for streams, in its ``entrypoints/anthropic``."""
+    for id_, has_nulls in (("chatcmpl-1", False), ("msg_1", True)):
+        message: dict[str, Any] = {
+            "id": id_,
+            "type": "message",
+            "content": [],
+            "stop_reason": None,
+            "stop_sequence": None,
+        }
+        made = aggregate(
+            Route.MESSAGES,
+            [
+                b"data: " + json.dumps(event).encode() + b"\n\n"
+                for event in (
+                    {"type": "message_start", "message": message},
+                    {"type": "message_delta", "delta": {"stop_reason": "end_turn", "stop_sequence": None}},
+                    {"type": "message_stop"},
+                )
+            ],
+        )
+        assert made["stop_reason"] == "end_turn"
+        assert ("stop_sequence" in made) is has_nulls

@@ -14,10 +14,12 @@ from relay.core.metrics import FAMILIES, CounterFamily, GaugeFamily, HistogramFa
 INTERFACE = """
 relay_requests_total{pool,route,status,outcome} relay_in_flight{pool} relay_queue_depth{pool}
 relay_time_to_first_token_seconds{pool,model} relay_inter_frame_seconds{pool,model} relay_request_duration_seconds
-relay_added_seconds{stage} relay_prefill_seconds relay_tokens_total{pool,model,kind} relay_cost_total
+relay_added_seconds{stage} relay_prefill_seconds relay_handover_seconds
+relay_tokens_total{pool,model,kind} relay_cost_total
 relay_upstream_healthy{pool,role,upstream} relay_upstream_in_flight{pool,role,upstream}
 relay_upstream_failures_total{phase} relay_failovers_total relay_client_disconnects_total{phase}
-relay_prefill_without_kv_total relay_frames_total relay_bytes_total{direction} relay_event_loop_lag_seconds
+relay_prefill_without_kv_total relay_kv_drains_total{result} relay_recomputed_total
+relay_frames_total relay_bytes_total{direction} relay_event_loop_lag_seconds
 relay_records_dropped_total relay_metrics_dropped_total
 """
 

@@ -15,9 +15,10 @@ from relay.core.timeline import Record, Timeline, make_record, record_text, serv
 #: The interface: scripts and dashboards read these names, and people read them in this order.
 FIELDS = [
     "ts", "id", "client", "key", "method", "path", "model", "pool", "upstream", "prefill_upstream", "status", "outcome",
-    "stream", "streamed_upstream", "attempts", "queue_ms", "connect_ms", "prefill_ms", "head_ms", "ttft_ms", "total_ms",
-    "relay_ms", "frames", "bytes_in", "bytes_out", "gap_p50_ms", "gap_p99_ms", "gap_max_ms", "prompt_tokens",
-    "cached_tokens", "completion_tokens", "reasoning_tokens", "total_tokens", "usage", "finish_reason", "cost", "error",
+    "stream", "streamed_upstream", "attempts", "queue_ms", "connect_ms", "prefill_ms", "handover_ms", "head_ms",
+    "ttft_ms", "total_ms", "relay_ms", "frames", "bytes_in", "bytes_out", "gap_p50_ms", "gap_p99_ms", "gap_max_ms",
+    "prompt_tokens", "cached_tokens", "completion_tokens", "reasoning_tokens", "total_tokens", "usage", "finish_reason",
+    "cost", "error",
 ]  # fmt: skip
 
 NOW = 1_795_226_774.0625
@@ -95,6 +96,30 @@ def test_relay_ms_is_never_negative() -> None:
     made = timeline()
     made.queue_s = 5.0
     assert record(timeline=made).relay_ms == 0.0
+
+
+def test_a_prefill_leg_before_the_decode_leg_is_not_the_relays_time() -> None:
+    made = timeline()
+    made.add_prefill(0.002)
+    made.prefilled = 100.515
+    assert (record(timeline=made).prefill_ms, record(timeline=made).relay_ms) == (2.0, 1.0)
+    assert record(timeline=made).handover_ms == 201.0  # until the decoder's first content
+
+
+def test_a_prefill_leg_beside_the_decode_leg_is_told_and_not_counted_twice() -> None:
+    made = timeline()
+    made.add_prefill(0.150, is_beside=True)
+    made.prefilled = 100.7
+    assert (record(timeline=made).prefill_ms, record(timeline=made).relay_ms) == (150.0, 3.0)
+    assert record(timeline=made).handover_ms == 16.0
+
+
+@pytest.mark.parametrize("content_read", [None, 100.5])
+def test_a_hand_over_takes_no_negative_time(content_read: float | None) -> None:
+    made = timeline()
+    made.prefilled = 100.7
+    made.first_content_read = content_read
+    assert made.handover_s == (None if content_read is None else 0.0)
 
 
 def test_content_that_was_read_but_never_sent() -> None:

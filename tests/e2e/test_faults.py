@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 from typing import Literal
 
@@ -545,3 +546,18 @@ async def test_bytes_behind_an_answer_end_the_connection() -> None:
             assert (await ask(relay.port, request())).payload == STREAM
             assert outcome(await relay.record(number)) == ("--", 200, 1)
         assert engine.connections == 2
+
+
+async def test_out_of_descriptors_is_not_the_engines_fault(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def fail(*_: object) -> socket.socket:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    async with running_relay(engine.url) as relay:
+        with monkeypatch.context() as patch:
+            patch.setattr("relay.net.pool._connect_to", fail)
+            for _ in range(6):
+                answer = await ask(relay.port, request())
+                assert (answer.status, answer.error["code"]) == (503, "no_upstream")
+                assert answer.headers["retry-after"] == "1"
+        assert outcome(await relay.record(6)) == ("RC", 503, 1)
+        assert (await ask(relay.port, request())).status == 200

@@ -105,6 +105,7 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True):
     reasoning: int = 0  #: how many of `tokens` are reasoning, at the start
     tool: str = ""  #: the function to call instead of talking
     request: dict[str, Any] = {}
+    address: tuple[str, int] = ("127.0.0.1", 0)  #: where decoders find this engine
     clock_us: Callable[[], int] | None = None  #: set: tokens are stamps of this clock
 
     @property
@@ -127,6 +128,7 @@ def read_ask(
     *,
     now_s: int,
     clock_us: Callable[[], int],
+    address: tuple[str, int] = ("127.0.0.1", 0),
 ) -> Ask:
     """Read a request; raises `Refusal` with what vLLM would answer."""
     request = _decode(body)
@@ -163,6 +165,7 @@ def read_ask(
         reasoning=min(_int_header(headers, "x-sim-reasoning") or 0, tokens),
         tool=tool,
         request=request,
+        address=address,
         clock_us=clock_us if config.stamp else None,
     )
 

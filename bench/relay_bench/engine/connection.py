@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 import h11
 import trio
 
-from relay_bench.engine import routes
+from relay_bench.engine import handover, routes
 from relay_bench.engine.ledger import State
 from relay_bench.engine.plain import Refusal, response_head
 from relay_bench.engine.scheduler import Sequence
@@ -123,6 +123,8 @@ class Connection:
             else:  # the client closed: _receive has said so before
                 raise _ClientLeft
         request.body = bytes(body)
+        if self._sock.family != socket.AF_UNIX:
+            request.address = self._sock.getsockname()[:2]
         self._note(request, len(self._received) - len(parser.trailing_data[0]))
         return request
 
@@ -139,8 +141,9 @@ class Connection:
         """Queue the request's sequence and wait for its end, or for the client's."""
         now_s = int(time.time())
         record = self._ledger.open_record(request.headers.get("x-request-id", ""), request.path, State.QUEUED)
+        is_lost = await handover.is_lost(request.body)
         try:
-            work = routes.plan(request, self._config, now_s)
+            work = routes.plan(request, self._config, now_s, is_lost=is_lost)
         except Refusal as refusal:
             self._ledger.move(record, State.FAILED)
             await self._send(routes.refusal_answer(request, refusal, now_s))
@@ -150,7 +153,7 @@ class Connection:
         )
         try:
             self._scheduler.submit(sequence)
-            await self._watch(sequence)
+            await self._watch(sequence, work.handle)
         finally:
             self._scheduler.abort(sequence)  # does nothing to one that has ended
             if self._config.log:
@@ -159,10 +162,19 @@ class Connection:
             self._reset()
         return sequence.cut is Cut.END and work.keep_alive
 
-    async def _watch(self, sequence: Sequence) -> None:
-        """Until `sequence` has ended; raises `_ClientLeft` as soon as its client hangs up."""
+    async def _watch(self, sequence: Sequence, handle: str) -> None:
+        """Until `sequence` has ended; raises `_ClientLeft` as soon as its client hangs up.
+
+        What its answer has a `handle` for is held from its end on.
+        """
+
+        def end() -> None:
+            if handle and sequence.record.state is State.COMPLETED:
+                self._ledger.handles.give(handle)
+            scope.cancel()
+
         with trio.CancelScope() as scope:
-            sequence.on_end = scope.cancel
+            sequence.on_end = end
             while not sequence.has_ended:
                 await self._receive()
                 if len(self._received) > _MAX_PIPELINED_BYTES:

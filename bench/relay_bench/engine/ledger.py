@@ -6,6 +6,8 @@ from collections import deque
 from enum import Enum
 from typing import Any, Final
 
+from relay_bench.engine.handover import Handles
+
 #: How many of the latest requests are remembered.
 _REMEMBERED: Final = 1000
 
@@ -49,6 +51,7 @@ class Ledger:
         self.connections_open = 0
         self.connections_accepted = 0
         self.records: Final[deque[RequestRecord]] = deque(maxlen=_REMEMBERED)
+        self.handles: Final = Handles()
         self._last: dict[str, str] = {"head": "", "body": "", "raw_body": ""}
         self._last_by_path: dict[str, dict[str, str]] = {}
 
@@ -91,7 +94,7 @@ class Ledger:
 
     def as_dict(self) -> dict[str, Any]:
         """The body of ``/sim/requests``."""
-        return {**self.stats(), "requests": [record.as_dict() for record in self.records]}
+        return {**self.stats(), **self.handles.as_dict(), "requests": [record.as_dict() for record in self.records]}
 
     def __repr__(self) -> str:
         return f"<Ledger {self.stats()}>"

@@ -12,6 +12,7 @@ from relay_bench.engine.ask import Ask, Route, read_ask
 from relay_bench.engine.chat import ChatScript
 from relay_bench.engine.completions import CompletionsScript
 from relay_bench.engine.faults import Controls, read_controls
+from relay_bench.engine.handover import handle_id
 from relay_bench.engine.messages import MessagesScript
 from relay_bench.engine.plain import Refusal, empty_answer, json_answer, models_body, response_head
 from relay_bench.engine.recording import load_recording
@@ -33,7 +34,7 @@ GENERATING: Final = {
     "/v1/responses": Route.RESPONSES,
     "/v1/messages": Route.MESSAGES,
 }
-REPORTING: Final = frozenset({"/health", "/ping", "/version", "/v1/models", "/sim/requests", "/sim/last"})
+REPORTING: Final = frozenset({"/health", "/ping", "/version", "/v1/models", "/sim/requests", "/sim/last", "/sim/take"})
 
 _SCRIPTS: Final[dict[Route, type[Script]]] = {
     Route.CHAT: ChatScript,
@@ -56,6 +57,7 @@ class Request:
         self.headers = headers
         self.keep_alive = keep_alive
         self.body = b""
+        self.address = ("127.0.0.1", 0)  #: at which it came in
 
     @classmethod
     def of(cls, event: h11.Request) -> Request:
@@ -82,6 +84,7 @@ class Work(msgspec.Struct, frozen=True):
     ttft_ms: float
     step_ms: float
     keep_alive: bool
+    handle: str = ""  #: what is held for a decoder once it is answered
 
 
 def report(request: Request, config: EngineConfig, ledger: Ledger) -> bytes:
@@ -93,6 +96,9 @@ def report(request: Request, config: EngineConfig, ledger: Ledger) -> bytes:
     if request.method.encode() != allowed:
         body, is_head = b'{"detail":"Method Not Allowed"}', request.method == "HEAD"
         return json_answer(405, body, now_s, b"allow: " + allowed, is_head=is_head, close=close)
+    if request.path == "/sim/take":
+        is_there = ledger.handles.take(parse_qs(request.query).get("handle", [""])[0])
+        return json_answer(200 if is_there else 404, b"{}", now_s, close=close)
     if request.path in {"/health", "/ping"}:
         return empty_answer(now_s, close=close)
     return json_answer(200, _report_body(request, config, ledger, now_s), now_s, close=close)
@@ -116,23 +122,36 @@ def refusal_answer(request: Request, refusal: Refusal, now_s: int) -> bytes:
     return json_answer(refusal.status, body, now_s, *extra, close=not request.keep_alive)
 
 
-def plan(request: Request, config: EngineConfig, now_s: int) -> Work:
-    """Turn a generating request into work; raises `Refusal`."""
+def plan(request: Request, config: EngineConfig, now_s: int, *, is_lost: bool = False) -> Work:
+    """Turn a generating request into work; `is_lost` says that its KV cache is. Raises `Refusal`."""
     controls = read_controls(request.headers)
     route = GENERATING[request.path]
-    ask = read_ask(route, request.body, request.headers, config, now_s=now_s, clock_us=_clock_us)
+    ask = read_ask(
+        route, request.body, request.headers, config, now_s=now_s, clock_us=_clock_us, address=request.address
+    )
     _refuse_if_told(controls)
+    if is_lost:
+        controls = _without_cache(ask, controls)
     return Work(
         steps=_steps(request, ask, controls, config, now_s),
         width=ask.choices if ask.tokens else 0,
         ttft_ms=config.ttft_ms if controls.ttft_ms is None else controls.ttft_ms,
         step_ms=config.step_ms if controls.step_ms is None else controls.step_ms,
+        handle=handle_id(ask),
         keep_alive=request.keep_alive and "close-idle" not in controls.faults and controls.shape.framing != "close",
     )
 
 
 def _clock_us() -> int:
     return time.monotonic_ns() // 1000
+
+
+def _without_cache(ask: Ask, controls: Controls) -> Controls:
+    """As recorded (``fail/pd_prefill_then_killed``): a stream tells of it behind the role, with status 200."""
+    if not ask.stream:
+        raise Refusal(500, "Internal server error", "InternalServerError")
+    frames = "1" if ask.route is Route.CHAT else "0"
+    return msgspec.structs.replace(controls, faults={**controls.faults, "error-frame": frames})
 
 
 def _refuse_if_told(controls: Controls) -> None:

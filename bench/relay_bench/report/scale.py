@@ -73,7 +73,7 @@ def linear(values: Iterable[float], *, from_zero: bool = True, text: Callable[[f
     low, high = min(found), max(found)
     if from_zero:
         low, high = min(low, 0.0), max(high, 0.0)
-    if high <= low:
+    if high - low <= 1e-12 * max(1.0, abs(low), abs(high)):  # one value, or as good as one
         low, high = low - 0.5, high + 0.5
     step = _round_step((high - low) / 6)
     return Scale(low=math.floor(low / step + 1e-9) * step, high=math.ceil(high / step - 1e-9) * step, text=text)

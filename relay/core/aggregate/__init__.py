@@ -16,7 +16,7 @@ from __future__ import annotations
 from relay.core.aggregate.base import Aggregator
 from relay.core.aggregate.chat import ChatAggregator, forces_tool
 from relay.core.aggregate.collector import Collector
-from relay.core.aggregate.completions import CompletionsAggregator
+from relay.core.aggregate.completions import CompletionsAggregator, wants_token_ids
 from relay.core.aggregate.failure import AggregateError, EngineError, TooLarge, Truncated
 from relay.core.aggregate.messages import MessagesAggregator
 from relay.core.aggregate.responses import ResponsesAggregator
@@ -36,7 +36,7 @@ def aggregator_for(route: Route, *, max_bytes: int, request: Buffer = b"{}") -> 
         case Route.CHAT:
             return ChatAggregator(max_bytes, is_tool_forced=forces_tool(request))
         case Route.COMPLETIONS:
-            return CompletionsAggregator(max_bytes)
+            return CompletionsAggregator(max_bytes, wants_token_ids=wants_token_ids(request))
         case Route.RESPONSES:
             return ResponsesAggregator(max_bytes)
         case Route.MESSAGES:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
-from typing import ClassVar, Final
+from typing import ClassVar
 
-from relay.core.aggregate.failure import UNDECODABLE, TooLarge, Truncated, engine_error, is_error, unreadable
+from relay.core.aggregate.failure import UNMERGEABLE, TooLarge, Truncated, engine_error, is_error, unreadable
 from relay.core.aggregate.parts import Members, decode_members
 from relay.core.framing import Buffer
 from relay.core.request import Route
-
-_LINES = re.compile(rb"\r\n|\n|\r")
-_BOM: Final = b"\xef\xbb\xbf"
+from relay.core.sse import fields
 
 
 class Aggregator(ABC):
@@ -41,7 +38,7 @@ class Aggregator(ABC):
         Raises `EngineError` for an error the engine reports and for data that is none of the route's dialect, and
         `TooLarge`: at once, so that the engine can be stopped. Nothing can be had of the aggregator then.
         """
-        event, data = fields(bytes(frame))
+        event, data, _ = fields(bytes(frame))
         if data is None or self.is_complete:
             return
         if data == b"[DONE]":
@@ -52,7 +49,7 @@ class Aggregator(ABC):
             if event == b"error" or is_error(members):
                 raise engine_error(self.route, data, members)
             self.size += self._take(members)
-        except UNDECODABLE:
+        except UNMERGEABLE:
             raise unreadable(self.route, data, is_error=event == b"error") from None
         if self.size > self.max_bytes:
             raise TooLarge(f"the engine's answer is longer than {self.max_bytes} bytes")
@@ -65,27 +62,8 @@ class Aggregator(ABC):
 
     @abstractmethod
     def _take(self, members: Members) -> int:
-        """Merges one event; returns by how many bytes the answer has grown. May raise what is `UNDECODABLE`."""
+        """Merges one event; returns by how many bytes the answer has grown. May raise what is `UNMERGEABLE`."""
 
     @abstractmethod
     def _result(self) -> bytes:
         """The body of a complete stream."""
-
-
-def fields(frame: bytes) -> tuple[bytes, bytes | None]:
-    """The event type and the data of a frame (WHATWG HTML §9.2.6); no data: nothing is dispatched."""
-    if frame.startswith(b"data: ") and frame.find(b"\n") == len(frame) - 2 and b"\r" not in frame:
-        return b"", frame[6:-2]
-    event = b""
-    data: list[bytes] = []
-    for line in _LINES.split(frame.removeprefix(_BOM)):
-        name, _, value = line.partition(b":")
-        value = value.removeprefix(b" ")
-        if name == b"data":
-            data.append(value)
-        elif name == b"event":
-            event = value
-        elif name == b"error":  # llama.cpp before September 2025
-            event = name
-            data.append(value)
-    return event, b"\n".join(data) if data else None

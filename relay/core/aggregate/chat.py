@@ -7,9 +7,9 @@ from typing import Final
 import msgspec
 
 from relay.core.aggregate.choices import ChoicesAggregator, add_nulls
-from relay.core.aggregate.failure import UNDECODABLE
 from relay.core.aggregate.parts import NULL, First, Indexed, Items, Object, Schema, Text, object_json
 from relay.core.framing import Buffer
+from relay.core.loose import UNDECODABLE
 from relay.core.request import Route
 
 

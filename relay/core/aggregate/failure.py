@@ -16,10 +16,11 @@ import msgspec
 
 from relay.core.aggregate.parts import Members
 from relay.core.dialect import error_body
+from relay.core.loose import UNDECODABLE
 from relay.core.request import Route
 
-#: What comes of JSON that is none, or that lacks what the dialect demands.
-UNDECODABLE: Final = (msgspec.DecodeError, ValueError, KeyError, RecursionError)
+#: What is raised for data that is no JSON, or lacks what the dialect demands.
+UNMERGEABLE: Final = (*UNDECODABLE, ValueError, KeyError)
 _NO_ERROR: Final = (b"null", b'""', b"{}", b"false")
 
 #: Statuses by the names of errors, in lower case without underscores and blanks: vLLM's and SGLang's classes,
@@ -73,7 +74,7 @@ def unreadable(route: Route, data: bytes, *, is_error: bool) -> EngineError:
 
 
 def engine_error(route: Route, data: bytes, members: Members) -> EngineError:
-    """The error that an event with object `members`, of text `data`, reports. Raises what is `UNDECODABLE`."""
+    """The error that an event with object `members`, of text `data`, reports. Raises what is `UNMERGEABLE`."""
     outer = _fields(data)
     has_inner = "error" in members and bytes(members["error"]) not in _NO_ERROR
     inner = _fields(members["error"]) if has_inner else outer

@@ -8,7 +8,7 @@ from typing import Final
 import msgspec
 
 from relay.core.aggregate.base import Aggregator
-from relay.core.aggregate.failure import UNDECODABLE, Truncated
+from relay.core.aggregate.failure import Truncated
 from relay.core.aggregate.parts import (
     NULL,
     Items,
@@ -20,6 +20,7 @@ from relay.core.aggregate.parts import (
     list_json,
     object_json,
 )
+from relay.core.loose import UNDECODABLE
 from relay.core.request import Route
 
 _MESSAGE: Final[Schema] = {"usage": lambda: Object({})}
@@ -27,6 +28,8 @@ _MESSAGE: Final[Schema] = {"usage": lambda: Object({})}
 _BLOCK: Final[Schema] = {"text": Text, "thinking": Text, "partial_json": Text, "citations": Items}
 #: An answer without a word has a block all the same: vLLM's ``messages_full_converter``, for clients that expect one.
 _EMPTY_BLOCK: Final = b'{"type":"text","text":""}'
+#: What vLLM's ids begin with, on this route too.
+_VLLM_ID: Final = b'"chatcmpl-'
 
 _decode_text = msgspec.json.Decoder(str).decode
 _decode_json = msgspec.json.Decoder(msgspec.Raw).decode
@@ -74,7 +77,10 @@ class MessagesAggregator(Aggregator):
         if self._message.member("stop_reason") == NULL:
             raise Truncated("the engine's stream ended without a stop_reason")
         blocks = [_block_json(self._blocks[key]) for key in sorted(self._blocks)]
-        return object_json({**self._message.members(), "content": list_json(blocks or [_EMPTY_BLOCK])})
+        members = self._message.members()
+        if members.get("id", b"").startswith(_VLLM_ID):
+            members = {name: value for name, value in members.items() if value != NULL}
+        return object_json({**members, "content": list_json(blocks or [_EMPTY_BLOCK])})
 
 
 def _block_json(block: Object) -> bytes:

@@ -10,7 +10,7 @@ is kept as it is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Final, TypeAlias
 
 import msgspec
@@ -79,7 +79,7 @@ class Text(Last):
 
     def json(self) -> bytes:
         """The text, if any piece of it has come, be it empty."""
-        return b'"%b"' % bytes(self._pieces) if self._pieces else self._value
+        return b"".join((b'"', self._pieces, b'"')) if self._pieces else self._value
 
 
 class Items(Last):
@@ -106,7 +106,7 @@ class Items(Last):
 
     def json(self) -> bytes:
         """The list, if one has come, be it empty."""
-        return b"[%b]" % bytes(self._items) if self._items else self._value
+        return b"".join((b"[", self._items, b"]")) if self._items else self._value
 
 
 class Object(Last):
@@ -197,10 +197,19 @@ class Indexed(Last):
 
 
 def object_json(members: Mapping[str, bytes], without: str = "") -> bytes:
-    """An object of members that are JSON already."""
-    return b"{%b}" % b",".join(b"%b:%b" % (_encode(name), value) for name, value in members.items() if name != without)
+    """An object of members that are JSON already; one copy of each, as answers can be long."""
+    pieces = [b"{"]
+    for name, value in members.items():
+        if name != without:
+            pieces += [_encode(name), b":", value, b","]
+    pieces[max(1, len(pieces) - 1) :] = [b"}"]  # in place of the last comma
+    return b"".join(pieces)
 
 
-def list_json(items: Iterator[bytes] | list[bytes]) -> bytes:
+def list_json(items: Iterable[bytes]) -> bytes:
     """A list of items that are JSON already."""
-    return b"[%b]" % b",".join(items)
+    pieces = [b"["]
+    for item in items:
+        pieces += [item, b","]
+    pieces[max(1, len(pieces) - 1) :] = [b"]"]
+    return b"".join(pieces)

@@ -31,6 +31,7 @@ from relay.core.connectors.base import (
     alone,
     unique,
 )
+from relay.core.loose import UNDECODABLE
 from relay.core.prefill import obstacle, one_token
 from relay.core.request import Route
 from relay.core.rewrite import edit
@@ -51,12 +52,13 @@ class AscendLayerwise(Connector):
 
     name = "ascend_layerwise"
     calls_back = True
+    may_recompute = True
 
     def callback_key(self, message: bytes) -> str | None:
         """The random part of the id that the decoder names."""
         try:
             found = _KEY.findall(_decode_message(message).request_id)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        except UNDECODABLE:
             return None
         return found[-1] if found else None
 

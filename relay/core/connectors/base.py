@@ -161,6 +161,8 @@ class Connector(ABC):
     name: ClassVar[str]
     #: Decoders call back: the worker needs an address for them, and plans need a `callback_url`.
     calls_back: ClassVar[bool] = False
+    #: Decoders may give requests up (`relay.core.connectors.recompute`).
+    may_recompute: ClassVar[bool] = False
 
     def complete(self, endpoint: Endpoint, role: Role) -> Endpoint:
         """The endpoint with the engine's documented defaults for what is not configured; called once, at start.

@@ -32,6 +32,7 @@ from relay.core.connectors.base import (
     unique,
 )
 from relay.core.connectors.nixl import Nixl
+from relay.core.loose import UNDECODABLE
 from relay.core.prefill import obstacle, one_token
 from relay.core.rewrite import edit
 
@@ -74,7 +75,7 @@ class Mooncake(Connector):
         def parse(answer: bytes) -> Endpoint:
             try:
                 ranks = tuple((rank, entry.engine_id) for rank, entry in _decode_ranks(answer).items())
-            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            except UNDECODABLE as error:
                 raise ValueError(f"{prefill.bootstrap} gave no list of the engines of {prefill.url}: {error}") from None
             if not ranks:
                 raise ValueError(f"{prefill.bootstrap} knows no engine of {prefill.url} yet")
@@ -107,3 +108,4 @@ class AscendMooncake(Nixl):
     """vllm-ascend's MooncakeConnector, in which the decoder pulls."""
 
     name = "ascend_mooncake"
+    may_recompute = True

@@ -27,6 +27,7 @@ from relay.core.connectors.base import (
     SplitRequest,
     alone,
 )
+from relay.core.loose import UNDECODABLE
 from relay.core.prefill import obstacle, one_token
 from relay.core.rewrite import edit
 
@@ -68,6 +69,6 @@ def handle_of(answer: bytes) -> bytes | None:
     """The handle in a prefiller's answer, in the bytes it came in; None: there is none. Never raises."""
     try:
         handle = bytes(_decode_answer(answer).kv_transfer_params)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+    except UNDECODABLE:
         return None
     return handle if handle.startswith(b"{") and handle != b"{}" else None

@@ -3,7 +3,8 @@
 Short of memory, it drops a running request and ends its answer with ``finish_reason`` ``stop`` and ``stop_reason``
 ``recomputed``: an answer cut in the middle that looks like a whole one, meant for the proxy to send again with the text
 so far appended to the prompt. That breaks chats, tool calls and reasoning (vllm-ascend#13466), and needs the token ids
-to be right. So the relay says what it is: an error of the code `CODE`, after which a client may ask again.
+to be right. So the relay says what it is: an error (`relay.errors.UpstreamRecomputed`), after which a client may ask
+again.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ from typing import Final
 import msgspec
 
 from relay.core.framing import Buffer
+from relay.core.loose import UNDECODABLE
 
-#: The error code for clients and records.
-CODE: Final = "upstream_recomputed"
+#: In every event that can say so.
+MARK: Final = b'"recomputed"'
 
 _MARK: Final = "recomputed"
-_QUOTED: Final = b'"recomputed"'
 
 
 class _Choice(msgspec.Struct, gc=False):
@@ -49,14 +50,14 @@ def is_recomputed(event: Buffer, request: Buffer) -> bool:
 
     A client may itself have asked to stop at this word; then it has.
     """
-    if _QUOTED not in event:
+    if MARK not in event:
         return False
     try:
         found = _decode_event(event)
         if not _says_so(found):
             return False
         stops = _decode_stops(request)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+    except UNDECODABLE:
         return False
     asked = [stops.stop] if isinstance(stops.stop, str) else stops.stop or []
     return _MARK not in [*asked, *(stops.stop_sequences or [])]

@@ -1,0 +1,76 @@
+"""``relay-bench drill``: the command."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+import trio
+from rich.console import Console
+
+from relay_bench.drill import affinity, hangups, kill, rolling, split
+from relay_bench.drill.report import DrillError, Report, rendered
+from relay_bench.drill.stage import Scene
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+#: The drills, and what each is.
+DRILLS: Final[dict[str, Any]] = {
+    "kill": kill, "hangups": hangups, "rolling": rolling, "affinity": affinity, "split": split,
+}  # fmt: skip
+_KEPT, _BROKEN, _NOT_HELD = 0, 1, 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Holds one drill; the exit status: 0 all promises kept, 1 one is broken, 2 it could not be held."""
+    chosen = _parser().parse_args(argv)
+    module = DRILLS[chosen.name]
+    plan = msgspec.structs.replace(module.QUICK if chosen.quick else module.FULL, seed=chosen.seed)
+    scene = Scene(settings=dict(chosen.set))
+    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    report: Report | None = None
+    try:
+        report = trio.run(module.drill, scene, plan)
+    except* DrillError as errors:
+        print(f"relay-bench drill {chosen.name}: {_leaf(errors)}", file=sys.stderr)
+    if report is None:
+        return _NOT_HELD
+    if chosen.json:
+        print(msgspec.json.encode(report).decode())
+    else:
+        console.print(rendered(report))
+    return _KEPT if report.is_kept else _BROKEN
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="relay-bench drill",
+        description="Try a relay's promises for bad days on real processes.",
+        epilog="; ".join(f"{name}: {module.__doc__.strip()}" for name, module in DRILLS.items()),
+    )
+    parser.add_argument("name", choices=DRILLS, metavar="NAME", help=", ".join(DRILLS))
+    parser.add_argument("--quick", action="store_true", help="a small one, to see that it works")
+    parser.add_argument("--seed", type=int, default=0, help="of all that is drawn (%(default)s)")
+    parser.add_argument(
+        "--set", action="append", default=[], type=_setting, metavar="KEY=VALUE",
+        help="a setting of the relay, as its file has it; repeatable. To see kill fail: --set failover.attempts=1",
+    )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="the report as JSON")
+    return parser
+
+
+def _setting(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise argparse.ArgumentTypeError(f"{text!r}: wanted KEY=VALUE, as failover.attempts=1")
+    return key.strip(), value.strip()
+
+
+def _leaf(error: BaseException) -> BaseException:
+    """The error itself: nurseries wrap each in a group."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

@@ -1,0 +1,33 @@
+"""What is configured by model: under its own name, or under a pattern in which ``*`` is any text."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class ByModel(Generic[T]):
+    """Looks up what is configured for a model: its own name comes first, then the first pattern that fits."""
+
+    def __init__(self, items: Iterable[tuple[str, T]]) -> None:
+        self._by_name: dict[str, T] = {}
+        self._by_pattern: list[tuple[re.Pattern[str], T]] = []
+        for name, item in items:
+            if "*" in name:
+                pattern = ".*".join(map(re.escape, name.split("*")))
+                self._by_pattern.append((re.compile(pattern, re.DOTALL), item))
+            else:
+                self._by_name[name] = item
+
+    def __repr__(self) -> str:
+        return f"<ByModel names={len(self._by_name)} patterns={len(self._by_pattern)}>"
+
+    def get(self, model: str) -> T | None:
+        """What is configured for a model; None: nothing."""
+        named = self._by_name.get(model)
+        if named is not None:
+            return named
+        return next((item for pattern, item in self._by_pattern if pattern.fullmatch(model)), None)

@@ -1,0 +1,268 @@
+"""An exchange interrupted at each place where it waits: nothing is left behind, and the next one is served.
+
+An instrument counts how often the exchange's task waits, and interrupts it at the k-th time; k goes up from 1 until an
+exchange ends before its turn comes. So every wait of every kind of exchange is met, also those nobody thought of.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
+from typing import Final, Literal, TypeAlias, get_args
+
+import pytest
+import trio
+
+from relay.net import poller
+from relay.net.exchange import Exchange
+from relay_bench.engine import Engine
+from tests.conftest import RunningRelay, running_relay
+from tests.e2e.harness import GOOD_ANSWER, UNAVAILABLE, Answer, Client, ask, error_frames, request, until
+
+#: Draining that has no more time; a client that closes, or resets, its connection.
+How: TypeAlias = Literal["cut", "close", "rst"]
+#: While the task waits; or once it has been woken and before it runs, so that both reasons meet.
+When: TypeAlias = Literal["waiting", "woken"]
+#: No exchange here waits so often.
+MOST_WAITS: Final = 60
+
+
+class Interruption(trio.abc.Instrument):
+    """Strikes at the `at`-th wait of the exchanges that are under way while it is installed."""
+
+    def __init__(self, at: int, when: When, strike: Callable[[Exchange], None]) -> None:
+        self.begun = 0  #: exchanges
+        self.waits = 0
+        self.has_struck = False
+        self._at = at
+        self._when = when
+        self._strike = strike
+        self._running: dict[trio.lowlevel.Task, Exchange] = {}
+
+    @contextmanager
+    def around(self, exchange: Exchange) -> Iterator[None]:
+        task = trio.lowlevel.current_task()
+        self.begun += 1
+        self._running[task] = exchange
+        try:
+            yield
+        finally:
+            del self._running[task]
+
+    def after_task_step(self, task: trio.lowlevel.Task) -> None:
+        if task in self._running:
+            self.waits += 1
+            self._reach(task, "waiting")
+
+    def before_task_step(self, task: trio.lowlevel.Task) -> None:
+        if task in self._running:
+            self._reach(task, "woken")
+
+    def _reach(self, task: trio.lowlevel.Task, when: When) -> None:
+        if when == self._when and self.waits == self._at and not self.has_struck:
+            self.has_struck = True
+            self._strike(self._running[task])
+
+
+@pytest.fixture(params=["in trio's poller", "as a task"])
+def pump_form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways in which the pump is driven."""
+    if request.param == "as a task":
+        monkeypatch.setattr(poller, "_io_manager", lambda: None)
+
+
+@asynccontextmanager
+async def interrupting(at: int, how: How, when: When, client: Client) -> AsyncIterator[Interruption]:
+    """Interrupts the exchanges of `client` that run in the block."""
+
+    def strike(exchange: Exchange) -> None:
+        if how == "cut":
+            exchange.cut()
+        else:
+            client.leave(how)
+
+    interruption = Interruption(at, when, strike)
+    run = Exchange.run
+
+    async def watched(self: Exchange) -> bool:
+        with interruption.around(self):
+            return await run(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Exchange, "run", watched)
+        trio.lowlevel.add_instrument(interruption)
+        try:
+            yield interruption
+        finally:
+            trio.lowlevel.remove_instrument(interruption)
+
+
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+class EngineView:
+    """How many connections an engine has, and how many requests it works on."""
+
+    def __init__(self, stats: Callable[[], dict[str, int]]) -> None:
+        self._stats = stats
+
+    @property
+    def connections(self) -> int:
+        return self._stats()["connections_open"]
+
+    @property
+    def running(self) -> int:
+        stats = self._stats()
+        return stats["running"] + stats["queued"]
+
+
+async def at_rest(relay: RunningRelay, engine: EngineView, before: int = 0) -> int:
+    """Waits until nothing is open but what was `before`; answers how many descriptors that is."""
+    await until(lambda: not relay.worker.connections)
+    relay.worker.service.fleet.close_idle()
+    await until(lambda: engine.connections == 0)
+    if before:
+        await until(lambda: descriptors() == before)  # the engine may still be accepting, and closing, what is gone
+    return descriptors()
+
+
+class Scenario:
+    """Requests on one connection, and what the last comes to if nothing interrupts it."""
+
+    def __init__(self, *requests: bytes, outcome: str = "--", waits: int = 3) -> None:
+        self.requests = requests
+        self.outcome = outcome
+        self.waits = waits  #: at the least
+
+    async def play(self, client: Client, how: How) -> list[Answer]:
+        answers: list[Answer] = []
+        try:
+            for data in self.requests:
+                answers.append(await client.ask(data))
+                if answers[-1].end != "whole" or answers[-1].headers.get("connection") == "close":
+                    break
+        except (trio.ClosedResourceError, trio.BrokenResourceError):
+            assert how != "cut"
+        return answers
+
+
+async def interrupt_everywhere(
+    relay: RunningRelay, engine: EngineView, scenario: Scenario, how: How, when: When
+) -> int:
+    """Plays it again and again, interrupted one wait later each time; answers how many waits there are."""
+    service, pump = relay.worker.service, relay.worker.pump
+    assert (await ask(relay.port, request())).end == "whole"
+    before = await at_rest(relay, engine)
+    for at in range(1, MOST_WAITS):
+        written = len(relay.records)
+        async with await Client.connect(relay.port, receive_buffer=16_384) as client:
+            async with interrupting(at, how, when, client) as interruption:
+                answers = await scenario.play(client, how)
+                await until(lambda: not service.active)
+        await at_rest(relay, engine, before)
+        assert all(upstream.outstanding == 0 for upstream in service.fleet.upstreams), at
+        assert repr(pump).startswith("<Pump pairs=0 upstreams=0 "), at
+        assert engine.running == 0, at
+        assert relay.worker.budget.used == 0, at
+
+        records = relay.records[written:]
+        assert len(records) == interruption.begun, at
+        *others, outcome = [record.outcome for record in records]
+        assert all(each == "--" for each in others), at
+        if interruption.has_struck and outcome != scenario.outcome:
+            assert outcome[0] == ("R" if how == "cut" else "C"), (at, outcome)
+            if how == "cut":
+                assert_told_of_draining(answers[-1])
+
+        following = await ask(relay.port, request())
+        assert (following.status, following.end) == (200, "whole"), at
+        await at_rest(relay, engine, before)
+        if not interruption.has_struck:
+            assert outcome == scenario.outcome
+            assert {answer.end for answer in answers} == {"whole" if outcome == "--" else "fin"}
+            return interruption.waits
+    raise AssertionError("the exchange never ended by itself")
+
+
+def assert_told_of_draining(answer: Answer) -> None:
+    """What the client of an exchange that was cut gets: an error while one can be said, and no end like a good one."""
+    if answer.status == 503:
+        assert (answer.end, answer.error["code"]) == ("whole", "draining")
+        return
+    assert answer.end == "fin"
+    if answer.rest:  # half a frame, behind which nothing can be said
+        assert b'"error":' not in answer.rest
+    elif answer.headers["content-type"].startswith("text/event-stream"):
+        assert error_frames(answer) == answer.frames[-1:]
+
+
+STREAM: Final = request(body={"max_tokens": 3}, sim_step_ms="1")
+SCENARIOS: Final = {
+    "stream": Scenario(STREAM),
+    "json": Scenario(request(body={"stream": False, "max_tokens": 3}, sim_step_ms="1")),
+    "two on a connection": Scenario(STREAM, STREAM, waits=5),
+    "large request": Scenario(request(body={"messages": [{"role": "user", "content": "x" * 4_000_000}]})),
+    "interim answer": Scenario(request(sim_fault="1xx")),
+    "engine that dies": Scenario(request(sim_fault="die-after:2"), outcome="UD"),
+    "slow client": Scenario(request(sim_fault="huge-frame:100000"), waits=6),
+}
+
+
+@pytest.mark.usefixtures("pump_form")
+@pytest.mark.parametrize("when", get_args(When))
+@pytest.mark.parametrize("how", get_args(How))
+@pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=SCENARIOS)
+async def test_an_exchange(engine: Engine, scenario: Scenario, how: How, when: When) -> None:
+    listener = socket.create_server(("127.0.0.1", 0))
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # a large frame is more than goes out at once
+    async with running_relay(engine.url, listener=listener) as relay:
+        assert await interrupt_everywhere(relay, EngineView(engine.stats), scenario, how, when) >= scenario.waits
+
+
+class Attempts:
+    """An engine at two addresses that fails each first attempt, and answers the second."""
+
+    def __init__(self, first: bytes) -> None:
+        self._first = first
+        self._connections = 0
+
+    def stats(self) -> dict[str, int]:
+        return {"connections_open": self._connections, "running": 0, "queued": 0}
+
+    async def serve(self, stream: trio.SocketStream) -> None:
+        self._connections += 1
+        received = b""
+        with suppress(trio.BrokenResourceError):
+            async for data in stream:
+                received += data
+                head, blank, body = received.partition(b"\r\n\r\n")
+                match = re.search(rb"(?i)\r\ncontent-length: *(\d+)", head)
+                if not blank or match is None or len(body) < int(match[1]):
+                    continue
+                received = b""
+                is_second = re.search(rb"(?im)^x-request-id: .*-2\r?$", head)
+                if not is_second and not self._first:
+                    break
+                await stream.send_all(GOOD_ANSWER if is_second else self._first)
+        self._connections -= 1
+
+
+@pytest.mark.usefixtures("pump_form")
+@pytest.mark.parametrize("when", get_args(When))
+@pytest.mark.parametrize("how", get_args(How))
+@pytest.mark.parametrize("first", [UNAVAILABLE, b""], ids=["refused", "died"])
+async def test_failing_over(first: bytes, how: How, when: When) -> None:
+    attempts = Attempts(first)
+    async with trio.open_nursery() as nursery:
+        listeners = [listener for _ in range(2) for listener in await trio.open_tcp_listeners(0, host="127.0.0.1")]
+        await nursery.start(trio.serve_listeners, attempts.serve, listeners)
+        urls = [f"http://127.0.0.1:{listener.socket.getsockname()[1]}" for listener in listeners]
+        async with running_relay(*urls) as relay:
+            waits = await interrupt_everywhere(relay, EngineView(attempts.stats), Scenario(request()), how, when)
+            assert waits >= 5
+            assert relay.records[-1].attempts == 2
+        nursery.cancel_scope.cancel()

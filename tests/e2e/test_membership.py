@@ -1,0 +1,238 @@
+"""Engines come and go by hand while the relay runs, and no stream notices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import trio
+
+from relay import config as settings
+from relay.config import HealthConfig
+from relay_bench.engine import Engine
+from tests.e2e.fleet import (
+    RunningFleet,
+    assert_whole,
+    engines_of,
+    fakes,
+    pool_of,
+    running_fleet,
+    status_of,
+    streams,
+    waiting,
+)
+from tests.e2e.harness import STREAM, Answer, Client, ask, request, until
+
+CHAT = request()
+
+
+async def test_an_engine_is_added_and_used_at_once() -> None:
+    async with fakes("a", "b") as (old, new):
+        health = HealthConfig(interval_s=60)
+        pools = (pool_of("http://127.0.0.1:9", name="other", models=("m",)), pool_of(old.url, name="rest"))
+        async with running_fleet(*pools, health=health) as relay:
+            got = await relay.admin("POST", "/-/upstreams", {"pool": "rest", "url": f"{new.url}/"})
+            assert (got.status, got.json()) == (200, {"added": new.url, "pool": "rest"})
+            for _ in range(4):
+                assert (await ask(relay.port, CHAT)).status == 200
+            assert (len(old.asked), len(new.asked)) == (2, 2)
+            await until(lambda: bool(new.probed))
+            ups = (await status_of(relay)).pools[1].upstreams
+            assert [up.url for up in ups] == [old.url, new.url]
+            assert ups[1].age_s <= ups[0].age_s
+
+
+async def test_the_first_pool_is_meant_where_none_is_named() -> None:
+    async with fakes("a") as (engine,):
+        pools = (
+            pool_of("http://127.0.0.1:9", name="first"),
+            pool_of("http://127.0.0.1:9", name="second", models=("m",)),
+        )
+        async with running_fleet(*pools) as relay:
+            assert (await relay.admin("POST", "/-/upstreams", {"url": engine.url})).json()["pool"] == "first"
+            first, second = (await status_of(relay)).pools
+            assert (len(first.upstreams), len(second.upstreams)) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (b"", 'wanted: {"pool": …, "role": …, "url": …}'),
+        (b"{", "wanted: "),
+        (b"[]", "wanted: "),
+        (b'{"url":1}', "wanted: "),
+        (b'{"pool":"default"}', "missing required field `url`"),
+        (b'{"url":"http://a:1","weight":2}', "unknown field `weight`"),
+        (b'{"url":"\xff"}', ""),
+        ({"url": "a:1"}, '"a:1" is not an engine\'s URL; allowed: http://HOST:PORT'),
+        ({"url": "http://a:1/v1"}, "has a path"),
+        ({"url": "http://a:1", "pool": "x"}, "there is no pool x; there are: default"),
+        ({"url": "http://a:1", "role": "prefill"}, "pool default has no role prefill; it has: serve"),
+    ],
+)
+@pytest.mark.parametrize("method", ["POST", "DELETE"])
+async def test_wrong_changes_change_nothing(method: str, body: Any, said: str) -> None:
+    async with fakes("a") as (engine,), running_fleet(pool_of(engine.url)) as relay:
+        got = await relay.admin(method, "/-/upstreams", body)
+        assert got.status == 400
+        assert said in got.json()["error"]
+        assert list(relay.upstreams) == [engine.url]
+
+
+@pytest.mark.parametrize(
+    ("method", "url", "said"),
+    [
+        ("POST", "{engine}", "{engine} is in pool default already"),
+        ("POST", "dns+http://engines:8000", "a name to resolve belongs into the configuration; give http://HOST:PORT"),
+        ("DELETE", "http://127.0.0.1:9", "http://127.0.0.1:9 is not in pool default; in it: {engine}"),
+        ("DELETE", "dns+http://engines:8000", "dns+http://engines:8000 is not in pool default"),
+    ],
+)
+async def test_changes_that_cannot_be(method: str, url: str, said: str) -> None:
+    async with fakes("a") as (engine,), running_fleet(pool_of(engine.url)) as relay:
+        got = await relay.admin(method, "/-/upstreams", {"url": url.format(engine=engine.url)})
+        assert got.status == 400
+        assert said.format(engine=engine.url) in got.json()["error"]
+        assert list(relay.upstreams) == [engine.url]
+
+
+async def test_removal_drains(engine: Engine, second_engine: Engine) -> None:
+    async with running_fleet(pool_of(engine.url)) as relay, streams(relay, engine, 3) as clients:
+        leaving = relay.upstreams[engine.url]
+        assert (await relay.admin("POST", "/-/upstreams", {"url": second_engine.url})).status == 200
+        got = await relay.admin("DELETE", "/-/upstreams", {"url": engine.url})
+        assert (got.status, got.json()) == (200, {"removed": engine.url, "pool": "default"})
+        assert list(relay.upstreams) == [second_engine.url]
+        for _ in range(4):
+            assert (await ask(relay.port, CHAT)).status == 200
+        assert (engine.stats()["served"], second_engine.stats()["served"]) == (3, 4)
+        assert leaving.outstanding == 3
+        await assert_whole(*clients)
+        await until(lambda: leaving.outstanding == 0)
+        await until(lambda: engine.stats()["connections_open"] == 0)  # nothing is kept for later
+        assert {record.outcome for record in relay.records} == {"--"}
+
+
+async def test_the_last_one_can_be_removed_and_come_back(engine: Engine) -> None:
+    async with running_fleet(pool_of(engine.url, max_in_flight=9, max_queue=9)) as relay:
+        assert (await ask(relay.port, CHAT)).status == 200
+        await until(lambda: engine.stats()["connections_open"] == 1)
+        assert (await relay.admin("DELETE", "/-/upstreams", {"url": engine.url})).status == 200
+        await until(lambda: engine.stats()["connections_open"] == 0)
+        refused = await ask(relay.port, CHAT)
+        assert (refused.status, refused.error["code"]) == (503, "no_upstream")
+        assert refused.headers["retry-after"] == "1"
+        assert (await relay.admin("POST", "/-/upstreams", {"url": engine.url})).status == 200
+        assert (await ask(relay.port, CHAT)).status == 200
+
+
+async def test_who_waits_when_the_last_is_removed_is_told() -> None:
+    async with fakes("a") as (engine,), running_fleet(pool_of(engine.url, most=1, max_queue=1)) as relay:
+        engine.hold()
+        async with await Client.connect(relay.port) as first:
+            await first.send(CHAT)
+            await until(lambda: len(engine.asked) == 1)
+            async with waiting(relay, CHAT) as (waiter,):
+                await relay.admin("DELETE", "/-/upstreams", {"url": engine.url})
+                assert relay.queued == 0
+                refused = await waiter.answer()
+                assert (refused.status, refused.error["code"]) == (503, "no_upstream")
+            engine.gate.set()
+            assert (await first.answer()).payload == STREAM
+
+
+async def test_an_added_engine_serves_who_waits() -> None:
+    async with fakes("a", "b") as (full, new), running_fleet(pool_of(full.url, most=1, max_queue=1)) as relay:
+        full.hold()
+        async with await Client.connect(relay.port) as first:
+            await first.send(CHAT)
+            await until(lambda: len(full.asked) == 1)
+            async with waiting(relay, CHAT) as (waiter,):
+                await relay.admin("POST", "/-/upstreams", {"url": new.url})
+                assert (await waiter.answer()).payload == STREAM
+            full.gate.set()
+            assert (await first.answer()).payload == STREAM
+
+
+async def test_all_engines_are_replaced_under_load(engine: Engine, second_engine: Engine) -> None:
+    """One engine after the other, back and forth, while clients go on asking: nobody notices."""
+    stop = trio.Event()
+    answers: list[Answer] = []
+
+    async def client(relay: RunningFleet) -> None:
+        async with await Client.connect(relay.port) as connection:
+            while not stop.is_set():
+                answers.append(await connection.ask(request(sim_step_ms="1")))
+
+    async with running_fleet(pool_of(engine.url)) as relay, trio.open_nursery() as nursery:
+        for _ in range(10):
+            nursery.start_soon(client, relay)
+        for new, old in [(second_engine, engine), (engine, second_engine)] * 3:
+            served = new.stats()["served"]
+            assert (await relay.admin("POST", "/-/upstreams", {"url": new.url})).status == 200
+            assert (await relay.admin("DELETE", "/-/upstreams", {"url": old.url})).status == 200
+            await until(lambda new=new, served=served: new.stats()["served"] > served + 20)  # type: ignore[misc]
+        stop.set()
+    assert {(each.status, each.end, len(each.frames)) for each in answers} == {(200, "whole", 8)}
+    assert {(record.outcome, record.attempts) for record in relay.records} == {("--", 1)}
+
+
+# -- the paths of the vLLM-Ascend proxy
+
+
+async def test_instances_and_healthcheck() -> None:
+    split = settings.PoolConfig(
+        name="long",
+        models=("r1",),
+        prefill=engines_of(["http://127.0.0.1:9"]),
+        decode=engines_of(["http://127.0.0.1:9"]),
+    )
+    async with fakes("a") as (engine,), running_fleet(pool_of(engine.url), split) as relay:
+
+        async def counts() -> Any:
+            return (await relay.admin("GET", "/healthcheck")).json()
+
+        assert await counts() == {
+            "status": "ok", "serve_instances": 1, "prefill_instances": 1, "decode_instances": 1,
+        }  # fmt: skip
+        added = await relay.admin("POST", "/instances/add", {"type": "prefill", "instances": ["10.0.0.1:8000", "b:1"]})
+        assert (added.status, added.json()) == (200, {"added": ["10.0.0.1:8000", "b:1"], "type": "prefill"})
+        assert (
+            await relay.admin("POST", "/instances/add", {"type": "decode", "instances": "[::1]:8000"})
+        ).status == 200
+        assert (await counts())["prefill_instances"] == 3
+        assert (await counts())["decode_instances"] == 2
+        ups = (await status_of(relay)).pools[1].upstreams
+        assert [(up.role, up.url) for up in ups] == [
+            ("prefill", "http://127.0.0.1:9"),
+            ("prefill", "http://10.0.0.1:8000"),
+            ("prefill", "http://b:1"),
+            ("decode", "http://127.0.0.1:9"),
+            ("decode", "http://[::1]:8000"),
+        ]
+        removed = await relay.admin("POST", "/instances/remove", {"type": "prefill", "instances": ["http://b:1"]})
+        assert (removed.status, removed.json()) == (200, {"removed": ["http://b:1"], "type": "prefill"})
+        assert (await counts())["prefill_instances"] == 2
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (b"", "wanted: "),
+        (b'{"type":"prefill"}', "missing required field `instances`"),
+        ({"type": "prefill", "instances": 3}, "wanted: "),
+        ({"type": "prefill", "instances": ["a:1"]}, "no pool has instances of type prefill"),
+        ({"type": "serve", "instances": ["a:1", "b:x"]}, '"http://b:x" has no valid port'),
+    ],
+)
+@pytest.mark.parametrize("path", ["/instances/add", "/instances/remove"])
+async def test_wrong_instances_change_nothing(path: str, body: Any, said: str) -> None:
+    async with fakes("a") as (engine,), running_fleet(pool_of(engine.url, "http://a:1")) as relay:
+        before = list(relay.upstreams)
+        if path == "/instances/add":
+            await relay.admin("DELETE", "/-/upstreams", {"url": "http://a:1"})
+            before.remove("http://a:1")
+        got = await relay.admin("POST", path, body)
+        assert got.status == 400
+        assert said in got.json()["error"]
+        assert list(relay.upstreams) == before
