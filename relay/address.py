@@ -27,7 +27,9 @@ _EVERY_INTERFACE = frozenset({"0.0.0.0", "::"})
 _LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 
 _LOOPBACK_NET = re.compile(r"127(\.\d{1,3}){3}")
-_HOST_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9_])?\.?")
+# RFC 1035 §2.3.4: labels of 1 to 63 bytes, 253 in all. For any other the resolver raises what is no OSError.
+_LABEL = r"[A-Za-z0-9_-]{1,63}"
+_HOST_NAME = re.compile(rf"(?=.{{1,253}}\.?\Z)(?![.-]){_LABEL}(\.{_LABEL})*(?<!-)\.?")
 _DIGITS_AND_DOTS = re.compile(r"[0-9.]+")
 _ZONE = re.compile(r"[A-Za-z0-9._-]+")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")

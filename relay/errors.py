@@ -1,8 +1,8 @@
 """What can go wrong with an exchange: who, in which phase, why, and whether another upstream may be tried.
 
 Every failure has these four when it is raised; nobody matches message texts later. The one place that turns a failure
-into a status, an error code and the record's two outcome letters is here too (`design`: HAProxy's termination codes,
-pingora's error types).
+into a status, an error code and the record's two outcome letters is here too, after HAProxy's termination codes and
+pingora's error types.
 """
 
 from __future__ import annotations

@@ -71,6 +71,7 @@ def test_a_file_with_every_setting(read: Callable[[str], Config]) -> None:
         session_header = "X-Chat"
         force_stream = false
         include_usage = "always"
+        keepalive_comment_s = 0
         [[pool]]
         name = "long"
         prefill = [{ url = "http://10.0.1.1:8000", kv_address = "10.0.1.1:21001", bootstrap = "http://10.0.1.1:8998" }]
@@ -84,6 +85,7 @@ def test_a_file_with_every_setting(read: Callable[[str], Config]) -> None:
         force_stream = true
         max_answer_bytes = 8192
         include_usage = "as-asked"
+        keepalive_comment_s = 15
         [failover]
         attempts = 1
         budget_s = 0.5
@@ -151,8 +153,9 @@ def test_a_file_with_every_setting(read: Callable[[str], Config]) -> None:
     assert split.callback_address == "10.0.0.9:9000"
     stream = config.stream
     assert (stream.max_frame_bytes, stream.max_answer_bytes) == (4096, 8192)
-    assert (stream.force_stream, stream.include_usage) == (True, "as-asked")
-    assert config.stream_of(pool) == msgspec.structs.replace(stream, force_stream=False, include_usage="always")
+    assert (stream.force_stream, stream.include_usage, stream.keepalive_comment_s) == (True, "as-asked", 15.0)
+    own = msgspec.structs.replace(stream, force_stream=False, include_usage="always", keepalive_comment_s=0.0)
+    assert config.stream_of(pool) == own
     assert config.stream_of(split) == stream
     auth = config.auth
     assert (auth.keys_file, auth.upstream_key_file) == ("/etc/relay/keys", "/etc/relay/key")
@@ -188,6 +191,7 @@ def test_the_defaults_are_those_of_the_interface(read: Callable[[str], Config]) 
         force_stream = false
         max_answer_bytes = 67108864
         include_usage = "as-asked"
+        keepalive_comment_s = 0.0
         [failover]
         attempts = 3
         budget_s = 30.0
@@ -244,7 +248,8 @@ def test_the_defaults_of_a_pool_and_its_engines_are_those_of_the_interface(read:
     assert values == {
         "name": "default", "models": (), "balance": "least_outstanding", "max_in_flight": 0, "max_queue": 0,
         "session_header": "X-Session-Id", "prefill": (), "decode": (), "connector": "nixl", "on_missing_kv": "decode",
-        "drain_kv": True, "callback_address": "", "force_stream": None, "include_usage": None,
+        "drain_kv": True, "cached_tokens_from": "prefill", "callback_address": "", "force_stream": None,
+        "include_usage": None, "keepalive_comment_s": None,
     }  # fmt: skip
     (upstream,) = pool.upstreams
     assert (upstream.weight, upstream.max_in_flight) == (1, 0)
@@ -347,13 +352,6 @@ def test_all_problems_are_reported_each_on_its_line(problems: Callable[[str], li
     ("table", "text"),
     [
         ("listen.tls", '[listen]\ntls = { cert = "c", key = "k" }'),
-        ("stream.keepalive_comment_s", "[stream]\nkeepalive_comment_s = 5"),
-        *[
-            (f"pool[0].{name}", f"[[pool]]\nupstreams = ['http://a:1']\n{name} = {value}")
-            for name, value in {
-                "keepalive_comment_s": 1,
-            }.items()
-        ],
         *[
             (f"pool[0].upstreams[0].{name}", f"[[pool]]\nupstreams = [{{ url = 'http://a:1', {name} = {value} }}]")
             for name, value in {"ca": "'x'", "server_name": "'x'"}.items()

@@ -30,10 +30,12 @@ def test_all_of_it(file: Path) -> None:
         + """
         force_stream = false
         include_usage = "as-asked"
+        keepalive_comment_s = 0
         [stream]
         force_stream = true
         include_usage = "always"
         max_answer_bytes = 1000
+        keepalive_comment_s = 2.5
         [prices."qwen3*"]
         prompt = 0.10
         cached_prompt = 0.02
@@ -45,8 +47,11 @@ def test_all_of_it(file: Path) -> None:
         """
     )
     found = config.load(file)
-    assert found.stream == StreamConfig(force_stream=True, include_usage="always", max_answer_bytes=1000)
-    assert (found.pools[0].force_stream, found.pools[0].include_usage) == (False, "as-asked")
+    assert found.stream == StreamConfig(
+        force_stream=True, include_usage="always", max_answer_bytes=1000, keepalive_comment_s=2.5
+    )
+    pool = found.pools[0]
+    assert (pool.force_stream, pool.include_usage, pool.keepalive_comment_s) == (False, "as-asked", 0.0)
     assert found.prices == {
         "qwen3*": PriceConfig(prompt=0.1, cached_prompt=0.02, completion=4.0),
         "embedder": PriceConfig(prompt=1.0),
@@ -57,7 +62,8 @@ def test_all_of_it(file: Path) -> None:
 def test_nothing_of_it(file: Path) -> None:
     file.write_text(POOL)
     found = config.load(file)
-    assert (found.stream.force_stream, found.stream.include_usage) == (False, "as-asked")
+    stream = found.stream
+    assert (stream.force_stream, stream.include_usage, stream.keepalive_comment_s) == (False, "as-asked", 0.0)
     assert (found.prices, found.cost.in_usage) == ({}, False)
     assert found.stream_of(found.pools[0]) is found.stream
 
@@ -75,6 +81,10 @@ def test_nothing_of_it(file: Path) -> None:
          'pool[0].include_usage: "never" is not valid; allowed: "as-asked" or "always"'),
         ("[stream]\nmax_answer_bytes = 0",
          "stream.max_answer_bytes: 0 is not valid; allowed: a whole number of bytes, at least 1"),
+        ("[stream]\nkeepalive_comment_s = -1",
+         "stream.keepalive_comment_s: -1 is not valid; allowed: seconds, 0 or more (0: none at all)"),
+        ("keepalive_comment_s = '5s'",
+         'pool[0].keepalive_comment_s: "5s" is not valid; allowed: seconds, 0 or more (0: none at all)'),
         ("[prices]\nqwen = 3", "prices.qwen: 3 is not valid; allowed: a table"),
         ('[prices."q*"]\nprompt = -0.1',
          'prices."q*".prompt: -0.1 is not valid; allowed: money for a million tokens, 0 or more'),
@@ -105,6 +115,8 @@ def test_prices_are_tables(file: Path) -> None:
         (PoolConfig(force_stream=False), StreamConfig(max_frame_bytes=7)),
         (PoolConfig(include_usage="always"),
          StreamConfig(force_stream=True, max_frame_bytes=7, include_usage="always")),
+        (PoolConfig(keepalive_comment_s=5.0),
+         StreamConfig(force_stream=True, max_frame_bytes=7, keepalive_comment_s=5.0)),
     ],
 )  # fmt: skip
 def test_a_pools_own(pool: PoolConfig, expected: StreamConfig) -> None:

@@ -1,7 +1,7 @@
 """Reading settings: a file's tables become structs, and every mistake becomes a line that says what is allowed instead.
 
 This differs from a plain `msgspec.convert` in one way: it finds every mistake, not only the first. A name that the
-interface promises for later versions is refused, never ignored: whoever writes ``[auth]`` must not get an open relay.
+interface promises for later versions is refused, never ignored: whoever writes ``listen.tls`` must not get plain text.
 """
 
 from __future__ import annotations
@@ -35,8 +35,7 @@ class Problem(NamedTuple):
 
 #: Names of the interface that later versions take, indices left out.
 _NOT_YET_SUPPORTED = frozenset({
-    "listen.tls", "stream.keepalive_comment_s", "pool.keepalive_comment_s",
-    "pool.upstreams.ca", "pool.upstreams.server_name",
+    "listen.tls", "pool.upstreams.ca", "pool.upstreams.server_name",
 })  # fmt: skip
 
 # Reading: a value goes in; a setting comes out, or `_WRONG` after a line was added to `problems`.

@@ -47,12 +47,16 @@ Connector = Annotated[
     Literal["nixl", "mooncake", "ascend_mooncake", "p2p_nccl", "ascend_layerwise", "sglang", "none"],
     Meta(description='"nixl", "mooncake", "ascend_mooncake", "p2p_nccl", "ascend_layerwise", "sglang" or "none"'),
 ]
+CachedFrom = Annotated[Literal["prefill", "decode"], Meta(description='"prefill" or "decode"')]
 OnMissing = Annotated[Literal["decode", "error"], Meta(description='"decode" or "error"')]
 AddressOrNone = Annotated[str, Meta(pattern=r"^(\S+:\d+)?\Z", description='HOST:PORT, or "" for one of its own')]
 UrlOrNone = Annotated[str, Meta(pattern=r"^(https?://\S+)?\Z", description='http://HOST:PORT, or "" for the default')]
 File = Annotated[str, Meta(description="a file's path")]
 Flag = Annotated[bool, Meta(description="true or false")]
 OwnFlag = Annotated[bool | None, Meta(description="true or false")]
+OwnDelay = Annotated[
+    Annotated[float, Meta(ge=0, le=_YEAR_S)] | None, Meta(description="seconds, 0 or more (0: none at all)")
+]
 IncludeUsage = Annotated[Literal["as-asked", "always"], Meta(description='"as-asked" or "always"')]
 OwnIncludeUsage = Annotated[Literal["as-asked", "always"] | None, Meta(description='"as-asked" or "always"')]
 _PRICES = "money for a million tokens, 0 or more"
@@ -136,12 +140,16 @@ class PoolConfig(Table, frozen=True):
     on_missing_kv: OnMissing = "decode"
     #: Whether a handle whose client left before its decode request was sent is freed by a decoder all the same.
     drain_kv: Flag = True
+    #: Whose count of cached tokens clients see: a decoder counts all that it was handed over.
+    cached_tokens_from: CachedFrom = "prefill"
     #: Where decoders reach this worker (ascend_layerwise).
     callback_address: AddressOrNone = ""
     #: For this pool alone, instead of what [stream] says.
     force_stream: OwnFlag = None
     #: Likewise.
     include_usage: OwnIncludeUsage = None
+    #: Likewise.
+    keepalive_comment_s: OwnDelay = None
 
     @property
     def is_split(self) -> bool:
@@ -164,10 +172,13 @@ class StreamConfig(Table, frozen=True):
     max_answer_bytes: Size = 67_108_864
     #: Whether engines are always asked for usage, its frame hidden from clients that did not; else as clients ask.
     include_usage: IncludeUsage = "as-asked"
+    #: Seconds of silence after which a client of a stream gets a comment, at most 0.5 s late. Before the answer, too: a
+    #: head of 200 comes with it, so that an error is a frame from then on. None: only idle limits on the way need them.
+    keepalive_comment_s: Delay = 0.0
 
 
 #: Of these a pool may have its own.
-_OWN_OF_POOL = ("force_stream", "include_usage")
+_OWN_OF_POOL = ("force_stream", "include_usage", "keepalive_comment_s")
 
 
 class FailoverConfig(Table, frozen=True):

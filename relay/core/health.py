@@ -200,10 +200,6 @@ class Attempt:
         self._round = round_
         self.is_ended = False
 
-    def succeeded(self, now: float) -> None:
-        """The engine has done its part."""
-        self._end(False, now)
-
     def failed(self, now: float) -> None:
         """No connection, a reset, or a timeout, before the first frame."""
         self._end(True, now)

@@ -17,8 +17,7 @@ class ByModel(Generic[T]):
         self._by_pattern: list[tuple[re.Pattern[str], T]] = []
         for name, item in items:
             if "*" in name:
-                pattern = ".*".join(map(re.escape, name.split("*")))
-                self._by_pattern.append((re.compile(pattern, re.DOTALL), item))
+                self._by_pattern.append((_compiled(name), item))
             else:
                 self._by_name[name] = item
 
@@ -31,3 +30,15 @@ class ByModel(Generic[T]):
         if named is not None:
             return named
         return next((item for pattern, item in self._by_pattern if pattern.fullmatch(model)), None)
+
+
+def _compiled(glob: str) -> re.Pattern[str]:
+    """The pattern of a glob with at least one star.
+
+    Names come from clients, so each piece between two stars is sought once only, behind the piece before it: where that
+    fails, no later place for an earlier one would help. With a plain ``.*`` each such piece costs another power of the
+    name's length.
+    """
+    first, *middle, last = map(re.escape, glob.split("*"))
+    between = "".join(f"(?>.*?{piece})" for piece in middle)
+    return re.compile(f"{first}{between}.*{last}", re.DOTALL)

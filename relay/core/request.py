@@ -8,7 +8,7 @@ A key of the wrong type counts as absent, and the body goes on untouched for the
 from __future__ import annotations
 
 from enum import Enum
-from typing import Final
+from typing import Annotated, Final
 
 import msgspec
 
@@ -43,6 +43,12 @@ def may_stream(route: Route) -> bool:
     return route is not Route.OTHER
 
 
+#: Longest name of a model; a longer one counts as absent, since names are compared with patterns and recorded.
+MAX_MODEL_CHARACTERS: Final = 1024
+
+_Model = Annotated[str, msgspec.Meta(max_length=MAX_MODEL_CHARACTERS)]
+
+
 class RequestFacts(msgspec.Struct, frozen=True, gc=False):
     """What the relay knows of a request from its body. `None` stands for absent, null, or not of the expected type."""
 
@@ -67,7 +73,7 @@ class _StreamOptions(msgspec.Struct, gc=False):
 class _Body(msgspec.Struct, gc=False):
     """The body of a well-typed request: decoded in one go."""
 
-    model: str | None = None
+    model: _Model | None = None
     stream: bool | None = None
     stream_options: _StreamOptions | None = None
     n: int | None = None
@@ -100,6 +106,7 @@ class _LooseStreamOptions(msgspec.Struct, gc=False):
 _decode = msgspec.json.Decoder(_Body).decode
 _decode_loose = msgspec.json.Decoder(_LooseBody).decode
 _decode_loose_options = msgspec.json.Decoder(_LooseStreamOptions).decode
+_MODEL: Final = msgspec.json.Decoder(_Model)
 _TEXT: Final = msgspec.json.Decoder(str)
 _NUMBER: Final = msgspec.json.Decoder(int)
 _SCALAR: Final = msgspec.json.Decoder(bool | int | float | str | None)
@@ -144,7 +151,7 @@ def _peek_loosely(body: bytes | bytearray) -> RequestFacts:
     return RequestFacts(
         True,
         size,
-        decode_or_none(_TEXT, found.model),
+        decode_or_none(_MODEL, found.model),
         _flag(found.stream),
         include_usage,
         decode_or_none(_NUMBER, found.n),

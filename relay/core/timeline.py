@@ -17,6 +17,9 @@ from relay.core.histogram import Histogram
 
 _encode = msgspec.json.Encoder(decimal_format="number").encode
 
+#: Of an engine's finish reason, in characters: they are words.
+_LONGEST_REASON: Final = 100
+
 
 class Timeline:
     """When an exchange passed which point."""
@@ -179,7 +182,7 @@ def make_record(
         reasoning_tokens=usage.reasoning_tokens if usage else None,
         total_tokens=usage.total_tokens if usage else None,
         usage=source,
-        finish_reason=meter.finish_reason if meter else None,
+        finish_reason=meter.finish_reason[:_LONGEST_REASON] if meter and meter.finish_reason else None,
         cost=cost,
         error=error or (meter.error if meter else None),
         **fields,

@@ -8,9 +8,17 @@ inside.
 
 from __future__ import annotations
 
+from typing import Annotated, Final
+
 import msgspec
 
 from relay.core.loose import first_known
+
+#: Most tokens believed; a usage object that says more, or less than none, counts as absent. Metrics are floats, which
+#: are exact up to here.
+MOST_TOKENS: Final = 1 << 53
+
+_Count = Annotated[int, msgspec.Meta(ge=0, le=MOST_TOKENS)]
 
 
 class Usage(msgspec.Struct, frozen=True, gc=False):
@@ -24,24 +32,24 @@ class Usage(msgspec.Struct, frozen=True, gc=False):
 
 
 class _Details(msgspec.Struct, gc=False):
-    cached_tokens: int | None = None
-    reasoning_tokens: int | None = None
+    cached_tokens: _Count | None = None
+    reasoning_tokens: _Count | None = None
 
 
 class WireUsage(msgspec.Struct, gc=False):
     """The usage object of all four dialects at once; their names do not collide."""
 
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
-    total_tokens: int | None = None
+    prompt_tokens: _Count | None = None
+    completion_tokens: _Count | None = None
+    total_tokens: _Count | None = None
     prompt_tokens_details: _Details | None = None
     completion_tokens_details: _Details | None = None
-    input_tokens: int | None = None
-    output_tokens: int | None = None
+    input_tokens: _Count | None = None
+    output_tokens: _Count | None = None
     input_tokens_details: _Details | None = None
     output_tokens_details: _Details | None = None
-    cache_read_input_tokens: int | None = None
-    cache_creation_input_tokens: int | None = None
+    cache_read_input_tokens: _Count | None = None
+    cache_creation_input_tokens: _Count | None = None
 
 
 def updated(before: Usage | None, wire: WireUsage) -> Usage | None:

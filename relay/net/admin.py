@@ -19,6 +19,7 @@ from relay import config as settings
 from relay.address import UpstreamConfig
 from relay.core import status
 from relay.core.board import total
+from relay.core.loose import UNDECODABLE
 from relay.core.status import ExchangeStatus, PoolStatus, Status
 from relay.net import sockets
 from relay.net.metrics_text import CONTENT_TYPE, Processes, metrics_text
@@ -96,7 +97,7 @@ class Admin:
                 method, answer = await self._answer_on(sock)
                 await sockets.send_all(sock, _head(answer) + (b"" if method == b"HEAD" else answer.body))
                 sock.shutdown(socket.SHUT_WR)
-                while await sockets.receive(sock):
+                while await _receive(sock):
                     pass  # what has not been read would reset the connection, and could lose the answer
             except (OSError, _Gone):
                 return
@@ -113,7 +114,7 @@ class Admin:
             while True:
                 event = connection.next_event()
                 if event is h11.NEED_DATA:
-                    data = await sockets.receive(sock)
+                    data = await _receive(sock)
                     if not data:
                         raise _Gone
                     connection.receive_data(data)
@@ -179,12 +180,12 @@ class Admin:
         return tuple(replace(pool, rates=status.rates(pool.name, before, after, now - began)) for pool in pools)
 
     async def _status(self, _: bytes) -> Answer:
-        return Answer(200, msgspec.json.encode(await self.status()) + b"\n")
+        return _json(await self.status())
 
     async def _exchanges(self, _: bytes) -> Answer:
         """In flight, oldest first."""
         found = sorted(await self._crew.exchanges(), key=lambda exchange: -exchange.age_ms)
-        return Answer(200, msgspec.json.encode(found) + b"\n")
+        return _json(found)
 
     async def _healthcheck(self, _: bytes) -> Answer:
         """As the vLLM-Ascend proxy answers it: how many engines there are of each role."""
@@ -192,7 +193,7 @@ class Admin:
         for pool in self._service.fleet.pools:
             for role, group in pool.groups.items():
                 counts[f"{role}_instances"] = counts.get(f"{role}_instances", 0) + len(group.upstreams)
-        return Answer(200, msgspec.json.encode({"status": "ok", **counts}) + b"\n")
+        return _json({"status": "ok", **counts})
 
     # -- changing
 
@@ -201,26 +202,26 @@ class Admin:
         config = _engine(change.url)
         self._roster.add(change.pool, change.role, config)
         await self._crew.settle()
-        return Answer(200, msgspec.json.encode({"added": config.url, "pool": change.pool}) + b"\n")
+        return _json({"added": config.url, "pool": change.pool})
 
     async def _remove(self, body: bytes) -> Answer:
         change = self._change(body)
         url = _engine(change.url).url
         self._roster.remove(change.pool, change.role, url)
         await self._crew.settle()
-        return Answer(200, msgspec.json.encode({"removed": url, "pool": change.pool}) + b"\n")
+        return _json({"removed": url, "pool": change.pool})
 
     def _change(self, body: bytes) -> _Change:
         try:
             change = msgspec.json.decode(body, type=_Change)
-        except msgspec.DecodeError as exc:
+        except UNDECODABLE as exc:
             raise ValueError(f'{exc}; wanted: {{"pool": …, "role": …, "url": …}}') from None
         return replace(change, pool=change.pool or self._service.fleet.pools[0].name)
 
     async def _instances(self, body: bytes, *, is_added: bool) -> Answer:
         try:
             wanted = msgspec.json.decode(body, type=_Instances)
-        except msgspec.DecodeError as exc:
+        except UNDECODABLE as exc:
             raise ValueError(f'{exc}; wanted: {{"type": "prefill" or "decode", "instances": ["HOST:PORT"]}}') from None
         instances = [wanted.instances] if isinstance(wanted.instances, str) else wanted.instances
         for pool in self._service.fleet.pools:
@@ -232,13 +233,13 @@ class Admin:
                         self._roster.remove(pool.name, wanted.type, config.url)
                 await self._crew.settle()
                 word = "added" if is_added else "removed"
-                return Answer(200, msgspec.json.encode({word: instances, "type": wanted.type}) + b"\n")
+                return _json({word: instances, "type": wanted.type})
         raise RosterError(f"no pool has instances of type {wanted.type}")
 
     async def _reloaded(self, _: bytes) -> Answer:
         said = self._reload()
         await self._crew.settle()
-        return Answer(200, msgspec.json.encode({"reloaded": said}) + b"\n")
+        return _json({"reloaded": said})
 
 
 class _Alone:
@@ -260,6 +261,12 @@ class _Alone:
         pass
 
 
+async def _receive(sock: socket.socket) -> bytes:
+    """The next bytes, after other tasks' turn: else a client that floods would hold up the streams, and its own end."""
+    await trio.lowlevel.wait_readable(sock)
+    return await sockets.receive(sock)
+
+
 def _engine(url: str) -> UpstreamConfig:
     config: UpstreamConfig = settings.read_flag(settings.Upstream, url)
     return config
@@ -276,4 +283,8 @@ def _head(answer: Answer) -> bytes:
 
 
 def _refusal(status_code: int, message: str) -> Answer:
-    return Answer(status_code, msgspec.json.encode({"error": message}) + b"\n")
+    return _json({"error": message}, status_code)
+
+
+def _json(value: object, status_code: int = 200) -> Answer:
+    return Answer(status_code, msgspec.json.encode(value) + b"\n")

@@ -21,6 +21,7 @@ from relay.errors import (
 )
 from relay.net import upstream as wire
 from relay.net.pump import Stop
+from relay.net.reply import refusal
 
 if TYPE_CHECKING:
     from relay.net.exchange import Exchange
@@ -43,6 +44,8 @@ class Delivery:
         opening = self.opening
         is_reusable = False
         try:
+            if self.exchange.reply.is_early and (opening.relay is None or opening.answer.status != 200):
+                raise await self._refusal()
             if opening.relay is not None:
                 is_reusable = await self._relay_stream(opening.relay)
             elif opening.body is not None:
@@ -59,7 +62,9 @@ class Delivery:
         now_ns = time.monotonic_ns()
         framing: headers.Framing = "chunked" if relay.is_chunked else "close"
         reply.keep_alive = reply.keep_alive and relay.is_chunked
-        head = reply.head(answer.status, answer.reason, answer.fields, framing, event_stream=True)
+        head = b""
+        if not reply.is_early:
+            head = reply.head(answer.status, answer.reason, answer.fields, framing, event_stream=True)
         exchange.commit(answer.status)
         reply.is_stream = reply.is_torn = True
         await reply.send(head + opening.first)
@@ -73,6 +78,8 @@ class Delivery:
         finally:
             exchange.frames = relay.finder.frames
             reply.is_torn = relay.is_unaligned or bool(pair.unsent) or pair.stop is Stop.FAULT
+        if relay.editor is not None and relay.editor.failure is not None:
+            raise relay.editor.failure
         return answer.is_reusable and not relay.has_excess
 
     async def _pump(self, relay: FrameRelay) -> None:
@@ -85,11 +92,35 @@ class Delivery:
                 raise _failure_of(Stop.UPSTREAM_MALFORMED, relay, idle_s)
             stop = await pair.stream(relay, exchange.gaps, idle_limit_s=idle_s)
             if stop is Stop.CLIENT_BLOCKED:
+                began_ns = time.monotonic_ns()
                 await exchange.reply.send(pair.unsent)
                 pair.unsent = b""
-                pair.last_read_ns = time.monotonic_ns()  # the client's delay is not the engine's silence
+                pair.last_comment_ns = time.monotonic_ns()
+                pair.last_read_ns += pair.last_comment_ns - began_ns  # the client's delay is not the engine's silence
             elif stop is not Stop.DONE:
                 raise _failure_of(stop, relay, idle_s)
+
+    async def _refusal(self) -> ExchangeError:
+        """What a client with the head of a stream is told where the engine's answer is none, or an error's."""
+        answer = self.opening.answer
+        if answer.status < 400:
+            failure = UpstreamProtocolError("the engine's answer is not the stream it was asked for", phase=Phase.HEAD)
+            failure.may_retry = False  # it has been generated
+            return failure
+        body = b"" if self.opening.relay is not None else await self._read_error()
+        return refusal(answer.status, answer.fields, body, phase=Phase.HEAD)
+
+    async def _read_error(self) -> bytes:
+        """The body of an error answer; of one that is broken, or very long, its beginning."""
+        decoder, data = self.opening.answer.decoder, self.opening.answer.rest
+        body = bytearray()
+        while True:
+            decode_into(body, decoder, data)
+            if decoder.is_done or decoder.error is not None or len(body) > MOST_METERED_BYTES:
+                return bytes(body)
+            data = await self._read_body()
+            if not data:
+                return bytes(body)
 
     async def _send_whole(self, body: bytes) -> bool:
         """An answer that has been read to its end; True if the engine's connection can be used again."""
@@ -149,12 +180,13 @@ class Delivery:
         limit_s = self._timeouts.between_tokens_s
         pair.limit(limit_s)
         try:
+            await pair.wait_upstream()  # also where bytes wait already: other tasks' turn
             return await wire.receive(pair, self.opening.connection)
         except UpstreamDisconnected as exc:
-            raise UpstreamDisconnected(exc.message, phase=Phase.DATA) from None
+            raise UpstreamDisconnected(exc.message, phase=self.exchange.phase) from None
         except trio.TooSlowError:
             message = f"the engine was silent for between_tokens_s = {limit_s:g} s"
-            raise UpstreamTimeout(message, phase=Phase.DATA) from None
+            raise UpstreamTimeout(message, phase=self.exchange.phase) from None
 
 
 def _failure_of(stop: Stop, relay: FrameRelay, idle_s: float) -> ExchangeError:

@@ -257,9 +257,14 @@ class ClientConnection:
 
     async def _body_of_length(self, request: Request, length: int) -> None:
         """A body of ``Content-Length``, which `strict` has made sure is one number; no need of h11 for that."""
-        await self._hold(length)
         buffer = self._buffer
-        while len(buffer) < length:
+        while True:
+            # What has come, not what is announced: a client that sends nothing must not take the others' room.
+            arrived = min(len(buffer), length)
+            if arrived > self._held:
+                await self._hold(arrived - self._held)
+            if arrived == length:
+                break
             if not await self._more():
                 raise ClientGone("the client left in the middle of a request's body", phase=Phase.REQUEST)
         request.body = bytes(memoryview(buffer)[:length]) if length < len(buffer) else bytes(buffer)

@@ -4,7 +4,8 @@ An exchange runs in its client connection's task and cancel scope, and has one `
 is interrupted, in whatever it waits for: the pump cancels it when the client hangs up, draining when its time is over,
 and its deadline is ``total_s``. Up to the commit point, the first byte of an engine's answer, a failure leads to the
 next attempt or to an error answer with its true status; after it, to an error frame and a closed connection, never to a
-clean end.
+clean end. A client kept waiting may get the head of its stream earlier, with comments (``keepalive_comment_s``): other
+attempts are made all the same, but an error is then a frame, too.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import time
 
 import trio
 
+from relay.config import StreamConfig
 from relay.core import headers
 from relay.core.conversion import convert
 from relay.core.cost import Cost
@@ -110,6 +112,7 @@ class Exchange:
         """The commit point: from here on there is no other attempt."""
         self.phase = Phase.DATA
         self.reply.status = status
+        self.reply.is_early = False
 
     async def _serve(self) -> None:
         """A place in the pool, attempt after attempt until one has an answer, then that answer."""
@@ -119,7 +122,10 @@ class Exchange:
             await self.reply.answer(*local)
             return
         self.pool = service.fleet.pool_for(self.route, self.facts)
-        self._convert(self.pool)
+        stream = self.config.stream_of(self.pool.config)
+        self._convert(stream)
+        if stream.keepalive_comment_s:
+            self.pair.comment_every(stream.keepalive_comment_s, self.timeline.request_read, self._comment)
         ask = self._ask_for(self.pool)
         self.phase = Phase.QUEUE
         began = time.monotonic()
@@ -132,10 +138,9 @@ class Exchange:
         with place:
             await self._attempts(self.pool, place, ask)
 
-    def _convert(self, pool: Pool) -> None:
-        """What engines get instead of the client's request, and the client instead of their answer, in this pool."""
+    def _convert(self, stream: StreamConfig) -> None:
+        """What engines get instead of the client's request, and the client instead of their answer."""
         config, facts = self.config, self.facts
-        stream = config.stream_of(pool.config)
         asks_usage = stream.include_usage == "always"
         converted = convert(
             self.route, facts, self.request.body, force_stream=stream.force_stream, ask_usage=asks_usage
@@ -145,6 +150,11 @@ class Exchange:
         prices = self.service.prices.of(facts.model) if config.cost.in_usage and may_stream(self.route) else None
         if converted.hides_usage or prices is not None:
             self.editor = UsageEditor(hides_usage=converted.hides_usage, prices=prices)
+
+    def _comment(self) -> bool:
+        """The client has heard nothing for a while: if it waits for a stream, it is told so; False: it is gone."""
+        awaits_stream = self.expects_stream and not self.is_forced and self.request.method == b"POST"
+        return self.reply.comment() if awaits_stream and not self.reply.is_committed else True
 
     def _ask_for(self, pool: Pool) -> Ask:
         fields, facts = self.request.headers, self.facts
@@ -166,8 +176,8 @@ class Exchange:
                 await attempt.run()
                 return
             except ExchangeError as failure:
-                is_committed = self.reply.status is not None
-                if is_committed or not (failure.may_retry and may_go_on and time.monotonic() < no_more_after):
+                is_in_time = may_go_on and time.monotonic() < no_more_after
+                if self.reply.is_committed or not (failure.may_retry and is_in_time):
                     raise
                 tried[attempt.role].append(place.upstreams[attempt.role])
                 if not place.take_others(ask, tried):  # there were some when the attempt began

@@ -8,7 +8,6 @@ say is kept in its seat (`Seat.is_available`), so that picking among a thousand 
 from __future__ import annotations
 
 import random
-import re
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from types import TracebackType
@@ -22,6 +21,7 @@ from relay.core.admission import DepartureRate, FairQueue
 from relay.core.balance import Load
 from relay.core.connectors import connector_named
 from relay.core.health import HealthRules
+from relay.core.models import ByModel
 from relay.core.request import RequestFacts, Route
 from relay.errors import NoUpstream, Phase, QueueFull, QueueTimeout, RequestRefused
 from relay.net.group import Ask, Group
@@ -335,13 +335,7 @@ class Fleet:
             for upstream in list(pool.upstreams):
                 pool.groups[upstream.role].remove(upstream.config.url)
             pool.advance()
-        self._by_name = {model: pool for pool in self.pools for model in pool.config.models if "*" not in model}
-        self._by_pattern = [
-            (re.compile(".*".join(map(re.escape, model.split("*"))), re.DOTALL), pool)
-            for pool in self.pools
-            for model in pool.config.models
-            if "*" in model
-        ]
+        self._by_model = ByModel((model, pool) for pool in self.pools for model in pool.config.models)
         self._default = next((pool for pool in self.pools if not pool.config.models), None)
 
     def __repr__(self) -> str:
@@ -360,13 +354,7 @@ class Fleet:
 
     def serving(self, model: str) -> Pool | None:
         """The pool for a model: the one that names it, else the first whose pattern fits, else the one for the rest."""
-        named = self._by_name.get(model)
-        if named is not None:
-            return named
-        for pattern, pool in self._by_pattern:
-            if pattern.fullmatch(model):
-                return pool
-        return self._default
+        return self._by_model.get(model) or self._default
 
     def pool_for(self, route: Route, facts: RequestFacts) -> Pool:
         """The pool a request goes to; the first, where it names no model. Raises RequestRefused."""

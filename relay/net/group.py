@@ -128,9 +128,9 @@ class Group:
         left = [up for up in self._ejected if up not in tried and self._is_usable(up)]
         return min(left, key=lambda upstream: upstream.health.badness, default=None)
 
-    def is_hopeless(self, tried: Collection[Upstream] = ()) -> bool:
-        """Whether waiting would be in vain: no engine is left that is up."""
-        return not any(up.health.is_up for up in self.upstreams.values() if up not in tried)
+    def is_hopeless(self) -> bool:
+        """Whether waiting would be in vain: no engine is up."""
+        return not any(upstream.health.is_up for upstream in self.upstreams.values())
 
     def retry_after_s(self) -> int:
         """Whole seconds until an engine may be available."""

@@ -56,8 +56,8 @@ class Opening:
         The bytes are only looked at where a stream `is_expected`: asked for, and not refused.
         """
         answer = self.answer
-        if answer.kind is BodyKind.NONE:
-            return False
+        if answer.kind is BodyKind.NONE or headers.find(answer.fields, b"content-encoding") is not None:
+            return False  # frames of an encoded body are not to be seen: it passes as it comes
         if headers.is_event_stream(headers.content_type(answer.fields)):
             return True
         if not is_expected or answer.status != 200:
@@ -96,6 +96,7 @@ class Opening:
             if relay.decoder.error is not None:
                 message = f"the engine's stream is malformed: {relay.decoder.error}"
                 raise UpstreamProtocolError(message, phase=Phase.HEAD)
+            await pair.wait_upstream()  # also where bytes wait already: there may never be a frame in them
             data = await upstream.receive(pair, self.connection)
             if not data:
                 relay.decoder.at_close()
@@ -172,7 +173,7 @@ class Opening:
         decoder = decoder_for(answer.kind, answer.fields)
         raw, payload = bytearray(answer.rest), bytearray()
         position = decode_into(payload, decoder, raw)
-        while not decoder.is_done and decoder.error is None and len(payload) <= max_bytes:
+        while not decoder.is_done and decoder.error is None and len(raw) <= max_bytes:
             data = await self._next(pair, idle_s)
             if not data:
                 decoder.at_close()

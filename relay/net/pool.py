@@ -30,18 +30,12 @@ MOST_IDLE = 1024
 class UpstreamConnection:
     """An open connection to an engine."""
 
-    __slots__ = ("exchanges", "idle_since", "sock", "upstream")
+    __slots__ = ("idle_since", "sock", "upstream")
 
     def __init__(self, upstream: Upstream, sock: socket.socket) -> None:
         self.upstream = upstream
         self.sock = sock
-        self.exchanges = 0  #: requests sent over it so far
         self.idle_since = 0.0
-
-    @property
-    def is_reused(self) -> bool:
-        """Whether it has carried an exchange before: the engine may have closed it meanwhile."""
-        return self.exchanges > 1
 
     def is_silent(self) -> bool:
         """Whether it is open, as far as the kernel knows, and nothing is there to be read."""
@@ -111,7 +105,6 @@ class Upstream:
         while self._idle:
             connection = self._idle.pop()
             if (not max_idle_s or connection.idle_since > expired) and connection.is_silent():
-                connection.exchanges += 1
                 return connection
             connection.close()
         return None
@@ -150,9 +143,7 @@ class Upstream:
                 raise OutOfResources(message, phase=Phase.CONNECT, retry_after_s=1) from None
             message = f"cannot connect to {self.config.url}: {exc.strerror or exc}"
             raise UpstreamUnreachable(message, phase=Phase.CONNECT) from None
-        connection = UpstreamConnection(self, sock)
-        connection.exchanges = 1
-        return connection
+        return UpstreamConnection(self, sock)
 
     async def _connect(self) -> socket.socket:
         config = self.config

@@ -8,6 +8,9 @@ request stays in that task; what passes per frame never leaves this module.
 
 The client's side is watched for hang-up only, and for as long as the pair exists, so a client that leaves ends its
 exchange in every phase: the pump calls `on_gone`, which cancels the task's scope.
+
+While nothing flows to a client, the sweep sends it comments (`Pair.comment_every`): between two frames by itself, and
+before there is a stream by asking the exchange, whose task sleeps and cannot be in the middle of a write.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ from relay.core.histogram import Histogram
 RECEIVE_BYTES: Final = 65536
 #: Events served before the pump looks at trio again: bounds how late accepts and cancellations can be.
 EVENTS_PER_TURN: Final = 128
-#: How often idle streams are looked for, seconds; also how late `between_tokens_s` can be noticed.
+#: How often idle streams are looked for, seconds; limits and comments can be late by up to twice as much.
 SWEEP_S: Final = 0.25
 #: Pieces beyond which one write is joined rather than gathered (the kernel's limit is 1,024).
 _MOST_PIECES: Final = 64
@@ -52,9 +55,9 @@ class Pair:
     """The two sockets of one exchange, as the pump sees them. Made by `Pump.open`; always `close` it."""
 
     __slots__ = (
-        "_pump", "_task", "bytes_in", "bytes_out", "client", "content_read_ns", "content_sent_ns", "gaps",
-        "idle_limit_ns", "is_gone", "last_frame_ns", "last_read_ns", "limit_at_ns", "on_gone", "relay", "send",
-        "sendmsg", "stop", "unsent", "upstream",
+        "_pump", "_task", "bytes_in", "bytes_out", "client", "comment_every_ns", "content_read_ns", "content_sent_ns",
+        "gaps", "idle_limit_ns", "is_gone", "last_comment_ns", "last_frame_ns", "last_read_ns", "limit_at_ns",
+        "on_gone", "on_quiet", "relay", "send", "sendmsg", "stop", "unsent", "upstream",
     )  # fmt: skip
 
     def __init__(self, pump: Pump, client: socket.socket, on_gone: Callable[[], None]) -> None:
@@ -70,6 +73,9 @@ class Pair:
         self.last_frame_ns = 0  #: when a frame last became whole
         self.idle_limit_ns = 0  #: longest silence while streaming
         self.limit_at_ns = 0  #: when waiting for the engine ends, before and after streaming
+        self.comment_every_ns = 0  #: longest silence towards the client
+        self.last_comment_ns = 0  #: when it last got a comment, or asked
+        self.on_quiet: Callable[[], bool] | None = None  #: speaks in the pump's place, while that is not streaming
         self.content_read_ns = 0  #: when the first content frame came, and
         self.content_sent_ns = 0  #: when it had been handed to the kernel (monotonic clock)
         self.bytes_in = 0
@@ -102,6 +108,17 @@ class Pair:
         """
         self.limit_at_ns = time.monotonic_ns() + int(limit_s * 1e9) if limit_s else 0
 
+    def comment_every(self, interval_s: float, since_s: float, on_quiet: Callable[[], bool]) -> None:
+        """Has the client hear something every `interval_s` seconds, counted from `since_s` (monotonic clock).
+
+        While frames are streamed, comments go between them; at other times `on_quiet` is called, from the pump, and may
+        send what it sees fit but not wait. False: it found that the client is gone.
+        """
+        self.comment_every_ns = int(interval_s * 1e9)
+        self.last_comment_ns = int(since_s * 1e9)
+        self.on_quiet = on_quiet
+        self._pump.commented.add(self)
+
     async def wait_upstream(self, *, or_writable: bool = False) -> None:
         """Sleeps until the engine's socket can be read (or also: written). Raises trio.TooSlowError past the limit."""
         assert self.upstream is not None
@@ -120,6 +137,7 @@ class Pair:
         """
         assert self.upstream is not None
         self.relay = relay
+        self.limit_at_ns = 0  # of the waits before; passed by now, it would be taken for the end of this one
         self.gaps = gaps
         self.idle_limit_ns = int(idle_limit_s * 1e9)
         self._pump.epoll.modify(self.upstream.fileno(), select.EPOLLIN)
@@ -153,6 +171,7 @@ class Pump:
     def __init__(self) -> None:
         self.epoll = select.epoll()
         self.frames = 0  #: frames passed on since the start
+        self.commented: set[Pair] = set()  #: those whose clients get comments
         self._buffer = bytearray(RECEIVE_BYTES)
         self._view = memoryview(self._buffer)
         self._out: Pieces = []
@@ -189,6 +208,8 @@ class Pump:
 
     def close(self, pair: Pair) -> None:
         """See `Pair.close`."""
+        self.commented.discard(pair)
+        pair.on_quiet = None  # which the exchange holds, and it the pair
         self.detach(pair)
         self._forget_client(pair)
 
@@ -212,7 +233,7 @@ class Pump:
         wait = timeout
         wake_at = time.monotonic_ns() + int(timeout * 1e9)
         while True:
-            events = poll(SWEEP_S if wait > SWEEP_S and pairs else wait, EVENTS_PER_TURN)
+            events = poll(SWEEP_S if wait > SWEEP_S and (pairs or self.commented) else wait, EVENTS_PER_TURN)
             now = time.monotonic_ns()
             is_trios_turn = False
             for fd, flags in events:
@@ -247,7 +268,10 @@ class Pump:
         return False
 
     def sweep(self, now: int) -> None:
-        """Gives back every pair whose engine has been silent for too long at `now` (ns of the monotonic clock)."""
+        """Gives back every pair whose engine has been silent for too long at `now` (ns of the monotonic clock).
+
+        Then comments to every client that has heard nothing for too long.
+        """
         for pair in list(self._upstreams.values()):
             if pair.relay is None:
                 is_late = pair.limit_at_ns and now > pair.limit_at_ns
@@ -255,6 +279,17 @@ class Pump:
                 is_late = pair.idle_limit_ns and now - pair.last_read_ns > pair.idle_limit_ns
             if is_late:
                 self._give_back(pair, Stop.UPSTREAM_IDLE)
+        for pair in list(self.commented):
+            if now - max(pair.last_frame_ns, pair.last_comment_ns) >= pair.comment_every_ns:
+                pair.last_comment_ns = now
+                self._comment(pair)
+
+    def _comment(self, pair: Pair) -> None:
+        if pair.relay is None:
+            if pair.on_quiet is not None and not pair.on_quiet():
+                self._client_left(pair)
+        elif (comment := pair.relay.comment) and (stop := self._flush(pair, [comment])):
+            self._give_back(pair, stop)
 
     async def run_as_task(self) -> None:
         """The pump as an ordinary task, on a nested epoll: a turn of trio's scheduler for each wake-up."""
@@ -345,6 +380,9 @@ class Pump:
                 return
             except OSError:
                 pass
+        self._client_left(pair)
+
+    def _client_left(self, pair: Pair) -> None:
         pair.is_gone = True
         pair.on_gone()
         self._woken = True

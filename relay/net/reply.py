@@ -12,6 +12,7 @@ import trio
 
 from relay.core import dialect, headers
 from relay.core.auth import CHALLENGE
+from relay.core.frames import COMMENT, COMMENT_CHUNK
 from relay.core.request import Route, route_of
 from relay.core.timeline import Timeline, make_record, server_timing
 from relay.errors import ClientGone, ClientStalled, ExchangeError, Phase, UpstreamAnswered
@@ -41,11 +42,19 @@ class Reply:
         self.takes_chunks = request.version >= b"1.1"
         self.status: int | None = None  #: what the client was told; None: nothing yet
         self.is_stream = False
+        self.is_early = False  #: the head of a stream has gone out, and nothing yet of an engine
         self.is_torn = False  #: the client holds half a frame, so that nothing can be said behind it
         self.bytes_out = 0
+        self._unsent = b""  # of the last comment, what the client's socket did not take
+        self._is_blocked = False  # `send` is in the middle of something, or was when it was cancelled
 
     def __repr__(self) -> str:
         return f"<Reply {self.id} status={self.status} bytes={self.bytes_out}>"
+
+    @property
+    def is_committed(self) -> bool:
+        """Whether the client has been given an answer, or some of it: there is no other any more."""
+        return self.status is not None and not self.is_early
 
     def head(
         self,
@@ -65,7 +74,7 @@ class Reply:
             keep_alive=self.keep_alive and not self.service.is_draining,
             date=_http_date(),
             request_id=self.id,
-            server_timing=server_timing(self.timeline, time.monotonic()),
+            server_timing=b"" if self.is_early else server_timing(self.timeline, time.monotonic()),
             event_stream=event_stream,
         )
 
@@ -76,7 +85,8 @@ class Reply:
         """
         phase = Phase.HEAD if self.status is None else Phase.DATA
         stall_s = self.service.config.timeouts.client_stall_s or float("inf")
-        view = memoryview(data)
+        view = memoryview(self._unsent + data if self._unsent else data)
+        self._unsent = b""
         while view:
             try:
                 sent = self.client.sock.send(view)
@@ -87,11 +97,35 @@ class Reply:
             self.bytes_out += sent
             view = view[sent:]
             if view:
+                self._is_blocked = True
                 with trio.move_on_after(stall_s) as limit:
                     await trio.lowlevel.wait_writable(self.client.sock)
                 if limit.cancelled_caught:
                     message = f"the client read nothing for client_stall_s = {stall_s:g} s"
                     raise ClientStalled(message, phase=phase)
+                self._is_blocked = False
+
+    def comment(self) -> bool:
+        """A comment for a client that waits for a stream, behind the head of one; False: the client is gone.
+
+        Never waits: what its socket does not take goes out before whatever comes next, and until then no other does.
+        """
+        if self._unsent or self._is_blocked:
+            return True
+        data = COMMENT_CHUNK if self.takes_chunks else COMMENT
+        if not self.is_early:
+            self.is_early = self.is_stream = True
+            self.status = 200
+            data = self.head(200, b"", [], "chunked" if self.takes_chunks else "close", event_stream=True) + data
+        try:
+            sent = self.client.sock.send(data)
+        except BlockingIOError:
+            sent = 0
+        except OSError:
+            return False
+        self.bytes_out += sent
+        self._unsent = data[sent:]
+        return True
 
     async def answer(self, status: int, body: bytes, *fields: tuple[bytes, bytes]) -> None:
         """Sends a whole JSON answer of the relay's own."""
@@ -100,7 +134,12 @@ class Reply:
         await self.send(head if self.request.method == b"HEAD" else head + body)
 
     async def pass_on(self, status: int, fields: headers.Headers, body: bytes) -> None:
-        """Sends an engine's answer that was read whole."""
+        """Sends an engine's answer that was read whole.
+
+        Raises UpstreamAnswered where the client has the head of a stream: what is said instead is `farewell`'s.
+        """
+        if self.is_early:
+            raise refusal(status, fields, body, phase=Phase.PREFILL)
         self.status = status
         head = self.head(status, b"", fields, len(body))
         await self.send(head if self.request.method == b"HEAD" else head + body)
@@ -110,7 +149,7 @@ class Reply:
 
         The caller shields it, and bounds it by `FAREWELL_S`.
         """
-        self.keep_alive = False
+        self.keep_alive = self.is_early = False
         if isinstance(failure, ClientGone):
             return
         with suppress(ClientGone):
@@ -120,8 +159,21 @@ class Reply:
                 body = dialect.error_body(self.route, failure.status, failure.code, failure.message)
                 await self.answer(failure.status, body, *_fields_of(failure))
             elif self.is_stream and not self.is_torn:
-                frame = dialect.error_frame(self.route, failure.status, failure.code, failure.message)
+                frame = _error_frame(self.route, failure)
                 await self.send(b"%x\r\n%b\r\n" % (len(frame), frame) if self.takes_chunks else frame)
+
+
+def refusal(status: int, fields: headers.Headers, body: bytes, *, phase: Phase) -> UpstreamAnswered:
+    """An engine's answer that would have gone to the client as it is, had that not been promised a stream."""
+    failure = UpstreamAnswered(f"the engine answered {status}", phase=phase, status=status, fields=fields, body=body)
+    failure.may_retry = False
+    return failure
+
+
+def _error_frame(route: Route, failure: ExchangeError) -> bytes:
+    if isinstance(failure, UpstreamAnswered):
+        return dialect.refusal_frame(route, failure.status, failure.code, failure.message, failure.body)
+    return dialect.error_frame(route, failure.status, failure.code, failure.message)
 
 
 def _fields_of(failure: ExchangeError) -> list[tuple[bytes, bytes]]:

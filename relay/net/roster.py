@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from typing import Any, Final
+from typing import Final
 
 import httpx
 import msgspec
@@ -21,6 +21,7 @@ from relay.address import UpstreamConfig
 from relay.config import Config
 from relay.config.endpoints import endpoint_of
 from relay.core.health import next_probe_delay
+from relay.core.loose import UNDECODABLE
 from relay.net.fleet import Pool
 from relay.net.group import Group
 from relay.net.pool import Upstream
@@ -34,7 +35,8 @@ FIRST_PROBES_S: Final = 3.0
 MODELS_S: Final = 30.0
 #: How often a name is resolved, seconds: the cache time of Kubernetes' headless services (CoreDNS) is 5 s.
 RESOLVE_S: Final = 5.0
-#: Longest list of models that is read.
+#: Longest answer to a probe, and list of models, that is read.
+_MOST_PROBE_BYTES: Final = 65536
 _MOST_MODELS_BYTES: Final = 4_194_304
 
 
@@ -66,7 +68,7 @@ class Roster:
         self._unresolved: set[tuple[Pool, str, str]] = set()  # those of them not tried yet
         self._probed = trio.Event()
         self._nursery: trio.Nursery | None = None
-        self._clients: dict[str | None, httpx.AsyncClient] = {}  # by unix path
+        self._transports: dict[str | None, httpx.AsyncHTTPTransport] = {}  # by unix path
 
     def __repr__(self) -> str:
         return f"<Roster watched={len(self._watched)} names={len(self._names)}>"
@@ -84,8 +86,8 @@ class Roster:
         finally:
             self._nursery = None
             with trio.CancelScope(shield=True, deadline=trio.current_time() + 1):
-                for client in self._clients.values():
-                    await client.aclose()
+                for transport in self._transports.values():
+                    await transport.aclose()
 
     # -- who is in
 
@@ -192,41 +194,59 @@ class Roster:
     async def _probe(self, upstream: Upstream, path: str, limit_s: float) -> bool:
         try:
             with trio.fail_after(limit_s):
-                answer = await self._client(upstream).get(**_call(upstream, path))
-        except (httpx.HTTPError, OSError) as exc:
+                status, _ = await self._get(upstream, path, most_bytes=_MOST_PROBE_BYTES)
+        except (httpx.HTTPError, httpx.InvalidURL, OSError) as exc:
             upstream.last_error = f"probe: {str(exc) or type(exc).__name__}"
             return False
         except trio.TooSlowError:
             upstream.last_error = f"probe: no answer within {limit_s:g} s"
             return False
-        if not answer.is_success:
-            upstream.last_error = f"probe: {path} answered {answer.status_code}"
-        return answer.is_success
+        is_well = 200 <= status <= 299
+        if not is_well:
+            upstream.last_error = f"probe: {path} answered {status}"
+        return is_well
 
     async def _ask_models(self, upstream: Upstream) -> None:
         """Refreshes an engine's list of models; one that has none to show is asked again with the next probe."""
-        not_json = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
-        with suppress(httpx.HTTPError, OSError, trio.TooSlowError, *not_json):
+        with suppress(httpx.HTTPError, httpx.InvalidURL, OSError, trio.TooSlowError, *UNDECODABLE):
             with trio.fail_after(PROBE_S):
-                answer = await self._client(upstream).get(**_call(upstream, "/v1/models"))
-            if answer.is_success and len(answer.content) <= _MOST_MODELS_BYTES:
-                before, upstream.models = (
-                    upstream.models,
-                    {_decode_model(entry).id: entry.copy() for entry in _decode_models(answer.content).data},
-                )
+                status, body = await self._get(upstream, "/v1/models", most_bytes=_MOST_MODELS_BYTES)
+            if 200 <= status <= 299 and len(body) <= _MOST_MODELS_BYTES:
+                before = upstream.models
+                upstream.models = {_decode_model(entry).id: entry.copy() for entry in _decode_models(body).data}
                 upstream.models_at = time.monotonic()
                 if before is None or before.keys() != upstream.models.keys():  # the rest is times
                     self._on_change()
 
-    def _client(self, upstream: Upstream) -> httpx.AsyncClient:
-        path = upstream.config.unix_path
-        client = self._clients.get(path)
-        if client is None:
+    async def _get(self, upstream: Upstream, path: str, *, most_bytes: int) -> tuple[int, bytes]:
+        """Status and body of an engine's answer; of a body over `most_bytes` only somewhat more than that.
+
+        Below httpx's client, which reads and unpacks a body of any size, and carries cookies from engine to engine.
+        """
+        config = upstream.config
+        base = "http://localhost" if config.unix_path is not None else config.url
+        fields = {"host": config.authority, "accept-encoding": "identity"}
+        request = httpx.Request("GET", base + path, headers=fields)
+        answer = await self._transport(config.unix_path).handle_async_request(request)
+        body = bytearray()
+        try:
+            with trio.CancelScope() as reading:
+                async for piece in answer.aiter_raw():
+                    body += piece
+                    if len(body) > most_bytes:
+                        reading.cancel()
+        finally:
+            await answer.aclose()
+        return answer.status_code, bytes(body)
+
+    def _transport(self, unix_path: str | None) -> httpx.AsyncHTTPTransport:
+        transport = self._transports.get(unix_path)
+        if transport is None:
             # Neither proxies nor certificates of the environment have a say in how an engine is reached.
             limits = httpx.Limits(max_keepalive_connections=0)
-            transport = httpx.AsyncHTTPTransport(verify=False, trust_env=False, uds=path, limits=limits)
-            client = self._clients[path] = httpx.AsyncClient(transport=transport, trust_env=False, timeout=None)
-        return client
+            transport = httpx.AsyncHTTPTransport(verify=False, trust_env=False, uds=unix_path, limits=limits)
+            self._transports[unix_path] = transport
+        return transport
 
     # -- names
 
@@ -273,10 +293,3 @@ def _settle(group: Group, before: dict[str, UpstreamConfig], wanted: list[Upstre
             group.add(now[url]).is_resolved = True
             mine[url] = now[url]
     return mine
-
-
-def _call(upstream: Upstream, path: str) -> dict[str, Any]:
-    """What to ask of an engine: at its address, under its name."""
-    config = upstream.config
-    base = "http://localhost" if config.unix_path is not None else config.url
-    return {"url": base + path, "headers": {"host": config.authority}}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
-from relay.core.aggregate import EngineError, aggregator_for
+from relay.core.aggregate import AggregateError, EngineError, aggregator_for
 from relay.core.framing import ChunkDecoder, decode_into
 from relay.core.request import Route
 from relay.core.sse import split_frames
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 #: How long a first frame without content waits for the one behind it; both come of the same step of the engine.
 SECOND_FRAME_S: Final = 0.1
+#: More than first frames can hold.
+_MOST_BYTES: Final = 67_108_864
 
 
 async def see_second_frame(pair: Pair, opening: Opening) -> None:
@@ -70,7 +72,7 @@ def _as_answer(route: Route, sent: bytes, message: str, *, is_chunked: bool) -> 
         decode_into(payload, ChunkDecoder(), sent)
     else:
         payload += sent
-    aggregator = aggregator_for(route, max_bytes=len(payload) + 1024)
+    aggregator = aggregator_for(route, max_bytes=_MOST_BYTES)
     try:
         for begin, end in split_frames(payload, 0, len(payload)):
             aggregator.feed(payload[begin:end])
@@ -79,4 +81,6 @@ def _as_answer(route: Route, sent: bytes, message: str, *, is_chunked: bool) -> 
         failure = UpstreamAnswered(message, phase=Phase.HEAD, status=error.status, fields=fields, body=error.body)
         failure.may_retry = error.status >= 500  # else it is the request that is wrong
         return failure
+    except AggregateError:
+        pass  # what came before the error is no answer
     return UpstreamProtocolError(message, phase=Phase.HEAD)

@@ -19,6 +19,8 @@ from relay.net.sockets import READ_BYTES
 
 #: Largest head of an answer.
 MAX_ANSWER_HEAD_BYTES: Final = 65536
+#: Most interim answers before the final one. Engines send a 100 or a 103, if any (Go's `net/http` reads five).
+MOST_INTERIM: Final = 16
 #: Up to this size head and body leave in one write.
 _JOIN_BYTES: Final = 65536
 
@@ -80,13 +82,17 @@ async def ask(
     parser = h11.Connection(h11.CLIENT, max_incomplete_event_size=MAX_ANSWER_HEAD_BYTES)
     await pair.wait_upstream()  # no engine has answered by now, so trying first would fail
     interim: list[h11.InformationalResponse] = []
-    received = 0
+    received = count = 0
     try:
         while True:
             event = parser.next_event()
             if isinstance(event, h11.Response):
                 return Answer(method, event, bytes(parser.trailing_data[0]), is_request_sent=is_sent), interim
             if isinstance(event, h11.InformationalResponse):
+                count += 1
+                if count > MOST_INTERIM:
+                    message = f"the engine sent more than {MOST_INTERIM} interim answers"
+                    raise UpstreamProtocolError(message, phase=Phase.HEAD)
                 if event.status_code != 100:  # nobody asked the engine for that one
                     interim.append(event)
             else:

@@ -1,8 +1,12 @@
-"""What the tests of the load generator stand on: a job for an engine, run in the test's own trio."""
+"""What the tests of the load generator stand on: an engine, a job for it, and the test's own trio to run that in."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import trio
@@ -15,6 +19,16 @@ from relay_bench.load.worker import Item, Job, Progress, Run
 
 #: Seconds no test waits longer than.
 LIMIT_S = 20.0
+
+
+@contextmanager
+def engine_child(*flags: str) -> Iterator[str]:
+    """An engine in a process of its own: its URL."""
+    words = [sys.executable, "-m", "relay_bench", "engine", "--listen", "127.0.0.1:0", *flags]
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        yield process.stderr.readline().partition("listening on ")[2].strip()
+        process.terminate()
 
 
 def job_for(url: str, *, total: int = 1, tokens: int = 4, every_ns: int = 0, **fields: Any) -> Job:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import subprocess
-import sys
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +21,7 @@ from relay_bench.doctor.observe import Observation, Patient, timed_frames
 from relay_bench.engine import Engine, EngineConfig, serve_engine
 from relay_bench.load.datasets import ENDPOINTS, Ask, Form
 from relay_bench.load.target import resolve
+from tests.bench.loading import engine_child
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
@@ -295,22 +294,8 @@ def test_the_strip_shows_when_frames_came() -> None:
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    words = [
-        sys.executable,
-        "-m",
-        "relay_bench",
-        "engine",
-        "--listen",
-        "127.0.0.1:0",
-        "--ttft-ms",
-        "5",
-        "--step-ms",
-        "10",
-    ]
-    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        yield process.stderr.readline().partition("listening on ")[2].strip()
-        process.terminate()
+    with engine_child("--ttft-ms", "5", "--step-ms", "10") as url:
+        yield url
 
 
 def test_the_command(url: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,8 +6,6 @@ import argparse
 import io
 import json
 import math
-import subprocess
-import sys
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -22,7 +20,7 @@ from relay_bench.load.results import environment, file_name, histogram_from, mos
 from relay_bench.load.run import jobs_of
 from relay_bench.load.stats import Histogram, histogram_of
 from relay_bench.load.target import resolve
-from tests.bench.loading import record
+from tests.bench.loading import engine_child, record
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -309,22 +307,8 @@ def test_the_environment_is_stamped() -> None:
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    words = [
-        sys.executable,
-        "-m",
-        "relay_bench",
-        "engine",
-        "--listen",
-        "127.0.0.1:0",
-        "--ttft-ms",
-        "5",
-        "--step-ms",
-        "1",
-    ]
-    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        yield process.stderr.readline().partition("listening on ")[2].strip()
-        process.terminate()
+    with engine_child("--ttft-ms", "5", "--step-ms", "1") as url:
+        yield url
 
 
 def test_load_by_several_processes(url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from relay_bench import cli, micro, micro_client, micro_process
+from relay_bench import cli, micro, micro_client, micro_process, processes
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -77,6 +77,6 @@ def test_a_server_that_does_not_start_is_an_error() -> None:
 
 
 def test_cpu_time_counts_up() -> None:
-    before = micro_process._cpu_ns(os.getpid())
+    before = processes.cpu_ns(os.getpid())
     sum(range(2_000_000))
-    assert micro_process._cpu_ns(os.getpid()) > before
+    assert processes.cpu_ns(os.getpid()) > before

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from typing import TYPE_CHECKING
 
 import pytest
@@ -13,6 +11,7 @@ from hypothesis import strategies as st
 
 from relay_bench import cli
 from relay_bench.sweep import Point, best_of, is_saturated, knee_of, next_load
+from tests.bench.loading import engine_child
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -91,22 +90,8 @@ def test_luck_beyond_a_miss_and_a_late_client_do_not_count() -> None:
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
     """Four at once, each 16 ms: at most 250 requests a second."""
-    words = [
-        sys.executable,
-        "-m",
-        "relay_bench",
-        "engine",
-        "--listen",
-        "127.0.0.1:0",
-        "--ttft-ms",
-        "10",
-        "--step-ms",
-        "2",
-    ]
-    with subprocess.Popen([*words, "--max-seqs", "4"], stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        yield process.stderr.readline().partition("listening on ")[2].strip()
-        process.terminate()
+    with engine_child("--ttft-ms", "10", "--step-ms", "2", "--max-seqs", "4") as url:
+        yield url
 
 
 USUAL = ["--random-input-len", "5", "--random-output-len", "4", "--max-lag-ms", "60000"]

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relay.core.dialect import Meter, Usage, error_body, error_frame
+from relay.core.dialect import Meter, Usage, error_body, error_frame, refusal_frame
 from relay.core.request import Route
 from tests.core.captured import Captured, captured, events_of, frames_of, streams
 
@@ -467,3 +467,38 @@ def test_the_relay_understands_its_own_error_frame(route: Route) -> None:
     meter = inspected(route, error_frame(route, 502, "upstream_disconnected", "engine broke"))
     assert meter.error == "engine broke"
     assert not meter.saw_end
+
+
+OWN_ERROR = b'{"message":"too \\u006cong","type":"BadRequestError","param":null,"code":400}'
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("answer", [b'{"error":%b}', b'{"object":"error",\r\n "error" :\n%b}\n'])
+def test_an_engines_error_object_goes_into_the_frame_as_it_is(route: Route, answer: bytes) -> None:
+    frame = refusal_frame(route, 400, "upstream_error", "the engine answered 400", answer % OWN_ERROR)
+    event, data = [b"", *frame.removesuffix(b"\n\n").split(b"\n")][-2:]
+    assert (event == b"event: error") == (route in (Route.MESSAGES, Route.RESPONSES))
+    assert b'"error":%b' % OWN_ERROR in data
+    assert json.loads(data.removeprefix(b"data: "))["error"]["message"] == "too long"
+    assert inspected(route, frame).error == "too long"
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (b'{"object":"error","message":"too long","code":400}', ": too long"),
+        (b'{"error":"too long"}', ': {"error":"too long"}'),
+        (b'{"error":null,"message":"too long"}', ": too long"),
+        (b'{"detail":"Not Found"}', ': {"detail":"Not Found"}'),
+        (b"[1]", ": [1]"),
+        (b"<html>\xff", ": <html>\N{REPLACEMENT CHARACTER}"),
+        (b'{"error":{"message":', ': {"error":{"message":'),
+        (b"", ""),
+    ],
+)
+def test_other_answers_are_quoted_in_a_frame_of_the_relays_own(route: Route, answer: bytes, said: str) -> None:
+    message = "the engine answered 400"
+    frame = refusal_frame(route, 400, "upstream_error", message, answer)
+    assert frame == error_frame(route, 400, "upstream_error", message + said)
+    assert frame.count(b"\n\n") == 1

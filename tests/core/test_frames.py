@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from relay.core.dialect import Meter
-from relay.core.frames import LAST_CHUNK, FrameRelay, Pieces
+from relay.core.frames import COMMENT, LAST_CHUNK, FrameRelay, Pieces
 from relay.core.framing import BodyDecoder, ChunkDecoder, CloseDecoder, LengthDecoder
 from relay.core.request import Route
 from tests.core.captured import Captured, dechunk, frames_of, stream, streams
@@ -558,3 +558,52 @@ def test_steady_state_allocates_nothing() -> None:
     assert relay.finder.frames == 106_000
     assert relay.meter.content_frames == 106_000
     assert growth < 2048
+
+
+# -- comments
+
+
+@given(st.data())
+def test_a_comment_fits_wherever_one_is_given(data: st.DataObject) -> None:
+    one = stream(data.draw(st.sampled_from(CHOICE)))
+    relay = frame_relay(route=one.route, is_chunked=data.draw(st.booleans()))
+    cuts = sorted(data.draw(st.sets(st.integers(1, len(one.raw_body) - 1), max_size=12)))
+    passed = whole = b""
+    for begin, end in zip([0, *cuts], [*cuts, len(one.raw_body)], strict=True):
+        sent = feed(relay, one.raw_body[begin:end])
+        passed += sent
+        whole += sent + relay.comment
+        if relay.comment:
+            assert complete_part(payload_of(passed, relay.is_chunked)) == payload_of(passed, relay.is_chunked)
+        assert bool(relay.comment) is not relay.meter.saw_end
+    payload = payload_of(whole, relay.is_chunked)
+    assert payload.replace(COMMENT, b"") == payload_of(passed, relay.is_chunked) == one.body
+    meter = Meter(one.route)
+    for frame in frames_of(payload):
+        meter.inspect(frame)
+    assert meter.comments == payload.count(COMMENT)
+    assert meter.content_frames == relay.meter.content_frames
+
+
+@pytest.mark.parametrize("is_chunked", [True, False])
+def test_no_comment_behind_an_id(is_chunked: bool) -> None:
+    relay = frame_relay(CloseDecoder(), is_chunked=is_chunked)
+    assert relay.comment
+    feed(relay, b"id: 1\n")
+    assert relay.comment  # the client has not seen it
+    feed(relay, b"data: {}\n\n")
+    assert not relay.comment
+    feed(relay, b"data: {}\n\n")
+    assert not relay.comment
+
+
+def test_no_comment_within_a_frame_that_outgrew_the_limit() -> None:
+    relay = frame_relay(CloseDecoder(), max_frame_bytes=20)
+    feed(relay, b"data: " + b"x" * 10)
+    assert relay.comment
+    feed(relay, b"x" * 10)
+    assert not relay.comment
+    feed(relay, b"\n")
+    assert not relay.comment
+    feed(relay, b"\n")
+    assert relay.comment

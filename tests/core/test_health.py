@@ -85,7 +85,7 @@ def test_who_fails_its_probes_is_never_available() -> None:
     health = health_of()
     health.on_probe(False, 0.0)
     for _ in range(50):
-        health.begin().succeeded(0.0)
+        health.begin().answered(200, 0.0)
     assert not health.is_available(inf)
     assert health.state(0.0) is State.DOWN
 
@@ -107,7 +107,7 @@ def test_who_comes_back_by_its_probes_has_a_trial_at_once() -> None:
     health.on_probe(True, 1.5)
     health.on_probe(True, 2.0)
     assert health.state(2.0) is State.PROBING
-    health.begin().succeeded(2.0)
+    health.begin().answered(200, 2.0)
     assert health.state(2.0) is State.HEALTHY
 
 
@@ -117,7 +117,7 @@ def test_who_comes_back_by_its_probes_has_a_trial_at_once() -> None:
 def test_failures_in_a_row_open_the_breaker() -> None:
     health = health_of()
     fail(health, CONSECUTIVE_FAILURES - 1)
-    health.begin().succeeded(0.0)
+    health.begin().answered(200, 0.0)
     fail(health, CONSECUTIVE_FAILURES - 1)
     assert health.is_available(0.0)
     fail(health, 1)
@@ -129,7 +129,7 @@ def test_half_of_the_last_results_open_it_too() -> None:
     health = health_of()
     for _ in range(WINDOW_FAILURES - 1):
         health.begin().failed(0.0)
-        health.begin().succeeded(0.0)
+        health.begin().answered(200, 0.0)
     assert health.is_available(0.0)
     health.begin().failed(0.0)
     assert not health.is_available(0.0)
@@ -141,7 +141,7 @@ def test_a_few_failures_among_many_do_not() -> None:
         fail(health, 3)
         assert health.is_available(0.0)
         for _ in range(4):
-            health.begin().succeeded(0.0)
+            health.begin().answered(200, 0.0)
     assert WINDOW_RESULTS * 3 / 7 < WINDOW_FAILURES
 
 
@@ -214,7 +214,7 @@ def test_one_trial_at_a_time() -> None:
     trial = health.begin()
     assert not health.is_available(now)
     assert not health.is_available(inf)
-    trial.succeeded(now)
+    trial.answered(200, now)
     assert health.state(now) is State.HEALTHY
 
 
@@ -246,13 +246,13 @@ def test_what_was_begun_before_the_ejection_says_nothing_after_it() -> None:
     old = [health.begin() for _ in range(3)]
     fail(health, CONSECUTIVE_FAILURES)
     now = health.ejected_until
-    old[0].succeeded(now)
+    old[0].answered(200, now)
     assert health.state(now) is State.PROBING
     trial = health.begin()
     old[1].failed(now)
     old[2].abandoned(now)
     assert not health.is_available(now)
-    trial.succeeded(now)
+    trial.answered(200, now)
     assert health.is_available(now)
 
 
@@ -260,7 +260,7 @@ def test_a_last_resort_is_a_trial_too() -> None:
     """All are ejected and the least bad is used: it works, so it is back, and the stragglers do not matter."""
     health = ejected()
     first, second = health.begin(), health.begin()
-    first.succeeded(0.1)
+    first.answered(200, 0.1)
     assert health.state(0.1) is State.HEALTHY
     second.failed(0.2)
     fail(health, CONSECUTIVE_FAILURES - 1, 0.2)
@@ -297,7 +297,7 @@ def test_ejections_of_one_engine_differ_between_workers() -> None:
 def test_trouble_that_soon_returns_is_the_old_one(quiet_s: float, ejections: int) -> None:
     health = ejected()
     now = health.ejected_until
-    health.begin().succeeded(now)
+    health.begin().answered(200, now)
     fail(health, CONSECUTIVE_FAILURES, now + quiet_s)
     assert health.badness[0] == ejections
 
@@ -378,19 +378,22 @@ class AnyOrder(RuleBasedStateMachine):
     @precondition(lambda self: self.open)
     @rule(
         at=st.integers(0),
-        outcome=st.sampled_from(["failed", "failed", "succeeded", "abandoned"]),
+        outcome=st.sampled_from(["failed", "failed", "answered", "abandoned"]),
         times=st.integers(1, 2),
     )
     def end(self, at: int, outcome: str, times: int) -> None:
         was_open, until = self.health.is_open, self.health.ejected_until
         attempt = self.open.pop(at % len(self.open))
         for _ in range(times):
-            getattr(attempt, outcome)(self.now)
+            if outcome == "answered":
+                attempt.answered(200, self.now)
+            else:
+                getattr(attempt, outcome)(self.now)
         if outcome == "abandoned":
             assert (self.health.is_open, self.health.ejected_until) == (was_open, until)
         if outcome == "failed":
             assert self.health.is_open >= was_open
-        if outcome == "succeeded":
+        if outcome == "answered":
             assert self.health.is_open <= was_open
         if self.health.is_open != was_open or self.health.ejected_until != until:
             self.trials = []

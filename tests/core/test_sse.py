@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relay.core.sse import FrameFinder, looks_like_event_stream, missing_blank_line, split_frames
+from relay.core.sse import FrameFinder, fields, looks_like_event_stream, missing_blank_line, split_frames
 
 
 def oracle(data: bytes) -> tuple[list[int], int]:
@@ -143,3 +143,20 @@ def test_first_byte_detection(start: bytes, verdict: bool | None) -> None:
 )
 def test_missing_blank_line(rest: bytes, completion: bytes) -> None:
     assert missing_blank_line(rest) == completion
+
+
+@pytest.mark.parametrize(
+    ("frame", "event", "data", "others"),
+    [
+        (b"data: x\n\n", b"", b"x", []),
+        (b"data:x\r\ndata:  y\r\n\r\n", b"", b"x\n y", []),
+        (b"\xef\xbb\xbfevent: e\rid: 7\rdata\r\r", b"e", b"", [b"id"]),
+        (b": a comment\nretry: 1\nno field\n\n", b"", None, [b"", b"retry", b"no field"]),
+        (b'error: {"code":1}\n\n', b"error", b'{"code":1}', []),
+        (b"\n\n", b"", None, []),
+        (b"", b"", None, []),
+    ],
+)
+def test_fields(frame: bytes, event: bytes, data: bytes | None, others: list[bytes]) -> None:
+    found_event, found_data, found_others = fields(frame)
+    assert (found_event, found_data, [*found_others]) == (event, data, others)

@@ -102,7 +102,7 @@ class AnyTraffic(RuleBasedStateMachine):
     def recover(self, at: int) -> None:
         up = self.up(at)
         if up and up.health.is_open:
-            group_of(self.pool).begin(up).succeeded(time.monotonic())
+            group_of(self.pool).begin(up).answered(200, time.monotonic())
             group_of(self.pool).refresh(up)
 
     @rule(urls=st.lists(st.sampled_from(URLS), unique=True), most=st.integers(0, 2), pool_most=st.integers(0, 3),
@@ -175,7 +175,7 @@ def test_when_its_time_has_come_it_gets_one_trial_at_a_time() -> None:
     trial = group_of(pool).begin(one)
     more = [enter(pool) for _ in range(4)]
     assert {engine_of(place) for place in more} == {two}
-    trial.succeeded(time.monotonic())
+    trial.answered(200, time.monotonic())
     group_of(pool).refresh(one)
     more += [enter(pool) for _ in range(4)]
     assert engine_of(more[-1]) is one

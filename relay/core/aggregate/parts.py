@@ -19,6 +19,11 @@ NULL: Final = b"null"
 #: What a member counts for beside its name and its value: punctuation, and something for our own objects.
 _ENTRY: Final = 16
 
+#: Most objects of a list: choices, tool calls. Small ones take far more memory than their text, which is what counts.
+MOST_OBJECTS: Final = 16_384
+#: Of an index that objects are put in order by.
+_MOST_DIGITS: Final = 18
+
 Members: TypeAlias = dict[str, msgspec.Raw]
 Schema: TypeAlias = Mapping[str, "Callable[[], Last]"]
 
@@ -174,6 +179,8 @@ class Indexed(Last):
         for members in _decode_items(raw):
             key = self._key(members)
             if key not in self.objects:
+                if len(self.objects) >= MOST_OBJECTS:
+                    raise ValueError(f"a list of more than {MOST_OBJECTS} objects")
                 self.objects[key] = Object(self._schema)
             grown += self.objects[key].take_members(members)
             self._last = key
@@ -186,7 +193,7 @@ class Indexed(Last):
 
     def in_order(self) -> Iterator[Object]:
         """The objects by their index."""
-        for key in sorted(self.objects, key=lambda key: int(key) if key.isdigit() else 0):
+        for key in sorted(self.objects, key=lambda key: int(key) if key.isdigit() and len(key) <= _MOST_DIGITS else 0):
             yield self.objects[key]
 
     def json(self) -> bytes:

@@ -13,14 +13,13 @@ from relay.core.balance.affinity import PrefixAffinity, SessionAffinity
 from relay.core.balance.balancer import Balancer, Load, Seat
 from relay.core.balance.chance import PowerOfTwo, WeightedRandom
 from relay.core.balance.least import LeastOutstanding
-from relay.core.balance.prompt import prompt_prefix
 from relay.core.balance.turns import RoundRobin
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from random import Random
 
-__all__ = ["POLICIES", "Balancer", "Load", "Seat", "make_balancer", "prompt_prefix"]
+__all__ = ["POLICIES", "Balancer", "Load", "Seat", "make_balancer"]
 
 #: By the names of the configuration file.
 POLICIES: Final[dict[str, type[Balancer]]] = {

@@ -28,6 +28,8 @@ PREFIX_BYTES: Final = 32768
 #: Bytes of a prompt that has no messages: about 256 tokens, 16 blocks of vLLM's cache. While a text that grows with
 #: each turn is shorter than this, its key changes, and what that loses is a prefill of less than 256 tokens.
 TEXT_BYTES: Final = 1024
+#: Members of a body, and messages, that are looked at: Python reads them one by one, a microsecond each.
+_MOST_VALUES: Final = 256
 
 _PROMPTS: Final = frozenset({"messages", "prompt", "input"})
 _INSTRUCTIONS: Final = frozenset({"system", "instructions"})
@@ -48,7 +50,9 @@ def prompt_prefix(body: bytes | bytearray) -> bytes:
     if text[at : at + 1] != "{":
         return b""
     at = _skip(text, at + 1)
-    while text[at : at + 1] == '"':
+    for _ in range(_MOST_VALUES):
+        if text[at : at + 1] != '"':
+            break
         name, at = _value(text, at)
         at = _skip(text, at)
         if name in _PROMPTS:
@@ -66,7 +70,9 @@ def _end_of_beginning(text: str, begin: int) -> int:
     """Of a prompt at `begin`: where the first message of the user ends, or without messages the first `TEXT_BYTES`."""
     if text[begin : begin + 1] == "[":
         at = _skip(text, begin + 1)
-        while text[at : at + 1] not in ("]", ""):
+        for _ in range(_MOST_VALUES):
+            if text[at : at + 1] in ("]", ""):
+                return at
             message, at = _value(text, at)
             if message is _CUT or (isinstance(message, dict) and message.get("role") == "user"):
                 return at
