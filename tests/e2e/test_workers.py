@@ -291,3 +291,13 @@ async def test_a_decoders_call_reaches_the_worker_that_waits_for_it(nursery: tri
                 answer = await ask(relay.port, request())
                 assert (answer.status, answer.end) == (200, "whole")
     assert [asked["remote_block_ids"] for asked in engines.asked] == [[1, 2], [1, 2]]
+
+
+async def test_an_engine_is_picked_by_what_both_have_there(engine: Engine, second_engine: Engine) -> None:
+    stalled = {"sim_fault": "stall-after:2"}
+    async with two_workers("--upstream", engine.url) as relay:
+        first, second = relay.workers
+        async with relay.streams(first, **stalled):
+            await relay.admin("POST", "/-/upstreams", {"url": second_engine.url})
+            async with relay.streams(second, **stalled):
+                assert (states(engine), states(second_engine)) == (["running"] * STREAMS, ["running"] * STREAMS)
