@@ -294,7 +294,7 @@ async def test_a_decoders_call_reaches_the_worker_that_waits_for_it(nursery: tri
 
 
 async def test_an_engine_is_picked_by_what_both_have_there(engine: Engine, second_engine: Engine) -> None:
-    stalled = {"sim_fault": "stall-after:2"}
+    stalled: dict[str, Any] = {"sim_fault": "stall-after:2"}
     async with two_workers("--upstream", engine.url) as relay:
         first, second = relay.workers
         async with relay.streams(first, **stalled):
