@@ -49,15 +49,15 @@ def _serve(arguments: argparse.Namespace) -> int:
     def override(config: Config) -> Config:
         return _with_flags(config, arguments)
 
-    from relay.daemon import worker
+    from relay.daemon import supervisor
 
     if arguments.config is None:
-        return worker.run(settings.check(override(Config()), source="relay serve"))
+        return supervisor.run(settings.check(override(Config()), source="relay serve"))
 
     def load() -> Config:
         return settings.load(arguments.config, override)
 
-    return worker.run(load(), load)
+    return supervisor.run(load(), load)
 
 
 def _status(arguments: argparse.Namespace) -> int:
@@ -140,7 +140,8 @@ def _parser() -> argparse.ArgumentParser:
          help="have engines stream to clients that do not, and answer those with one JSON body")  # fmt: skip
     flag("--include-usage", metavar="WHEN", type=_read(settings.IncludeUsage),
          help="always: ask engines for usage, and hide it from clients that did not (default as-asked)")  # fmt: skip
-    flag("--workers", metavar="N", type=_read(settings.Workers), help="auto or 1 (default auto)")
+    flag("--workers", metavar="N", type=_read(settings.Workers),
+         help="how many processes carry traffic, or auto: one per core (default auto)")  # fmt: skip
     flag("--log-format", metavar="FORMAT", type=_read(settings.LogFormat), help="json, text or off (default json)")
     flag("--drain-s", metavar="SECONDS", type=_read(settings.Delay),
          help="time for open streams to finish after SIGTERM (default 30)")  # fmt: skip

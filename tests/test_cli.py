@@ -45,10 +45,10 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Config]:
         assert load_config is None or load_config() == config
         return 7
 
-    worker = ModuleType("relay.daemon.worker")
-    worker.run = run  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "relay.daemon.worker", worker)
-    monkeypatch.setattr("relay.daemon.worker", worker, raising=False)
+    supervisor = ModuleType("relay.daemon.supervisor")
+    supervisor.run = run  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "relay.daemon.supervisor", supervisor)
+    monkeypatch.setattr("relay.daemon.supervisor", supervisor, raising=False)
 
     def serve(*flags: str) -> Config:
         assert main(["serve", *flags]) == 7
@@ -164,7 +164,7 @@ def test_without_an_upstream_serve_says_what_to_do(refused: Callable[..., str], 
             "--admin: 0.0.0.0:8081 can be reached from other machines; allowed: loopback, or ",
         ),
         (["--upstream", "http://127.0.0.1:8000"], '--upstream: "http://127.0.0.1:8000" is there twice'),
-        (["--workers", "2"], '--workers: "2" is not valid; allowed: "auto" or 1'),
+        (["--workers", "0"], '--workers: "0" is not valid; allowed: "auto" or a whole number, 1 to 1024'),
         (["--log-format", "xml"], '--log-format: "xml" is not valid'),
         (["--drain-s", "-1"], '--drain-s: "-1" is not valid; allowed: seconds, 0 or more'),
         (["--drain-s", "nan"], '--drain-s: "nan" is not valid'),

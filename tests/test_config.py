@@ -293,7 +293,7 @@ def test_all_problems_are_reported_each_on_its_line(problems: Callable[[str], li
         [listen]
         addresses = ["8080", "127.0.0.1:8080", 3]
         [daemon]
-        workers = 8
+        workers = 0
         drain_s = "3"
         "a b\\n" = 1
         [[pool]]
@@ -320,7 +320,7 @@ def test_all_problems_are_reported_each_on_its_line(problems: Callable[[str], li
         "health, auth, prices, cost, log",
         'listen.addresses[0]: "8080" has no host; write 127.0.0.1:8080, or 0.0.0.0:8080 for every interface',
         "listen.addresses[2]: 3 is not valid; allowed: HOST:PORT, [::1]:PORT or unix:/path",
-        'daemon.workers: 8 is not valid; allowed: "auto" or 1 (this version runs one worker)',
+        'daemon.workers: 0 is not valid; allowed: "auto" or a whole number, 1 to 1024',
         'daemon.drain_s: "3" is not valid; allowed: seconds, 0 or more (0: none at all)',
         'daemon."a b\\n": is not a known name; allowed: workers, drain_s, ready_delay_s',
         'pool[0].upstreams[0]: "https://10.0.0.1:8000" is https, which this version does not speak; '

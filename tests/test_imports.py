@@ -172,7 +172,7 @@ def test_the_rooms_are_there() -> None:
     assert {"relay", "relay.cli", "relay.core.sse", "relay.net.exchange", "relay.daemon.worker"} <= set(modules)
     assert any(name.startswith("relay_bench.engine.") for name in modules)
     found = imports_of("relay.cli", modules["relay.cli"], frozenset(modules))
-    assert ("relay.cli", "relay.daemon.worker") in {(one.importer, one.imported) for one in found}
+    assert ("relay.cli", "relay.daemon.supervisor") in {(one.importer, one.imported) for one in found}
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from rich.console import Console
 from relay import status as command
 from relay.core import metrics
 from relay.core.board import Board, read
-from relay.core.status import PoolStatus, Rates, Status, UpstreamStatus, rates
+from relay.core.status import PoolStatus, Rates, Status, UpstreamStatus, merged, rates
 from relay.status import StatusError, fetch, main, render, show
 
 LONG_URL = "http://prefill-0.engines.inference.svc.cluster.local:8000"
@@ -346,3 +346,26 @@ def test_watching_pauses_between_looks(monkeypatch: pytest.MonkeyPatch, capsys: 
         main("http://127.0.0.1:1", watch=True, as_json=True)
     assert pauses == [command.WATCH_S] * 3
     assert capsys.readouterr().out == "{}\n" * 3
+
+
+# -- several workers
+
+
+def test_a_daemon_is_the_sum_of_its_workers() -> None:
+    def part(in_flight: int, state: str, error: str | None = None) -> Status:
+        upstream = UpstreamStatus(url="http://a:1", state=state, in_flight=in_flight, failures=1, last_error=error)
+        gone = UpstreamStatus(url="http://gone:1", state="healthy", in_flight=5)
+        pool = PoolStatus(name="chat", policy="random", in_flight=in_flight, queued=1, upstreams=(upstream, gone))
+        return Status(version="1", state="ready", uptime_s=0.0, in_flight=in_flight, frames=10, pools=(pool,))
+
+    whole = part(0, "healthy")
+    whole = msgspec.structs.replace(
+        whole, pools=(msgspec.structs.replace(whole.pools[0], upstreams=whole.pools[0].upstreams[:1]),)
+    )
+    status = merged(whole, [part(2, "healthy"), part(3, "ejected", "refused")])
+    assert (status.workers, status.in_flight, status.frames) == (2, 5, 20)
+    (pool,) = status.pools
+    assert (pool.in_flight, pool.queued) == (5, 2)
+    (upstream,) = pool.upstreams
+    assert (upstream.in_flight, upstream.failures) == (5, 2)
+    assert (upstream.state, upstream.last_error) == ("ejected", "refused")

@@ -202,7 +202,7 @@ def _engine(core: int | None) -> Iterator[Server]:
 @contextlib.contextmanager
 def _relay(engine_url: str, core: int | None) -> Iterator[Server]:
     command = [sys.executable, "-m", "relay", "serve", "--listen", "127.0.0.1:0", "--admin", "off"]
-    command += ["--upstream", engine_url, "--log-format", "off", "--drain-s", "0"]
+    command += ["--upstream", engine_url, "--log-format", "off", "--drain-s", "0", "--workers", "1"]
     with _started("relay", command, core) as server:
         yield server
 

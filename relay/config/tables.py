@@ -39,7 +39,9 @@ Balance = Annotated[
         '"prefix_affinity"'
     ),
 ]
-Workers = Annotated[Literal["auto", 1], Meta(description='"auto" or 1 (this version runs one worker)')]
+Workers = Annotated[
+    Literal["auto"] | Annotated[int, Meta(ge=1, le=1024)], Meta(description='"auto" or a whole number, 1 to 1024')
+]
 Port = Annotated[int, Meta(ge=0, le=65535, description="a port, 1 to 65535 (0: the engine's default)")]
 Connector = Annotated[
     Literal["nixl", "mooncake", "ascend_mooncake", "p2p_nccl", "ascend_layerwise", "sglang", "none"],
@@ -87,7 +89,7 @@ class AdminConfig(Table, frozen=True):
 class DaemonConfig(Table, frozen=True):
     """The life of the process."""
 
-    #: Processes that carry traffic; this version runs one, and "auto" will mean one per core.
+    #: Processes that carry traffic; "auto": one for each core the daemon may use (``CPUAffinity=``).
     workers: Workers = "auto"
     #: Seconds for open streams after SIGTERM; below systemd's stop limit of 90 s, 0 cuts them at once.
     drain_s: Delay = 30.0
@@ -224,7 +226,7 @@ class LimitsConfig(Table, frozen=True):
     max_head_bytes: Size = 65_536
     #: Bytes of a request's body: a long context is about 1 MB, images come as base64.
     max_body_bytes: Size = 67_108_864
-    #: Client connections of a worker; each takes two descriptors while it streams.
+    #: Client connections of each worker; each takes two descriptors while it streams.
     max_connections: Count = 20_000
     #: Bytes of request bodies held at once; beyond it bodies wait unread, then get 503.
     max_buffered_bytes: Size = 1_073_741_824

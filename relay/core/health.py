@@ -138,6 +138,13 @@ class Health:
             self.ejected_until = min(self.ejected_until, now)
         self.is_probed = True
 
+    def on_verdict(self, is_up: bool, now: float) -> None:
+        """Another process has probed, and come to this."""
+        if is_up and not self.is_up:
+            self.ejected_until = min(self.ejected_until, now)  # as in `on_probe`
+        self.is_up = is_up
+        self.is_probed = True
+
     # -- requests
 
     def begin(self) -> Attempt:

@@ -7,12 +7,14 @@ measure in that time.
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from operator import add, sub
 from typing import Final
 
 import msgspec
+from msgspec.structs import replace
 
 from relay.core import metrics
 from relay.core.metrics import Family, HistogramFamily
@@ -72,6 +74,64 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     in_flight: int = 0
     frames: int = 0  #: passed on since the start
     pools: tuple[PoolStatus, ...] = ()
+
+
+class ExchangeStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """An exchange in flight."""
+
+    id: str
+    client: str
+    path: str
+    model: str | None
+    pool: str | None
+    upstream: str | None
+    phase: str  #: the name of a `relay.errors.Phase` in lower case
+    attempts: int
+    frames: int  #: passed on so far
+    age_ms: float
+
+
+def merged(whole: Status, parts: Sequence[Status]) -> Status:
+    """A daemon's status: who is in it, as `whole` has it, with what each worker's own status says is done there."""
+    every = [pool for part in parts for pool in part.pools]
+    pools = (_merged_pool(pool, [part for part in every if part.name == pool.name]) for pool in whole.pools)
+    return replace(
+        whole,
+        workers=len(parts),
+        in_flight=sum(part.in_flight for part in parts),
+        frames=sum(part.frames for part in parts),
+        pools=tuple(pools),
+    )
+
+
+def _merged_pool(whole: PoolStatus, parts: Sequence[PoolStatus]) -> PoolStatus:
+    found: defaultdict[tuple[str, str], list[UpstreamStatus]] = defaultdict(list)
+    for part in parts:
+        for each in part.upstreams:
+            found[each.role, each.url].append(each)
+    return replace(
+        whole,
+        in_flight=sum(part.in_flight for part in parts),
+        queued=sum(part.queued for part in parts),
+        upstreams=tuple(_merged_upstream(each, found[each.role, each.url]) for each in whole.upstreams),
+    )
+
+
+def _merged_upstream(whole: UpstreamStatus, parts: Sequence[UpstreamStatus]) -> UpstreamStatus:
+    """Its worst state counts: where one worker's requests fail, the others' are about to."""
+    errors = (part.last_error for part in parts if part.last_error is not None)
+    return replace(
+        whole,
+        state=max((part.state for part in (whole, *parts)), key=_SEVERITY.index),
+        in_flight=sum(part.in_flight for part in parts),
+        idle=sum(part.idle for part in parts),
+        failures=sum(part.failures for part in parts),
+        last_error=next(errors, whole.last_error),
+    )
+
+
+#: Of an upstream's states the better before the worse.
+_SEVERITY: Final = ("healthy", "half-open", "ejected", "unhealthy", "draining")
 
 
 def rates(pool: str, before: Series, after: Series, elapsed_s: float) -> Rates:

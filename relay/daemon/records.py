@@ -9,6 +9,7 @@ shared with whoever started the relay, so it is not switched to non-blocking: it
 from __future__ import annotations
 
 import os
+import select
 import socket
 import stat
 from collections import deque
@@ -19,8 +20,9 @@ import trio
 
 #: Bytes of lines waiting to be written; a stalled reader costs this much memory.
 MAX_WAITING_BYTES: Final = 4_194_304
-#: Joined into one write at most.
-_WRITE_BYTES: Final = 65536
+#: Joined into one write at most: PIPE_BUF (pipe(7)). Workers share standard output, and only such writes are not torn.
+#: On a stream socket of the journal it is one buffer, so neither is it there.
+_WRITE_BYTES: Final = select.PIPE_BUF
 #: How long the last lines may take at the end of the process.
 FLUSH_S: Final = 1.0
 

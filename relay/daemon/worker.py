@@ -14,15 +14,16 @@ import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import trio
 
 from relay.address import Address
-from relay.config import Config, ConfigError
+from relay.config import Config
 from relay.core.timeline import Record, record_text
 from relay.daemon import systemd
 from relay.daemon.records import RecordWriter
+from relay.daemon.reload import read_again, what_came_of
 from relay.errors import ExchangeError, RequestRefused
 from relay.net import callbacks, poller, sockets
 from relay.net.admin import Admin
@@ -34,14 +35,15 @@ from relay.net.reply import refuse
 from relay.net.roster import Roster
 from relay.net.service import Service
 
+if TYPE_CHECKING:
+    from relay.core.board import Block
+
 #: Clients waiting to be accepted; the kernel caps it at net.core.somaxconn.
 BACKLOG: Final = 4096
 #: Connections accepted in a row before other tasks run: a burst of new clients must not delay every stream.
 ACCEPTS_PER_TURN: Final = 16
 #: How long accepting pauses when descriptors or memory have run out.
 ACCEPT_PAUSE_S: Final = 0.1
-#: Tables that a reload leaves as they are.
-_FIXED: Final = ("listen", "admin", "log")
 #: Seconds between two complaints that accepting fails.
 COMPLAINT_S: Final = 10.0
 #: Seconds that cut exchanges get for their error frames.
@@ -60,7 +62,7 @@ def run(config: Config, load_config: Callable[[], Config] | None = None) -> int:
     except (GuardError, StartError) as exc:
         print(f"relay: {exc}", file=sys.stderr)
         return 1
-    _raise_descriptor_limit()
+    raise_descriptor_limit()
     trio.run(_run, config, listeners, admin_listener, load_config)
     return 0
 
@@ -72,16 +74,8 @@ async def _run(
     load_config: Callable[[], Config] | None,
 ) -> None:
     """A worker with what a process has around it: signals, and records on standard output."""
-    log_format = config.log.format
     writer = RecordWriter(sys.stdout.fileno())
-
-    def write_record(record: Record) -> None:
-        if log_format == "json":
-            writer.put(record.encode() + b"\n")
-        elif log_format == "text":
-            writer.put(record_text(record).encode() + b"\n")
-
-    worker = Worker(config, listeners, None if log_format == "off" else write_record, admin_listener, load_config)
+    worker = Worker(config, listeners, record_sink(config, writer), admin_listener, load_config)
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(writer.run)
@@ -97,6 +91,17 @@ async def _run(
                 nursery.start_soon(_feed_watchdog, limit_s / 2)
             await worker.stopped.wait()
             nursery.cancel_scope.cancel()
+
+
+def record_sink(config: Config, writer: RecordWriter) -> Callable[[Record], None] | None:
+    """What writes a record in the configured form; None: nobody wants them."""
+    match config.log.format:
+        case "json":
+            return lambda record: writer.put(record.encode() + b"\n")
+        case "text":
+            return lambda record: writer.put(record_text(record).encode() + b"\n")
+        case _:
+            return None
 
 
 async def _feed_watchdog(interval_s: float) -> None:
@@ -122,6 +127,13 @@ async def _obey(worker: Worker, signals: AsyncIterator[int]) -> None:
         else:
             systemd.stopping("draining")
             worker.stop()
+
+
+async def serve_callbacks(service: Service, background: trio.Nursery) -> None:
+    """Listens for the decoders that call back."""
+    for pool in service.fleet.pools:
+        if pool.is_split and pool.connector.calls_back:
+            await background.start(callbacks.serve, service, pool)
 
 
 def open_listeners(config: Config) -> tuple[list[socket.socket], socket.socket | None]:
@@ -194,7 +206,7 @@ def url_of(listener: socket.socket) -> str:
     return Address(name[0], name[1]).url
 
 
-def _raise_descriptor_limit() -> None:
+def raise_descriptor_limit() -> None:
     """Two descriptors per stream: takes what the hard limit allows, as nginx's worker_rlimit_nofile would."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -210,13 +222,14 @@ class Worker:
         write_record: Callable[[Record], None] | None,
         admin_listener: socket.socket | None = None,
         load_config: Callable[[], Config] | None = None,
+        board: Block | None = None,
     ) -> None:
         self.config = self._started_with = config
         self._load_config = load_config
         self.listeners = listeners
         self.admin_listener = admin_listener
         self.pump = Pump()
-        self.service = Service(config, self.pump, write_record)
+        self.service = Service(config, self.pump, write_record, board)
         self.roster = Roster(self.service)
         self.budget = BodyBudget(config.limits.max_buffered_bytes)
         self.connections: set[ClientConnection] = set()
@@ -239,22 +252,12 @@ class Worker:
 
         Streams in flight, and connections open already, go on under what they began with.
         """
-        if self._load_config is None:
-            raise ValueError("there is no file to read again: the daemon was started without --config")
-        try:
-            config = self._load_config()
-            Guard(config.auth)
-        except GuardError as exc:
-            raise ValueError(str(exc)) from None
-        except ConfigError as exc:
-            raise ValueError("; ".join(problem.line(exc.source) for problem in exc.problems)) from None
-        fixed = [name for name in _FIXED if getattr(config, name) != getattr(self._started_with, name)]
+        config = read_again(self._load_config)
+        said = what_came_of(config, self._started_with)
         self.config = config
         self.roster.reconfigure(config)
         self.budget.limit = config.limits.max_buffered_bytes
-        if fixed:
-            return f"yes, but a restart is needed for: {', '.join(fixed)}"
-        return "yes"
+        return said
 
     def cut(self) -> None:
         """Ends at once whatever is still open."""
@@ -268,15 +271,9 @@ class Worker:
                 async with trio.open_nursery() as background:
                     if not is_installed:
                         background.start_soon(self.pump.run_as_task)
-                    if self.admin_listener is not None:
-                        side = Admin(self.service, self.roster, self.reload)
-                        background.start_soon(side.serve, self.admin_listener)
                     self.service.drains.nursery = background
-                    for pool in self.service.fleet.pools:
-                        if pool.is_split and pool.connector.calls_back:
-                            await background.start(callbacks.serve, self.service, pool)
                     background.start_soon(self.service.tally.run, self.service)
-                    await background.start(self.roster.run)
+                    await self.look_after_fleet(background)
                     async with trio.open_nursery() as self._handlers:
                         async with trio.open_nursery() as accepting:
                             for listener in self.listeners:
@@ -295,6 +292,14 @@ class Worker:
             self.service.fleet.close_idle()
             self.pump.epoll.close()
             self.stopped.set()
+
+    async def look_after_fleet(self, background: trio.Nursery) -> None:
+        """Begins what keeps the fleet as it should be; comes back when it is fit for requests."""
+        if self.admin_listener is not None:
+            side = Admin(self.service, self.roster, self.reload)
+            background.start_soon(side.serve, self.admin_listener)
+        await serve_callbacks(self.service, background)
+        await background.start(self.roster.run)
 
     async def _accept(self, listener: socket.socket, handlers: trio.Nursery) -> None:
         while True:

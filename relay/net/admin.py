@@ -6,26 +6,24 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Iterable
 from http import HTTPStatus
 from typing import Final, NamedTuple
 
 import h11
 import msgspec
 import trio
+from msgspec.structs import replace
 
-import relay
 from relay import config as settings
 from relay.address import UpstreamConfig
 from relay.core import status
 from relay.core.board import total
-from relay.core.health import State
 from relay.core.loose import UNDECODABLE
-from relay.core.status import PoolStatus, Status, UpstreamStatus
+from relay.core.status import ExchangeStatus, PoolStatus, Status
 from relay.net import sockets
-from relay.net.fleet import Pool
 from relay.net.metrics_text import CONTENT_TYPE, Processes, metrics_text
-from relay.net.pool import Upstream
+from relay.net.report import Crew, exchanges_of, status_of
 from relay.net.roster import Roster, RosterError
 from relay.net.service import Service, local_answer
 
@@ -35,12 +33,6 @@ ADMIN_S: Final = 10.0
 MOST_BYTES: Final = 65536
 
 _JSON: Final = "application/json"
-_STATES: Final = {
-    State.HEALTHY: "healthy",
-    State.DOWN: "unhealthy",
-    State.EJECTED: "ejected",
-    State.PROBING: "half-open",
-}
 #: How often the readings are taken that rates are made of, seconds: a rate is that of the last one to two of these.
 _RATE_S: Final = 5.0
 
@@ -75,12 +67,13 @@ class _Instances(msgspec.Struct):
 class Admin:
     """Answers on one listener."""
 
-    def __init__(self, service: Service, roster: Roster, reload: Callable[[], str]) -> None:
+    def __init__(self, service: Service, roster: Roster, reload: Callable[[], str], crew: Crew | None = None) -> None:
         self._service = service
         self._roster = roster
         self._reload = reload  #: reads the configuration again, and says what came of it; raises ValueError
+        self._crew = crew or _Alone(service)
         self._since = time.monotonic()
-        self._before = (self._since, total([service.tally.block]))
+        self._before = (self._since, total(self._crew.blocks))
         self._last = self._before
 
     async def serve(self, listener: socket.socket) -> None:
@@ -132,18 +125,18 @@ class Admin:
                     if len(body) > MOST_BYTES:
                         return b"", _refusal(413, f"the body is over {MOST_BYTES} bytes")
                 elif request is not None:
-                    return request.method, self.answer(request.method, request.target, body)
+                    return request.method, await self.answer(request.method, request.target, body)
         except h11.RemoteProtocolError as exc:
             return b"", _refusal(exc.error_status_hint, f"not a request: {exc}")
 
-    def answer(self, method: bytes, target: bytes, body: bytes = b"") -> Answer:
+    async def answer(self, method: bytes, target: bytes, body: bytes = b"") -> Answer:
         """The answer to an admin request."""
         path = target.partition(b"?")[0].decode("latin-1")
         verb = "GET" if method == b"HEAD" else method.decode("latin-1")
-        actions: dict[str, dict[str, Callable[[bytes], Answer]]] = {
+        actions: dict[str, dict[str, Callable[[bytes], Awaitable[Answer]]]] = {
             "/metrics": {"GET": self._metrics},
-            "/-/status": {"GET": lambda _: _json(self.status())},
-            "/-/exchanges": {"GET": lambda _: _json(self._exchanges())},
+            "/-/status": {"GET": self._status},
+            "/-/exchanges": {"GET": self._exchanges},
             "/-/upstreams": {"POST": self._add, "DELETE": self._remove},
             "/-/reload": {"POST": self._reloaded},
             "/instances/add": {"POST": lambda body: self._instances(body, is_added=True)},
@@ -159,7 +152,7 @@ class Admin:
         if verb not in actions[path]:
             return _refusal(405, f"only {', '.join(actions[path])} here")
         try:
-            return actions[path][verb](body)
+            return await actions[path][verb](body)
         except (RosterError, ValueError) as problem:
             return _refusal(400, str(problem))
 
@@ -168,59 +161,33 @@ class Admin:
     async def _take_readings(self) -> None:
         while True:
             await trio.sleep(_RATE_S)
-            self._service.tally.take_in(self._service)
-            self._before, self._last = self._last, (time.monotonic(), total([self._service.tally.block]))
+            self._before, self._last = self._last, (time.monotonic(), total(self._crew.blocks))
 
-    def _metrics(self, _: bytes) -> Answer:
-        self._service.tally.take_in(self._service)
-        return Answer(200, metrics_text([self._service.tally.block], [Processes([os.getpid()])]), CONTENT_TYPE)
+    async def _metrics(self, _: bytes) -> Answer:
+        await self._crew.statuses()
+        return Answer(200, metrics_text(self._crew.blocks, [Processes(self._crew.pids)]), CONTENT_TYPE)
 
-    def status(self) -> Status:
+    async def status(self) -> Status:
         """What ``relay status`` shows."""
-        service = self._service
-        service.tally.take_in(service)
+        parts = await self._crew.statuses()
         now = time.monotonic()
-        return Status(
-            version=relay.__version__,
-            state="ready" if service.is_ready else "draining",
-            uptime_s=round(now - self._since, 3),
-            in_flight=len(service.active),
-            frames=service.pump.frames,
-            pools=tuple(self._pool(pool, now) for pool in service.fleet.pools),
-        )
+        whole = status.merged(status_of(self._service), parts)
+        return replace(whole, uptime_s=round(now - self._since, 3), pools=self._with_rates(whole.pools, now))
 
-    def _pool(self, pool: Pool, now: float) -> PoolStatus:
+    def _with_rates(self, pools: Iterable[PoolStatus], now: float) -> tuple[PoolStatus, ...]:
         began, before = self._before
-        return PoolStatus(
-            name=pool.name,
-            models=pool.config.models,
-            policy=pool.config.balance,
-            in_flight=pool.in_flight,
-            queued=pool.queued,
-            rates=status.rates(pool.name, before, total([self._service.tally.block]), now - began),
-            upstreams=tuple(_upstream(upstream, now) for upstream in pool.upstreams),
-        )
+        after = total(self._crew.blocks)
+        return tuple(replace(pool, rates=status.rates(pool.name, before, after, now - began)) for pool in pools)
 
-    def _exchanges(self) -> list[dict[str, object]]:
+    async def _status(self, _: bytes) -> Answer:
+        return _json(await self.status())
+
+    async def _exchanges(self, _: bytes) -> Answer:
         """In flight, oldest first."""
-        now = time.monotonic()
-        return [
-            {
-                "id": exchange.id,
-                "client": exchange.client.peer,
-                "path": exchange.request.path,
-                "model": exchange.facts.model,
-                "pool": exchange.pool and exchange.pool.name,
-                "upstream": exchange.upstream and exchange.upstream.config.url,
-                "phase": exchange.phase.name.lower(),
-                "attempts": exchange.attempts,
-                "frames": exchange.frames_so_far,
-                "age_ms": round((now - exchange.timeline.request_started) * 1000, 3),
-            }
-            for exchange in sorted(self._service.active, key=lambda exchange: exchange.timeline.request_started)
-        ]
+        found = sorted(await self._crew.exchanges(), key=lambda exchange: -exchange.age_ms)
+        return _json(found)
 
-    def _healthcheck(self, _: bytes) -> Answer:
+    async def _healthcheck(self, _: bytes) -> Answer:
         """As the vLLM-Ascend proxy answers it: how many engines there are of each role."""
         counts: dict[str, int] = {}
         for pool in self._service.fleet.pools:
@@ -230,16 +197,18 @@ class Admin:
 
     # -- changing
 
-    def _add(self, body: bytes) -> Answer:
+    async def _add(self, body: bytes) -> Answer:
         change = self._change(body)
         config = _engine(change.url)
         self._roster.add(change.pool, change.role, config)
+        await self._crew.settle()
         return _json({"added": config.url, "pool": change.pool})
 
-    def _remove(self, body: bytes) -> Answer:
+    async def _remove(self, body: bytes) -> Answer:
         change = self._change(body)
         url = _engine(change.url).url
         self._roster.remove(change.pool, change.role, url)
+        await self._crew.settle()
         return _json({"removed": url, "pool": change.pool})
 
     def _change(self, body: bytes) -> _Change:
@@ -247,9 +216,9 @@ class Admin:
             change = msgspec.json.decode(body, type=_Change)
         except UNDECODABLE as exc:
             raise ValueError(f'{exc}; wanted: {{"pool": …, "role": …, "url": …}}') from None
-        return msgspec.structs.replace(change, pool=change.pool or self._service.fleet.pools[0].name)
+        return replace(change, pool=change.pool or self._service.fleet.pools[0].name)
 
-    def _instances(self, body: bytes, *, is_added: bool) -> Answer:
+    async def _instances(self, body: bytes, *, is_added: bool) -> Answer:
         try:
             wanted = msgspec.json.decode(body, type=_Instances)
         except UNDECODABLE as exc:
@@ -262,12 +231,34 @@ class Admin:
                         self._roster.add(pool.name, wanted.type, config)
                     else:
                         self._roster.remove(pool.name, wanted.type, config.url)
+                await self._crew.settle()
                 word = "added" if is_added else "removed"
                 return _json({word: instances, "type": wanted.type})
         raise RosterError(f"no pool has instances of type {wanted.type}")
 
-    def _reloaded(self, _: bytes) -> Answer:
-        return _json({"reloaded": self._reload()})
+    async def _reloaded(self, _: bytes) -> Answer:
+        said = self._reload()
+        await self._crew.settle()
+        return _json({"reloaded": said})
+
+
+class _Alone:
+    """A worker that is the whole daemon."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self.blocks = [service.tally.block]
+        self.pids = [os.getpid()]
+
+    async def statuses(self) -> list[Status]:
+        self._service.tally.take_in(self._service)
+        return [status_of(self._service)]
+
+    async def exchanges(self) -> list[ExchangeStatus]:
+        return exchanges_of(self._service)
+
+    async def settle(self) -> None:
+        pass
 
 
 async def _receive(sock: socket.socket) -> bytes:
@@ -279,21 +270,6 @@ async def _receive(sock: socket.socket) -> bytes:
 def _engine(url: str) -> UpstreamConfig:
     config: UpstreamConfig = settings.read_flag(settings.Upstream, url)
     return config
-
-
-def _upstream(upstream: Upstream, now: float) -> UpstreamStatus:
-    return UpstreamStatus(
-        url=upstream.config.url,
-        role=upstream.role,
-        state=_STATES[upstream.health.state(now)],
-        weight=upstream.config.weight,
-        in_flight=upstream.outstanding,
-        idle=upstream.idle,
-        failures=upstream.failures,
-        last_error=upstream.last_error,
-        probe_ms=None if upstream.probe_s is None else round(upstream.probe_s * 1000, 3),
-        age_s=round(now - upstream.added_at, 3),
-    )
 
 
 def _head(answer: Answer) -> bytes:

@@ -26,16 +26,18 @@ from relay.core.request import RequestFacts, Route
 from relay.errors import NoUpstream, Phase, QueueFull, QueueTimeout, RequestRefused
 from relay.net.group import Ask, Group
 from relay.net.pool import Upstream
+from relay.net.shares import Permits, Shares
 
 
 class Place:
     """An exchange's part of a pool: its slot, and the load it puts on an engine of each role. Given back once."""
 
-    __slots__ = ("_loads", "_pool", "upstreams")
+    __slots__ = ("_loads", "_permits", "_pool", "upstreams")
 
-    def __init__(self, pool: Pool) -> None:
+    def __init__(self, pool: Pool, permits: Permits | None) -> None:
         self._pool = pool
-        self._loads: dict[str, tuple[Upstream, Load]] = {}
+        self._permits = permits  # the pool's, of which this place has one
+        self._loads: dict[str, tuple[Upstream, Load, Permits | None]] = {}
         self.upstreams: dict[str, Upstream] = {}  #: the engine taken last, by role
 
     def __repr__(self) -> str:
@@ -45,9 +47,13 @@ class Place:
         """Picks an engine of a role whose load is not held, and counts the exchange; None where there is none."""
         group = self._pool.groups[role]
         upstream = group.pick(ask, tried)
+        while upstream is not None and upstream.permits is not None and not upstream.permits.take():
+            group.refresh(upstream)  # other workers have filled it
+            upstream = group.pick(ask, tried)
         if upstream is not None:
-            self._loads[role] = upstream, group.balancer.take(upstream.seat, ask.prompt_bytes)
+            self._loads[role] = upstream, group.balancer.take(upstream.seat, ask.prompt_bytes), upstream.permits
             self.upstreams[role] = upstream
+            upstream.show_load()
             if upstream.config.max_in_flight:
                 group.refresh(upstream)
         return upstream
@@ -74,9 +80,13 @@ class Place:
 
     def drop(self, role: str) -> None:
         """The same, without handing on what has become free."""
-        upstream, load = self._loads.pop(role, (None, None))
-        if upstream is not None and load is not None:
+        held = self._loads.pop(role, None)
+        if held is not None:
+            upstream, load, permits = held
             load.release()
+            upstream.show_load()
+            if permits is not None:
+                permits.give_back()
             if upstream.config.max_in_flight and not upstream.is_leaving:
                 self._pool.groups[role].refresh(upstream)
 
@@ -87,9 +97,16 @@ class Place:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._pool.leave()
+        self.give_up()
+        self._pool.advance()
+
+    def give_up(self) -> None:
+        """Gives back all it holds, without handing it on."""
         for role in list(self._loads):
             self.drop(role)
-        self._pool.advance()
+        if self._permits is not None:
+            self._permits.give_back()
+            self._permits = None
 
 
 #: The roles of a pool, by whether it is split.
@@ -124,6 +141,9 @@ class Pool:
         self.groups = {role: Group(role, _policy(config, role), rules, rng) for role in _ROLES[config.is_split]}
         self.connector = connector_named(config.connector)
         self.callback_url = ""  #: where decoders call back, if the connector has them do so
+        self.number = 0  #: its cell in what workers share
+        self.shares: Shares | None = None  #: with other workers; None: there are none
+        self.permits: Permits | None = None  #: its limit's places, where it is one over several workers
         self.in_flight = 0  #: places taken
         self._queue: FairQueue[bytes, _Waiter] = FairQueue()
         self._departures = DepartureRate(time.monotonic())
@@ -195,13 +215,15 @@ class Pool:
         return None if self._queue else self._try_enter(ask)
 
     def _try_enter(self, ask: Ask) -> Place | None:
-        if self.config.max_in_flight and self.in_flight >= self.config.max_in_flight:
+        if self.permits is not None:
+            if not self.permits.take():
+                return None
+        elif self.config.max_in_flight and self.in_flight >= self.config.max_in_flight:
             return None
-        place = Place(self)
+        place = Place(self, self.permits)
         for role in ask.roles:
             if role not in self.groups or place.take(role, ask) is None:
-                for taken in ask.roles:
-                    place.drop(taken)
+                place.give_up()
                 return None
         self.in_flight += 1
         return place
@@ -213,15 +235,18 @@ class Pool:
         """
         if (refusal := self._no_upstream(ask)) is not None:
             raise refusal
-        if len(self._queue) >= self.config.max_queue:
+        elsewhere = 0.0 if self.shares is None else self.shares.load_of_others(self.number)
+        if len(self._queue) + elsewhere >= self.config.max_queue:
             raise self._full()
         return await self._wait(_Waiter(ask), queue_s)
 
     async def _wait(self, waiter: _Waiter, queue_s: float) -> Place:
         self._queue.push(waiter.ask.tenant, waiter)
+        self._show_queue()
 
         def abort(_: object) -> trio.lowlevel.Abort:
             self._queue.remove(waiter.ask.tenant, waiter)
+            self._show_queue()
             return trio.lowlevel.Abort.SUCCEEDED
 
         with trio.move_on_after(queue_s or float("inf")):
@@ -251,7 +276,13 @@ class Pool:
                 if waiter.refusal is None:
                     return
             self._queue.pop()
+            self._show_queue()
             trio.lowlevel.reschedule(waiter.task)
+
+    def _show_queue(self) -> None:
+        """Lets other workers see how many wait here: ``max_queue`` is over all of them."""
+        if self.shares is not None:
+            self.shares.set_load(self.number, len(self._queue))
 
     def _retry_after_s(self) -> int:
         return self._departures.retry_after_s(len(self._queue), time.monotonic())

@@ -19,6 +19,7 @@ from relay.core.connectors.base import Endpoint
 from relay.core.health import Health
 from relay.errors import OutOfResources, Phase, UpstreamTimeout, UpstreamUnreachable
 from relay.net import sockets
+from relay.net.shares import Permits, Shares
 
 #: What says that this process is short of something, not that the engine cannot be reached.
 _OWN_SHORTAGES: Final = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
@@ -67,6 +68,9 @@ class Upstream:
         self.probe_s: float | None = None  #: what its last probe took
         self.models: dict[str, msgspec.Raw] | None = None  #: its own list, by id; None: never heard
         self.models_at = float("-inf")  #: when that was
+        self.number = 0  #: its cell in what workers share
+        self.shares: Shares | None = None  #: where its load is shown to other workers
+        self.permits: Permits | None = None  #: its limit's places, where it is one over several workers
         self.endpoint: Endpoint | None = None  #: as a connector sees it, with what had to be asked for
         self._idle: deque[UpstreamConnection] = deque()
 
@@ -81,7 +85,14 @@ class Upstream:
     @property
     def is_full(self) -> bool:
         """Whether it has as many exchanges as its configuration allows."""
+        if self.permits is not None:
+            return self.permits.is_exhausted
         return 0 < self.config.max_in_flight <= self.seat.streams
+
+    def show_load(self) -> None:
+        """Lets other workers see what this one has there."""
+        if self.shares is not None:
+            self.shares.set_load(self.number, self.seat.load)
 
     @property
     def idle(self) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Final
 
@@ -59,8 +59,9 @@ class RosterError(Exception):
 class Roster:
     """Keeps a service's fleet as it should be. `run` it; the other methods may be called meanwhile."""
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, on_change: Callable[[], None] = lambda: None) -> None:
         self._service = service
+        self._on_change = on_change  #: who is in the fleet, and up, has changed
         self._rng = random.Random()
         self._watched: set[Upstream] = set()
         self._names: set[tuple[Pool, str, str]] = set()  # pool, role, and what is resolved for them
@@ -104,6 +105,7 @@ class Roster:
             group.add(config)
         except ValueError:
             raise RosterError(f"{config.url} is in pool {pool} already") from None
+        self._on_change()
         self._look_around()
         self._pool(pool).advance()
 
@@ -114,12 +116,14 @@ class Roster:
         except KeyError:
             known = ", ".join(self._group(pool, role).upstreams) or "none"
             raise RosterError(f"{url} is not in pool {pool}; in it: {known}") from None
+        self._on_change()
         self._pool(pool).advance()  # who waits for the last one waits in vain
 
     def reconfigure(self, config: Config) -> None:
         """Takes on another configuration; streams in flight go on under the old one."""
         self._service.config = config
         self._service.fleet.reconfigure(config)
+        self._on_change()
         self._look_around()
 
     def _pool(self, name: str) -> Pool:
@@ -178,6 +182,7 @@ class Roster:
                 if was_up != upstream.health.is_up:
                     word = "is up" if upstream.health.is_up else f"is down: {upstream.last_error}"
                     print(f"relay: {upstream.config.url} {word}", file=sys.stderr, flush=True)
+                    self._on_change()
                 group.refresh(upstream)
                 self._note_probed()
                 if is_well and time.monotonic() - upstream.models_at > MODELS_S:
@@ -207,8 +212,11 @@ class Roster:
             with trio.fail_after(PROBE_S):
                 status, body = await self._get(upstream, "/v1/models", most_bytes=_MOST_MODELS_BYTES)
             if 200 <= status <= 299 and len(body) <= _MOST_MODELS_BYTES:
+                before = upstream.models
                 upstream.models = {_decode_model(entry).id: entry.copy() for entry in _decode_models(body).data}
                 upstream.models_at = time.monotonic()
+                if before is None or before.keys() != upstream.models.keys():  # the rest is times
+                    self._on_change()
 
     async def _get(self, upstream: Upstream, path: str, *, most_bytes: int) -> tuple[int, bytes]:
         """Status and body of an engine's answer; of a body over `most_bytes` only somewhat more than that.
@@ -251,7 +259,10 @@ class Roster:
             except OSError as exc:
                 print(f"relay: {url} does not resolve: {exc.strerror}", file=sys.stderr, flush=True)
             else:
-                mine = _settle(pool.groups[role], mine, [config.at(ip) for ip in {str(each[4][0]) for each in found}])
+                wanted = [config.at(ip) for ip in {str(each[4][0]) for each in found}]
+                before, mine = mine, _settle(pool.groups[role], mine, wanted)
+                if mine != before:
+                    self._on_change()
             self._unresolved.discard((pool, role, url))
             self._look_around()
             pool.advance()
@@ -259,6 +270,7 @@ class Roster:
         self._names.discard((pool, role, url))
         if role in pool.groups:
             _settle(pool.groups[role], mine, [])
+            self._on_change()
             pool.advance()
 
     def _configured(self, pool: Pool, role: str, url: str) -> UpstreamConfig | None:

@@ -16,17 +16,24 @@ from relay.net.pump import Pump
 from relay.net.tally import Tally
 
 if TYPE_CHECKING:
+    from relay.core.board import Block
     from relay.net.exchange import Exchange
 
 
 class Service:
     """Configuration, fleet, pump and the exchanges in flight."""
 
-    def __init__(self, config: Config, pump: Pump, write_record: Callable[[Record], None] | None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        pump: Pump,
+        write_record: Callable[[Record], None] | None,
+        block: Block | None = None,
+    ) -> None:
         self.config = config
         self.pump = pump
         self.fleet = Fleet(config)
-        self.tally = Tally()
+        self.tally = Tally(block)  #: in a block of its own, or in shared memory
         self.write_record = write_record  #: None: nobody reads records
         self.is_ready = True  #: false: load balancers are to send no more, but what comes is served
         self.is_draining = False  #: no more requests

@@ -15,6 +15,7 @@ from relay.core.metrics import GaugeFamily
 from relay.errors import ExchangeError, Phase, Side, UpstreamRecomputed
 
 if TYPE_CHECKING:
+    from relay.core.board import Block
     from relay.core.cost import Cost
     from relay.net.exchange import Exchange
     from relay.net.service import Service
@@ -26,8 +27,8 @@ BEAT_S: Final = 1.0
 class Tally:
     """Counts exchanges as they end, and folds in the gaps of those that go on."""
 
-    def __init__(self, block: bytearray | None = None) -> None:
-        self.block = block if block is not None else bytearray(BOARD_BYTES)
+    def __init__(self, block: Block | None = None) -> None:
+        self.block: Block = block if block is not None else bytearray(BOARD_BYTES)
         self.board = Board(self.block)
         board = self.board
         self._frames = board.counter(metrics.FRAMES)

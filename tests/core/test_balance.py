@@ -259,3 +259,23 @@ def test_two_choices_keep_a_fleet_nearly_even() -> None:
         assert seat is not None
         balancer.take(seat, 0)
     assert max(seat.streams for seat in seats) <= 14
+
+
+@pytest.mark.parametrize("policy", ["least_outstanding", "power_of_two"])
+def test_what_other_processes_have_there_counts(policy: str) -> None:
+    busy, idle = Seat("http://a:1"), Seat("http://b:1")
+    balancer = make_balancer(policy, [busy, idle], rng=random.Random(1))
+    balancer.set_others(busy, 3.0)
+    assert [balancer.take(idle, 0).seat for _ in range(2)] == [idle, idle]
+    assert balancer.pick() is idle
+    balancer.set_others(busy, 0.5)
+    assert balancer.pick() is busy
+    assert (busy.load, busy.score) == (0, 0.5)
+
+
+def test_what_others_have_is_known_of_a_seat_that_joins_later() -> None:
+    one, other = Seat("http://a:1", is_available=False), Seat("http://b:1")
+    balancer = make_balancer("least_outstanding", [one, other], rng=random.Random(1))
+    balancer.set_others(one, 2.0)
+    balancer.set_available(one, True)
+    assert balancer.pick() is other

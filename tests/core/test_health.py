@@ -430,3 +430,24 @@ class AnyOrder(RuleBasedStateMachine):
 
 TestAnyOrder = AnyOrder.TestCase
 TestAnyOrder.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+
+
+# -- probes of another process
+
+
+def test_another_process_has_probed() -> None:
+    health = health_of()
+    health.on_verdict(False, 0.0)
+    assert (health.is_probed, health.state(0.0)) == (True, State.DOWN)
+    health.on_verdict(True, 1.0)
+    assert health.state(1.0) is State.HEALTHY
+
+
+def test_one_that_another_process_finds_up_again_gets_a_trial_at_once() -> None:
+    health = ejected(0.0)
+    health.on_verdict(False, 0.0)
+    health.on_verdict(True, 0.1)
+    assert health.state(0.1) is State.PROBING
+    still = ejected(0.0)
+    still.on_verdict(True, 0.1)  # it was not down: what requests say stands
+    assert still.state(0.1) is State.EJECTED

@@ -125,7 +125,7 @@ class AnyTraffic(RuleBasedStateMachine):
         if not hasattr(self, "pool"):
             return
         assert self.pool.in_flight == len(self.places)
-        held = Counter(up for place in self.places for up, _ in place._loads.values())
+        held = Counter(up for place in self.places for up, *_ in place._loads.values())
         for up in {*self.pool.upstreams, *self.seen, *held}:
             assert up.outstanding == held[up]
             assert (up.seat.prompt_bytes == 0) or held[up]

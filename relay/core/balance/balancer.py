@@ -27,7 +27,7 @@ _NOWHERE: Final = -1
 class Seat:
     """An upstream as policies see it. Only its balancer changes it."""
 
-    __slots__ = ("is_available", "name", "prompt_bytes", "slot", "streams", "weight")
+    __slots__ = ("is_available", "name", "others", "prompt_bytes", "slot", "streams", "weight")
 
     def __init__(self, name: str, weight: int = 1, *, is_available: bool = True) -> None:
         if weight < 1:
@@ -37,6 +37,7 @@ class Seat:
         self.is_available = is_available  #: may be picked
         self.streams = 0  #: outstanding
         self.prompt_bytes = 0  #: of the outstanding ones
+        self.others = 0.0  #: what other processes have outstanding there, in streams
         self.slot = _NOWHERE  #: its place in the balancer's row, if it stands there
 
     def __repr__(self) -> str:
@@ -44,9 +45,14 @@ class Seat:
         return f"<Seat {self.name} weight={self.weight} streams={self.streams} prompt_bytes={self.prompt_bytes}{state}>"
 
     @property
+    def load(self) -> float:
+        """What this process has outstanding there, in streams."""
+        return self.streams + self.prompt_bytes / PROMPT_BYTES_PER_STREAM
+
+    @property
     def score(self) -> float:
         """What is outstanding, in streams, per weight."""
-        return (self.streams + self.prompt_bytes / PROMPT_BYTES_PER_STREAM) / self.weight
+        return (self.load + self.others) / self.weight
 
 
 class Load:
@@ -145,6 +151,13 @@ class Balancer(ABC):
         seat.weight = weight
         if is_in_row:
             self._join(seat)
+
+    def set_others(self, seat: Seat, load: float) -> None:
+        """What other processes have outstanding at a seat, in streams: it counts as this one's own does."""
+        if load != seat.others:
+            seat.others = load
+            if seat.slot != _NOWHERE:
+                self._scores[seat.slot] = seat.score
 
     # -- what policies add to
 

@@ -1,0 +1,301 @@
+"""The workers, as the control process has them: begun, told of changes, asked, replaced when they die, told to end."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import Final
+
+import msgspec
+import trio
+
+from relay.config import Config
+from relay.core.status import ExchangeStatus, Status
+from relay.daemon import messages
+from relay.daemon.forker import Forked, Forker
+from relay.daemon.limits import Limits
+from relay.daemon.messages import Channel, Done, Member, Message, PoolMembers, Said
+from relay.daemon.scoreboard import MOST_NUMBERS, Numbers, Scoreboard, Slot
+from relay.net.fleet import Pool
+from relay.net.pool import Upstream
+from relay.net.service import Service
+
+#: Seconds before a worker that died is replaced, doubled each time until one has lived for `STEADY_S`. The longest is
+#: below half of the units' WatchdogSec=: a daemon whose workers cannot live is begun anew.
+FIRST_DELAY_S: Final = 0.05
+LONGEST_DELAY_S: Final = 4.0
+STEADY_S: Final = 10.0
+#: Changes of the fleet are told together, so often at most: when a rack goes, its engines go down one after the other.
+TELL_S: Final = 0.05
+#: How long a worker may take to answer, or to take on a change, before others go on without it.
+ANSWER_S: Final = 2.0
+#: Questions that a worker may owe answers to; it is asked no more until then.
+MOST_OWED: Final = 16
+
+_decode_status: Final = msgspec.msgpack.Decoder(Status).decode
+_decode_exchanges: Final = msgspec.msgpack.Decoder(list[ExchangeStatus]).decode
+
+
+class _Hand:
+    """One worker, or the place of one."""
+
+    def __init__(self, number: int, slot: Slot) -> None:
+        self.number = number
+        self.slot = slot
+        self.pid: int | None = None
+        self.channel: Channel | None = None  #: None: it is gone
+        self.config: Config | None = None  #: what it was told last
+        self.limits: dict[int, int] = {}  #: likewise, descriptors by number
+        self.confirmed = 0  #: the last change it has taken on
+        self.answers: dict[int, bytes | None] = {}  #: to what it was asked, None: not yet
+        self.owed = 0
+
+
+class Crew:
+    """All workers."""
+
+    def __init__(self, service: Service, scoreboard: Scoreboard, forker: Forker) -> None:
+        self._service = service
+        self._forker = forker
+        self._numbers = Numbers(scoreboard)
+        self._limits = Limits()
+        self._hands = [_Hand(number, slot) for number, slot in enumerate(scoreboard.slots, 1)]
+        self.blocks = [slot.board for slot in scoreboard.slots]
+        self._version = 1  #: of the fleet as the workers know it, or are about to
+        self._questions = 0
+        self._has_changed = trio.Event()
+        self._news = trio.Event()  # set, and made anew, whenever a worker has said something or gone
+        self._is_ending = False
+        self.ended = trio.Event()  #: all are gone, and no others come
+
+    def __repr__(self) -> str:
+        return f"<Crew {sum(hand.channel is not None for hand in self._hands)} of {len(self._hands)}>"
+
+    @property
+    def pids(self) -> list[int]:
+        """All processes of the daemon."""
+        return [os.getpid(), self._forker.pid, *(hand.pid for hand in self._hands if hand.pid is not None)]
+
+    @property
+    def oldest_beat(self) -> float:
+        """When the event loop turned of the worker where that is longest ago (monotonic clock).
+
+        One that has died counts until it is replaced; one that has drained does not.
+        """
+        expected = (hand.slot.beat for hand in self._hands if hand.channel is not None or not self._is_ending)
+        return min(expected, default=math.inf)
+
+    async def run(self, on_lost: Callable[[], None]) -> None:
+        """Has all workers work, until they have been told to end and have; `on_lost`: none can be replaced any more."""
+        async with trio.open_nursery() as nursery:
+            self._limits.nursery = nursery
+            nursery.start_soon(self._tell_changes)
+            nursery.start_soon(self._watch_forker, on_lost)
+            async with trio.open_nursery() as hands:
+                for hand in self._hands:
+                    hands.start_soon(self._keep, hand)
+            self.ended.set()
+            nursery.cancel_scope.cancel()
+
+    async def begun(self) -> None:
+        """Waits until each has begun to serve, or is not to."""
+        while not self._is_ending and not all(hand.confirmed for hand in self._hands):
+            await self._news.wait()
+
+    # -- beginning and ending
+
+    async def _keep(self, hand: _Hand) -> None:
+        """A worker in this place, and after it another."""
+        delay_s = FIRST_DELAY_S
+        while not self._is_ending:
+            began = time.monotonic()
+            hand.slot.set_beat(began)
+            try:
+                sock = self._forker.fork(hand.number - 1)
+            except OSError:
+                return  # `_watch_forker` knows
+            with sock:
+                await self._listen_to(hand, Channel(sock))
+            self._limits.give_back(hand.slot.vacate())
+            if time.monotonic() - began > STEADY_S:
+                delay_s = FIRST_DELAY_S
+            with trio.move_on_after(delay_s):
+                while not self._is_ending:
+                    await self._news.wait()
+            delay_s = min(2 * delay_s, LONGEST_DELAY_S)
+
+    async def _listen_to(self, hand: _Hand, channel: Channel) -> None:
+        hand.channel, hand.config, hand.limits, hand.confirmed, hand.owed = channel, None, {}, 0, 0
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(channel.deliver)
+            self._tell(hand, self._fleet())
+            if self._is_ending:
+                channel.send(messages.Drain())
+            while (message := await channel.receive()) is not None:
+                match message:
+                    case Done(serial):
+                        hand.confirmed = serial
+                    case Said(serial, answer):
+                        hand.owed -= 1
+                        if serial in hand.answers:
+                            hand.answers[serial] = answer
+                self._announce()
+            nursery.cancel_scope.cancel()
+        hand.channel = hand.pid = None
+        self._announce()
+
+    async def _watch_forker(self, on_lost: Callable[[], None]) -> None:
+        while (event := await self._forker.next_event()) is not None:
+            if isinstance(event, Forked):
+                self._hands[event.slot].pid = event.pid
+            elif event.status or not self._is_ending:
+                how = signal.Signals(-event.status).name if event.status < 0 else f"status {event.status}"
+                print(f"relay: worker {event.pid} ended with {how}", file=sys.stderr, flush=True)
+        if not self._is_ending:
+            print("relay: the process that workers are forked from is gone; draining", file=sys.stderr, flush=True)
+            on_lost()
+
+    def drain(self) -> None:
+        """All are to end when what they have open has ended."""
+        self._is_ending = True
+        self._send_all(messages.Drain())
+        self._announce()
+
+    def cut(self) -> None:
+        """All are to end now."""
+        self._send_all(messages.Cut())
+
+    def kill(self) -> None:
+        """Ends those that do not end."""
+        for hand in self._hands:
+            if hand.channel is not None and hand.pid is not None:
+                with suppress(ProcessLookupError):
+                    os.kill(hand.pid, signal.SIGKILL)
+
+    # -- telling
+
+    def fleet_changed(self) -> None:
+        """Who is in the fleet, or up, has changed: the workers are told."""
+        self._has_changed.set()
+
+    def call(self, key: str, body: bytes) -> None:
+        """A decoder has called back: whoever waits for `key` is among the workers."""
+        self._send_all(messages.Call(key, body))
+
+    async def settle(self) -> None:
+        """Waits until all workers know of the changes so far. Raises ValueError where one does not answer."""
+        wanted = self._version + self._has_changed.is_set()
+        with trio.move_on_after(ANSWER_S):
+            while late := [hand for hand in self._hands if hand.channel is not None and hand.confirmed < wanted]:
+                await self._news.wait()
+            return
+        names = ", ".join(f"{hand.number} (pid {hand.pid})" for hand in late)
+        raise ValueError(f"changed, but not confirmed within {ANSWER_S:g} s by worker {names}")
+
+    async def _tell_changes(self) -> None:
+        while True:
+            await self._has_changed.wait()
+            self._has_changed = trio.Event()
+            self._version += 1
+            pools = self._fleet()
+            for hand in self._hands:
+                if hand.channel is not None:
+                    self._tell(hand, pools)
+            await trio.sleep(TELL_S)
+
+    def _tell(self, hand: _Hand, pools: list[PoolMembers]) -> None:
+        assert hand.channel is not None
+        limits = dict(self._limits.fds)
+        new = [number for number, fd in limits.items() if hand.limits.get(number) != fd]
+        for at in range(0, len(new), messages.MOST_FDS):
+            numbers = new[at : at + messages.MOST_FDS]
+            hand.channel.send(messages.Limits(numbers), [limits[number] for number in numbers])
+        hand.limits = limits
+        config = self._service.config
+        hand.channel.send(messages.Fleet(self._version, pools, None if hand.config is config else config))
+        hand.config = config
+
+    def _fleet(self) -> list[PoolMembers]:
+        """The fleet as it is now."""
+        pools = [self._members(pool) for pool in self._service.fleet.pools]
+        subjects = {(pool.name, "", "") for pool in pools}
+        subjects |= {(pool.name, member.role, member.config.url) for pool in pools for member in pool.members}
+        for number in self._numbers.keep(subjects):
+            self._limits.drop(number)
+        return pools
+
+    def _members(self, pool: Pool) -> PoolMembers:
+        number, is_limited = self._number((pool.name, "", ""), pool.config.max_in_flight)
+        members = [self._member(pool, upstream) for upstream in pool.upstreams]
+        return PoolMembers(pool.name, number, is_limited, pool.callback_url, members)
+
+    def _member(self, pool: Pool, upstream: Upstream) -> Member:
+        config, health = upstream.config, upstream.health
+        number, is_limited = self._number((pool.name, upstream.role, config.url), config.max_in_flight)
+        models = None if upstream.models is None else {name: bytes(raw) for name, raw in upstream.models.items()}
+        return Member(
+            role=upstream.role,
+            config=config,
+            number=number,
+            is_limited=is_limited,
+            is_resolved=upstream.is_resolved,
+            is_probed=health.is_probed,
+            is_up=health.is_up,
+            error=upstream.last_error,
+            probe_s=upstream.probe_s,
+            models=models,
+        )
+
+    def _number(self, subject: tuple[str, str, str], most: int) -> tuple[int | None, bool]:
+        """The number of a pool or an engine, and whether it has a limit over all workers."""
+        number = self._numbers.of(subject)
+        if number is None:
+            print(f"relay: more than {MOST_NUMBERS} engines; the limit of {subject} is each worker's", file=sys.stderr)
+            return None, False
+        if most:
+            self._limits.set(number, most)
+        return number, most > 0
+
+    # -- asking
+
+    async def statuses(self) -> list[Status]:
+        """What each worker is doing, and their boards up to date; of one that does not answer in time, nothing."""
+        return [_decode_status(answer) for answer in await self._ask(messages.AskStatus)]
+
+    async def exchanges(self) -> list[ExchangeStatus]:
+        """All in flight."""
+        found = await self._ask(messages.AskExchanges)
+        return [exchange for answer in found for exchange in _decode_exchanges(answer)]
+
+    async def _ask(self, question: type[messages.AskStatus | messages.AskExchanges]) -> list[bytes]:
+        self._questions += 1
+        serial = self._questions
+        asked = []
+        for hand in self._hands:
+            if hand.channel is not None and hand.owed < MOST_OWED:
+                hand.channel.send(question(serial))
+                hand.answers[serial] = None
+                hand.owed += 1
+                asked.append(hand)
+        with trio.move_on_after(ANSWER_S):
+            while any(hand.channel is not None and hand.answers[serial] is None for hand in asked):
+                await self._news.wait()
+        answers = [hand.answers.pop(serial) for hand in asked]
+        return [answer for answer in answers if answer is not None]
+
+    def _send_all(self, message: Message) -> None:
+        for channel in self._channels():
+            channel.send(message)
+
+    def _channels(self) -> Iterator[Channel]:
+        return (hand.channel for hand in self._hands if hand.channel is not None)
+
+    def _announce(self) -> None:
+        """Something has happened that somebody may wait for."""
+        self._news.set()
+        self._news = trio.Event()

@@ -1,0 +1,180 @@
+"""What the control process and its workers tell each other, and the channel it goes over.
+
+A message is its length, 4 bytes, and MessagePack, on a stream socket: a status or a configuration may be longer than
+what a datagram holds. Descriptors travel beside the first byte of the message that names them (SCM_RIGHTS, unix(7)), so
+they are there when it is.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections import deque
+from collections.abc import Sequence
+from typing import Final
+
+import msgspec
+import trio
+
+from relay.address import UpstreamConfig
+from relay.config import Config
+
+_HEAD_BYTES: Final = 4
+_READ_BYTES: Final = 65536
+#: Descriptors in one message: the kernel's SCM_MAX_FD is 253.
+MOST_FDS: Final = 250
+
+
+class Member(msgspec.Struct, frozen=True, array_like=True):
+    """An engine of the fleet."""
+
+    role: str
+    config: UpstreamConfig
+    number: int | None  #: its cell in the scoreboard; None: it has none
+    is_limited: bool  #: its limit is one over all workers, under its number
+    is_resolved: bool
+    is_probed: bool
+    is_up: bool
+    error: str | None  #: why it is not
+    probe_s: float | None
+    models: dict[str, bytes] | None  #: its own list, each entry in JSON
+
+
+class PoolMembers(msgspec.Struct, frozen=True, array_like=True):
+    """A pool's engines."""
+
+    name: str
+    number: int | None
+    is_limited: bool
+    callback_url: str
+    members: list[Member]
+
+
+class Fleet(msgspec.Struct, frozen=True, tag=True):
+    """All there is to know of the fleet; a worker makes its own so, and answers `Done`."""
+
+    serial: int
+    pools: list[PoolMembers]
+    config: Config | None  #: None: as before
+
+
+class Limits(msgspec.Struct, frozen=True, tag=True):
+    """Semaphores, a descriptor for each number."""
+
+    numbers: list[int]
+
+
+class AskStatus(msgspec.Struct, frozen=True, tag=True):
+    """What is the worker doing? Answered by `Said` with a `relay.core.status.Status`, after its board is up to date."""
+
+    serial: int
+
+
+class AskExchanges(msgspec.Struct, frozen=True, tag=True):
+    """Answered by `Said` with a list of `relay.core.status.ExchangeStatus`."""
+
+    serial: int
+
+
+class Call(msgspec.Struct, frozen=True, tag=True):
+    """A decoder has called back; of interest to the worker that waits for `key`."""
+
+    key: str
+    body: bytes
+
+
+class Drain(msgspec.Struct, frozen=True, tag=True):
+    """Stop accepting, and end when what is open has ended."""
+
+
+class Cut(msgspec.Struct, frozen=True, tag=True):
+    """End at once."""
+
+
+class Done(msgspec.Struct, frozen=True, tag=True):
+    """The `Fleet` of this number is the worker's."""
+
+    serial: int
+
+
+class Said(msgspec.Struct, frozen=True, tag=True):
+    """The answer to a question, in MessagePack."""
+
+    serial: int
+    answer: bytes
+
+
+Order = Fleet | Limits | AskStatus | AskExchanges | Call | Drain | Cut
+Reply = Done | Said
+Message = Order | Reply
+
+encode: Final = msgspec.msgpack.Encoder().encode
+_decode: Final = msgspec.msgpack.Decoder(Message).decode
+
+
+class Channel:
+    """One end. `send` never waits; `deliver` must run, so that what is sent leaves."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.fds: deque[int] = deque()  #: received, and not yet taken by whom they are for
+        self._received = bytearray()
+        self._unsent: deque[tuple[memoryview, Sequence[int]]] = deque()
+        self._wake = trio.Event()
+        sock.setblocking(False)
+
+    def __repr__(self) -> str:
+        return f"<Channel {self.sock.fileno()} unsent={len(self._unsent)}>"
+
+    def send(self, message: Message, fds: Sequence[int] = ()) -> None:
+        """Sends a message, as soon as the other end takes it."""
+        data = encode(message)
+        kept = [os.dup(fd) for fd in fds]  # the caller's may be closed by then
+        self._unsent.append((memoryview(len(data).to_bytes(_HEAD_BYTES, "big") + data), kept))
+        self._wake.set()
+
+    async def deliver(self) -> None:
+        """Sends what there is to send, until cancelled or the other end is gone, which `receive` tells."""
+        while True:
+            await self._wake.wait()
+            self._wake = trio.Event()
+            while self._unsent:
+                data, fds = self._unsent[0]
+                try:
+                    sent = socket.send_fds(self.sock, [data], fds) if fds else self.sock.send(data)
+                except BlockingIOError:
+                    await trio.lowlevel.wait_writable(self.sock)
+                    continue
+                except OSError:
+                    return
+                for fd in fds:
+                    os.close(fd)
+                if sent == len(data):
+                    self._unsent.popleft()
+                else:
+                    self._unsent[0] = data[sent:], ()
+
+    async def receive(self) -> Message | None:
+        """The next message; None when the other end is gone."""
+        while (message := self._take()) is None:
+            try:
+                data, fds, _, _ = socket.recv_fds(self.sock, _READ_BYTES, MOST_FDS, socket.MSG_CMSG_CLOEXEC)
+            except BlockingIOError:
+                await trio.lowlevel.wait_readable(self.sock)
+                continue
+            except OSError:
+                return None
+            if not data:
+                return None
+            self._received += data
+            self.fds += fds
+        return message
+
+    def _take(self) -> Message | None:
+        received = self._received
+        end = _HEAD_BYTES + int.from_bytes(received[:_HEAD_BYTES], "big")
+        if len(received) < max(end, _HEAD_BYTES + 1):
+            return None
+        message: Message = _decode(memoryview(received)[_HEAD_BYTES:end])
+        del received[:end]
+        return message

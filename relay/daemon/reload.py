@@ -1,0 +1,32 @@
+"""Reading the configuration again while the daemon runs: all of it is right, or nothing changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+from relay.config import Config, ConfigError
+from relay.net.guard import Guard, GuardError
+
+#: Tables that a reload leaves as they are.
+_FIXED: Final = ("listen", "admin", "log")
+
+
+def read_again(load_config: Callable[[], Config] | None) -> Config:
+    """What the configuration file says now. Raises ValueError: it cannot be used."""
+    if load_config is None:
+        raise ValueError("there is no file to read again: the daemon was started without --config")
+    try:
+        config = load_config()
+        Guard(config.auth)
+    except GuardError as exc:
+        raise ValueError(str(exc)) from None
+    except ConfigError as exc:
+        raise ValueError("; ".join(problem.line(exc.source) for problem in exc.problems)) from None
+    return config
+
+
+def what_came_of(config: Config, before: Config) -> str:
+    """What is told of a reload."""
+    fixed = [name for name in _FIXED if getattr(config, name) != getattr(before, name)]
+    return f"yes, but a restart is needed for: {', '.join(fixed)}" if fixed else "yes"

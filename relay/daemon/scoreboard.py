@@ -1,0 +1,112 @@
+"""The memory that all processes of a daemon share: for each worker a slot that it alone writes, and all read.
+
+One anonymous mapping, made before the first fork. A slot outlives its worker: the next in it goes on counting in the
+same board, so a worker that dies takes no counts with it. Pages that nobody writes cost nothing.
+
+    slot     board    BOARD_BYTES      metrics, see `relay.core.board`
+             loads    float64 each     what is outstanding at an engine, in streams; what waits for a pool
+             held     float64 each     permits held of a limit
+             beat     float64          when the event loop last turned (monotonic clock, which all processes share)
+"""
+
+from __future__ import annotations
+
+import math
+from mmap import mmap
+from typing import Final
+
+from relay.core.board import BOARD_BYTES, retire
+
+#: Engines and pools at once; a number beyond stands for nobody, see `Numbers`.
+MOST_NUMBERS: Final = 4096
+#: Engines of one role and pool, or the pool itself (role and URL empty).
+Subject = tuple[str, str, str]
+
+_CELL: Final = 8
+_PAGE: Final = 4096
+_SLOT_BYTES: Final = BOARD_BYTES + 2 * MOST_NUMBERS * _CELL + _PAGE
+
+
+class Slot:
+    """One worker's part."""
+
+    def __init__(self, memory: memoryview) -> None:
+        self.board = memory[:BOARD_BYTES]
+        cells = memory[BOARD_BYTES:].cast("d")
+        self.loads: memoryview[float] = cells[:MOST_NUMBERS]
+        self.held: memoryview[float] = cells[MOST_NUMBERS : 2 * MOST_NUMBERS]
+        self._beat: memoryview[float] = cells[2 * MOST_NUMBERS : 2 * MOST_NUMBERS + 1]
+
+    def __repr__(self) -> str:
+        return f"<Slot streams={math.fsum(self.loads):g} beat={self.beat:.3f}>"
+
+    @property
+    def beat(self) -> float:
+        """When the worker's event loop last turned; 0: never."""
+        return self._beat[0]
+
+    def set_beat(self, now: float) -> None:
+        """The event loop turns."""
+        self._beat[0] = now
+
+    def vacate(self) -> dict[int, int]:
+        """Its worker is gone: nothing is outstanding there any more. Answers the permits it held, by number."""
+        held = {number: int(count) for number, count in enumerate(self.held) if count}
+        for cells in (self.loads, self.held):
+            for number, value in enumerate(cells):
+                if value:
+                    cells[number] = 0.0
+        retire(self.board)
+        return held
+
+
+class Scoreboard:
+    """All slots. Make it before the first fork."""
+
+    def __init__(self, workers: int) -> None:
+        memory = memoryview(mmap(-1, workers * _SLOT_BYTES))
+        self.slots = [Slot(memory[at * _SLOT_BYTES : (at + 1) * _SLOT_BYTES]) for at in range(workers)]
+
+    def __repr__(self) -> str:
+        return f"<Scoreboard {self.slots!r}>"
+
+    def is_clear(self, number: int) -> bool:
+        """Whether nobody has anything outstanding under a number."""
+        return not any(slot.loads[number] or slot.held[number] for slot in self.slots)
+
+
+class Numbers:
+    """Which cell stands for whom; a number is given anew once its subject is gone and its cells are clear."""
+
+    def __init__(self, scoreboard: Scoreboard) -> None:
+        self._scoreboard = scoreboard
+        self._of: dict[Subject, int] = {}
+        self._gone: list[int] = []
+        self._next = 0
+
+    def __repr__(self) -> str:
+        return f"<Numbers used={len(self._of)} gone={len(self._gone)}>"
+
+    def of(self, subject: Subject) -> int | None:
+        """A subject's number; None: there are too many."""
+        number = self._of.get(subject)
+        if number is None:
+            number = self._free()
+            if number is not None:
+                self._of[subject] = number
+        return number
+
+    def keep(self, subjects: set[Subject]) -> list[int]:
+        """Only these are left; answers the numbers of those that are gone."""
+        gone = [self._of.pop(subject) for subject in self._of.keys() - subjects]
+        self._gone += gone
+        return gone
+
+    def _free(self) -> int | None:
+        for at, number in enumerate(self._gone):
+            if self._scoreboard.is_clear(number):
+                return self._gone.pop(at)
+        if self._next == MOST_NUMBERS:
+            return None
+        self._next += 1
+        return self._next - 1

@@ -1,0 +1,253 @@
+"""The parts of the control process: what is shared, what is limited, what is told, and who is forked."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+
+import pytest
+import trio
+
+from relay.address import parse_upstream
+from relay.config import Config, DaemonConfig, PoolConfig, PriceConfig
+from relay.core import metrics
+from relay.core.board import Board, total
+from relay.daemon import messages, supervisor
+from relay.daemon.forker import Ended, Forked, Forker
+from relay.daemon.limits import Limits
+from relay.daemon.messages import Channel, Done, Said
+from relay.daemon.scoreboard import MOST_NUMBERS, Numbers, Scoreboard
+from relay.net.shares import Permits, Shares
+
+# -- how many
+
+
+def test_auto_is_one_for_each_core_the_daemon_may_use() -> None:
+    script = (
+        "import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])\n"
+        "from relay.config import Config; from relay.daemon import supervisor; print(supervisor.count_of(Config()))"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
+    assert result.stdout == "1\n"
+    assert supervisor.count_of(Config(daemon=DaemonConfig(workers=3))) == 3
+
+
+# -- what is shared
+
+
+def test_a_child_writes_what_its_parent_reads() -> None:
+    scoreboard = Scoreboard(2)
+    pid = os.fork()
+    if not pid:
+        Board(scoreboard.slots[1].board).counter(metrics.FRAMES).add(7)
+        scoreboard.slots[1].loads[5] = 2.5
+        os._exit(0)
+    os.waitpid(pid, 0)
+    assert total(slot.board for slot in scoreboard.slots)[("relay_frames_total",)] == [7]
+    assert [slot.loads[5] for slot in scoreboard.slots] == [0, 2.5]
+
+
+def test_a_worker_that_is_gone_leaves_its_counts_and_nothing_else() -> None:
+    slot = Scoreboard(1).slots[0]
+    board = Board(slot.board)
+    board.counter(metrics.FRAMES).add(7)
+    board.gauge(metrics.IN_FLIGHT, "default").set(3)
+    slot.loads[1], slot.held[0], slot.held[2] = 3.5, 3, 1
+    assert slot.vacate() == {0: 3, 2: 1}
+    assert not any(slot.loads)
+    assert not any(slot.held)
+    left = total([slot.board])
+    assert left[("relay_frames_total",)] == [7]
+    assert ("relay_in_flight", "default") not in left
+
+
+def test_loads_of_others_are_added_up() -> None:
+    slots = Scoreboard(3).slots
+    shares = [Shares(slot.loads, slot.held, [each.loads for each in slots if each is not slot]) for slot in slots]
+    for share, load in zip(shares, (1.0, 2.0, 4.0), strict=True):
+        share.set_load(1, load)
+    assert [share.loads_of_others() for share in shares] == [[0, 6], [0, 5], [0, 3]]
+    assert shares[0].load_of_others(1) == 6
+
+
+def test_a_number_is_given_anew_when_nobody_uses_it() -> None:
+    scoreboard = Scoreboard(2)
+    numbers = Numbers(scoreboard)
+    first, second = numbers.of(("a", "", "")), numbers.of(("b", "", ""))
+    assert (first, second, numbers.of(("a", "", ""))) == (0, 1, 0)
+    scoreboard.slots[1].loads[0] = 1.0  # a stream goes on at what has left
+    assert numbers.keep({("b", "", "")}) == [0]
+    assert numbers.of(("c", "", "")) == 2
+    scoreboard.slots[1].loads[0] = 0.0
+    assert numbers.of(("d", "", "")) == 0
+
+
+def test_numbers_run_out() -> None:
+    numbers = Numbers(Scoreboard(1))
+    assert None not in [numbers.of((str(at), "", "")) for at in range(MOST_NUMBERS)]
+    assert numbers.of(("one more", "", "")) is None
+
+
+# -- what is limited
+
+
+class Limited:
+    """A limit, and two workers that are bound by it."""
+
+    def __init__(self, most: int) -> None:
+        self.scoreboard = Scoreboard(2)
+        self.limits = Limits()
+        self.limits.set(0, most)
+        self.workers = [Permits(os.dup(self.limits.fds[0]), 0, slot.held) for slot in self.scoreboard.slots]
+
+    def take(self, *workers: int) -> list[bool]:
+        """Which of these workers, in this order, get a permit."""
+        return [self.workers[at].take() for at in workers]
+
+
+@pytest.fixture
+def limited() -> Iterator[Limited]:
+    found = Limited(3)
+    yield found
+    found.limits.drop(0)
+
+
+def test_no_more_permits_than_there_are(limited: Limited) -> None:
+    assert limited.take(0, 1, 0, 1, 0) == [True, True, True, False, False]
+    assert [slot.held[0] for slot in limited.scoreboard.slots] == [2, 1]
+
+
+async def test_one_that_becomes_free_is_found_by_who_waits_elsewhere(limited: Limited, nursery: trio.Nursery) -> None:
+    assert limited.take(0, 0, 0, 1) == [True, True, True, False]
+    is_free = trio.Event()
+    limited.workers[1].on_free = is_free.set
+    nursery.start_soon(limited.workers[1].watch)
+    await trio.testing.wait_all_tasks_blocked()
+    assert not is_free.is_set()
+    limited.workers[0].give_back()
+    with trio.fail_after(5):
+        await is_free.wait()
+    assert limited.take(1) == [True]
+    limited.workers[1].retire()
+
+
+def test_who_has_found_none_asks_again_when_others_may(limited: Limited) -> None:
+    """A worker that gives a permit back has no head start over those who wait."""
+    assert limited.take(0, 0, 0, 0) == [True, True, True, False]
+    limited.workers[0].give_back()
+    assert limited.take(0, 1) == [False, True]
+
+
+def test_what_a_dead_worker_held_is_free_again(limited: Limited) -> None:
+    assert limited.take(0, 0, 0, 1) == [True, True, True, False]
+    limited.workers[1].is_exhausted = False
+    limited.limits.give_back(limited.scoreboard.slots[0].vacate())
+    assert limited.take(1, 1, 1, 1) == [True, True, True, False]
+
+
+async def test_a_limit_grows_at_once_and_shrinks_as_permits_come_back(limited: Limited, nursery: trio.Nursery) -> None:
+    limited.limits.nursery = nursery
+    limited.limits.set(0, 4)
+    assert limited.take(0, 0, 0, 0) == [True] * 4
+    limited.limits.set(0, 1)
+    for _ in range(3):
+        limited.workers[0].give_back()
+        await trio.testing.wait_all_tasks_blocked(0.01)
+    assert limited.take(1) == [False]  # one is held, and that is all there is
+    limited.workers[0].give_back()
+    limited.workers[1].is_exhausted = False
+    assert limited.take(1, 1) == [True, False]
+    nursery.cancel_scope.cancel()
+
+
+# -- what is told
+
+
+@asynccontextmanager
+async def channels() -> AsyncIterator[tuple[Channel, Channel]]:
+    one, other = socket.socketpair()
+    with one, other:
+        ends = Channel(one), Channel(other)
+        async with trio.open_nursery() as nursery:
+            for end in ends:
+                nursery.start_soon(end.deliver)
+            yield ends
+            nursery.cancel_scope.cancel()
+
+
+async def test_messages_arrive_whole_and_in_order() -> None:
+    config = Config(
+        pools=(PoolConfig(upstreams=(parse_upstream("http://a:1"), parse_upstream("unix:/b"))),),
+        prices={"m": PriceConfig(prompt=0.1)},
+    )
+    sent: list[messages.Message] = [
+        Done(1),
+        Said(2, b"x" * 3_000_000),
+        messages.Fleet(3, [messages.PoolMembers("default", 0, True, "", [])], config),
+        messages.Drain(),
+    ]
+    async with channels() as (one, other):
+        for message in sent:
+            one.send(message)
+        for message in sent:
+            with trio.fail_after(5):
+                assert await other.receive() == message
+
+
+async def test_descriptors_are_there_when_their_message_is() -> None:
+    reading, writing = os.pipe()
+    async with channels() as (one, other):
+        one.send(Said(1, b"x" * 300_000))
+        one.send(messages.Limits([7]), [writing])
+        os.close(writing)
+        assert isinstance(await other.receive(), Said)
+        assert await other.receive() == messages.Limits([7])
+        (fd,) = other.fds
+        os.write(fd, b"same")
+        os.close(fd)
+    assert os.read(reading, 10) == b"same"
+    os.close(reading)
+
+
+async def test_the_end_is_told() -> None:
+    async with channels() as (one, other):
+        one.send(Done(1))
+        await trio.testing.wait_all_tasks_blocked()
+        one.sock.shutdown(socket.SHUT_RDWR)
+        assert await other.receive() == Done(1)
+        assert await other.receive() is None
+
+
+# -- who is forked
+
+
+async def test_workers_are_forked_reaped_and_forked_again() -> None:
+    def work(slot: int, sock: socket.socket) -> int:
+        sock.send(b"%d" % slot)
+        return len(sock.recv(10))
+
+    forker = Forker(work, [])
+    try:
+        with trio.fail_after(10):
+            first = forker.fork(3)
+            begun = await forker.next_event()
+            assert isinstance(begun, Forked)
+            assert begun.slot == 3
+            assert first.recv(10) == b"3"
+            first.send(b"five!")
+            assert await forker.next_event() == Ended(begun.pid, 5)
+            assert first.recv(10) == b""
+            first.close()
+            with forker.fork(0):
+                second = await forker.next_event()
+                assert isinstance(second, Forked)
+                os.kill(second.pid, signal.SIGTERM)  # a terminal's, and everybody's: the control process decides
+                os.kill(second.pid, signal.SIGKILL)
+                assert await forker.next_event() == Ended(second.pid, -signal.SIGKILL)
+    finally:
+        forker.close()
