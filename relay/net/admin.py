@@ -29,6 +29,8 @@ from relay.net.service import Service, local_answer
 
 #: How long an admin client may take altogether.
 ADMIN_S: Final = 10.0
+#: What changes nothing.
+_READS: Final = (b"GET", b"HEAD")
 #: Longest request of an admin client.
 MOST_BYTES: Final = 65536
 
@@ -125,6 +127,9 @@ class Admin:
                     if len(body) > MOST_BYTES:
                         return b"", _refusal(413, f"the body is over {MOST_BYTES} bytes")
                 elif request is not None:
+                    if request.method not in _READS and any(name == b"origin" for name, _ in request.headers):
+                        # Any web page can have its reader's browser post to loopback; browsers then say for whom.
+                        return request.method, _refusal(403, "web pages may not change anything here")
                     return request.method, await self.answer(request.method, request.target, body)
         except h11.RemoteProtocolError as exc:
             return b"", _refusal(exc.error_status_hint, f"not a request: {exc}")

@@ -74,7 +74,8 @@ class Drains:
 
 def _any_up(pool: Pool, planned: Upstream) -> Upstream | None:
     """A decoder; one that requests fail at only where there is no other, and the same for the one that was planned."""
-    up = [upstream for upstream in pool.groups["decode"].upstreams.values() if upstream.health.is_up]
+    group = pool.groups.get("decode")  # a reload may have taken it away
+    up = [upstream for upstream in group.upstreams.values() if upstream.health.is_up] if group else []
     closed = [upstream for upstream in up if not upstream.health.is_open]
     others = [upstream for upstream in closed if upstream is not planned]
     return random.choice(others or closed or up) if up else None

@@ -25,7 +25,7 @@ from relay.core.framing import Buffer
 from relay.core.histogram import Histogram
 from relay.core.request import may_stream, peek, route_of
 from relay.core.timeline import Record, make_record
-from relay.errors import NORMAL, ClientGone, Draining, ExchangeError, Phase, Side, UpstreamTimeout
+from relay.errors import NORMAL, ClientGone, Draining, ExchangeError, NoUpstream, Phase, Side, UpstreamTimeout
 from relay.net.downstream import ClientConnection, Request
 from relay.net.fleet import Place, Pool
 from relay.net.group import Ask
@@ -169,6 +169,9 @@ class Exchange:
         no_more_after = time.monotonic() + failover.budget_s
         tried: dict[str, list[Upstream]] = {role: [] for role in ask.roles}
         while True:
+            if not pool.has_roles(ask):
+                message = f"pool {pool.name} has been reconfigured meanwhile; try again"
+                raise NoUpstream(message, phase=Phase.QUEUE, retry_after_s=1)
             self.attempts += 1
             may_go_on = self.attempts < failover.attempts and pool.has_others(place, ask, tried)
             attempt = (PlainAttempt if "serve" in ask.roles else SplitAttempt)(self, pool, place, may_go_on=may_go_on)

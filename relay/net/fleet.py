@@ -204,6 +204,10 @@ class Pool:
         roles = self.roles_for(route)
         return Ask(roles, self.groups[roles[0]].balancer.key_of(session, body), len(body), tenant)
 
+    def has_roles(self, ask: Ask) -> bool:
+        """Whether the pool still has what was asked for: a reload may have split it, or joined it again."""
+        return all(role in self.groups for role in ask.roles)
+
     def has_others(self, place: Place, ask: Ask, tried: Mapping[str, Collection[Upstream]]) -> bool:
         """Whether, should the engines of `place` fail, there would be others for another attempt."""
         groups = {role: group for role, group in self.groups.items() if role in ask.roles}

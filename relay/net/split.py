@@ -58,6 +58,7 @@ class SplitAttempt:
     def __init__(self, exchange: Exchange, pool: Pool, place: Place, *, may_go_on: bool) -> None:
         self._exchange = exchange
         self._pool = pool
+        self._groups = dict(pool.groups)  # as they are now: a reload may take a role away between the legs
         self._place = place
         self._may_go_on = may_go_on
         self.role = "prefill"  #: whose engine an error is about
@@ -282,7 +283,7 @@ class SplitAttempt:
     @contextmanager
     def _judged(self, upstream: Upstream) -> Iterator[Attempt]:
         """Tells the prefiller's health how an attempt with it went; errors are of the prefill phase."""
-        group = self._pool.groups["prefill"]
+        group = self._groups["prefill"]
         attempt = group.begin(upstream)
         try:
             yield attempt
@@ -301,7 +302,7 @@ class SplitAttempt:
         exchange = self._exchange
         # In a split pool a 500 is a failed attempt too: a lost handle shows as one.
         statuses = (*exchange.config.failover.statuses, 500)
-        group, upstream = self._pool.groups["decode"], self._place.upstreams["decode"]
+        group, upstream = self._groups["decode"], self._place.upstreams["decode"]
         return Leg(exchange, group, upstream, sends, failure_statuses=statuses, may_go_on=self._may_go_on)
 
     async def _open(self, leg: Leg) -> Opening:

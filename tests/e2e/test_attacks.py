@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from itertools import pairwise
 from typing import Any, Final
 
 import pytest
@@ -17,6 +18,7 @@ import trio.testing
 from relay.config import CostConfig, HealthConfig, LimitsConfig, PriceConfig, StreamConfig, TimeoutsConfig
 from relay.core.histogram import Histogram
 from relay.net.pump import Pair, Pump, Stop
+from relay.net.sockets import READ_BYTES
 from relay.net.upstream import MOST_INTERIM
 from relay_bench.engine import Engine
 from tests.conftest import running_relay
@@ -108,11 +110,12 @@ async def test_a_body_as_fast_as_its_client_takes_it_holds_up_nobody(nursery: tr
             seen.update(exchange.bytes_out for exchange in relay.worker.service.active)
             await trio.lowlevel.checkpoint()
 
-    async with scripted((answer(200, b" " * 200_000), "keep")) as engine, running_relay(engine.urls[0]) as relay:
+    async with scripted((answer(200, b" " * 4_000_000), "keep")) as engine, running_relay(engine.urls[0]) as relay:
         nursery.start_soon(look)
         got = await ask(relay.port, request(body={"stream": False}))
-        assert len(got.payload) == 200_000
-    assert len(seen) > 3
+        assert len(got.payload) == 4_000_000
+    steps = sorted(seen)
+    assert max(after - before for before, after in pairwise(steps)) < 3 * READ_BYTES
     nursery.cancel_scope.cancel()
 
 

@@ -236,3 +236,15 @@ async def test_wrong_instances_change_nothing(path: str, body: Any, said: str) -
         assert got.status == 400
         assert said in got.json()["error"]
         assert list(relay.upstreams) == before
+
+
+async def test_web_pages_cannot_change_the_fleet(engine: Engine) -> None:
+    body = b'{"url": "http://127.0.0.1:9"}'
+    message = (
+        b"POST /-/upstreams HTTP/1.1\r\nHost: 127.0.0.1\r\nOrigin: http://evil.example\r\nContent-Type: text/plain\r\n"
+        b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
+    )
+    async with running_fleet(pool_of(engine.url)) as relay:
+        answer = await ask(relay.admin_port, message)
+        assert answer.status == 403
+        assert [up.url for up in (await status_of(relay)).pools[0].upstreams] == [engine.url]
