@@ -550,6 +550,7 @@ async def test_bytes_behind_an_answer_end_the_connection() -> None:
 
 async def test_out_of_descriptors_is_not_the_engines_fault(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     async def fail(*_: object) -> socket.socket:
+        await trio.lowlevel.checkpoint()
         raise OSError(errno.EMFILE, "Too many open files")
 
     async with running_relay(engine.url) as relay:
