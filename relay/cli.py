@@ -67,7 +67,14 @@ def _status(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> int:
+    from relay.net.guard import Guard, GuardError
+
     config = settings.load(arguments.config)
+    try:
+        Guard(config.auth)
+    except GuardError as error:
+        print(error, file=sys.stderr)
+        return _WRONG_USAGE
     print(f"{arguments.config}: ok")
     for line in _summary(config):
         print(f"  {line}")
@@ -291,7 +298,7 @@ def _summary(config: Config) -> Iterator[str]:
 
 
 def _differences(config: Config) -> Iterator[str]:
-    for table in ("daemon", "stream", "failover", "timeouts", "limits", "health", "cost", "log"):
+    for table in ("daemon", "stream", "failover", "timeouts", "limits", "health", "auth", "cost", "log"):
         mine, default = getattr(config, table), getattr(Config(), table)
         for name in mine.__struct_fields__:
             value, usual = getattr(mine, name), getattr(default, name)

@@ -463,3 +463,14 @@ def test_demo_says_when_a_child_has_ended(demo: subprocess.Popen[str]) -> None:
     assert demo.wait(LIMIT_S) == 1
     assert demo.stderr.read() == "relay demo: the engine ended with status -9\n"
     assert not [pid for pid in children if is_running(pid)]
+
+
+def test_check_reads_the_keys(file: Callable[[str], str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("alice:not-a-digest\n")
+    path = file(f'[[pool]]\nupstreams = ["http://a:1"]\n[auth]\nkeys_file = "{keys}"\n')
+    assert main(["check", "--config", path]) == 2
+    assert f"{keys}:1:" in capsys.readouterr().err
+    keys.unlink()
+    assert main(["check", "--config", path]) == 2
+    assert "cannot be read" in capsys.readouterr().err

@@ -57,7 +57,9 @@ ROOMS = {
     "relay.keys": Room(_names("relay.core")),
     "relay.demo": Room(_names("")),
     "relay.cli": Room(
-        _names("relay.address relay.config relay.daemon relay.demo relay.install relay.keys relay.status")
+        _names(
+            "relay.address relay.config relay.daemon relay.demo relay.install relay.keys relay.net.guard relay.status"
+        )
     ),
     "relay.__main__": Room(_names("relay.cli")),
     "relay_bench": Room(_names("relay.errors relay.core relay_bench")),

@@ -28,5 +28,7 @@ def read_again(load_config: Callable[[], Config] | None) -> Config:
 
 def what_came_of(config: Config, before: Config) -> str:
     """What is told of a reload."""
-    fixed = [name for name in _FIXED if getattr(config, name) != getattr(before, name)]
+    fixed = [f"[{name}]" for name in _FIXED if getattr(config, name) != getattr(before, name)]
+    if config.daemon.workers != before.daemon.workers:
+        fixed.append("daemon.workers")
     return f"yes, but a restart is needed for: {', '.join(fixed)}" if fixed else "yes"

@@ -292,7 +292,9 @@ class Pool:
         return self._departures.retry_after_s(len(self._queue), time.monotonic())
 
     def _full(self) -> QueueFull:
-        message = f"pool {self.name} is full: {self.in_flight} in flight, {len(self._queue)} waiting; try again later"
+        message = (
+            f"pool {self.name} is full, and so is its queue of max_queue = {self.config.max_queue}; try again later"
+        )
         return QueueFull(message, phase=Phase.QUEUE, retry_after_s=self._retry_after_s())
 
     def _no_upstream(self, ask: Ask) -> NoUpstream | None:

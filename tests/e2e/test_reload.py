@@ -147,7 +147,7 @@ async def test_what_takes_a_restart_is_named_every_time(config_file: ConfigFile)
             config_file.pools(("chat", engine.url), extra="[admin]\naddress = 'off'\n[listen]\naddresses = ['a:1']\n")
             for _ in range(2):
                 got = await relay.admin("POST", "/-/reload")
-                assert got.json() == {"reloaded": "yes, but a restart is needed for: listen, admin"}
+                assert got.json() == {"reloaded": "yes, but a restart is needed for: [listen], [admin]"}
 
 
 async def test_reloads_end_and_begin_probing(config_file: ConfigFile) -> None:
