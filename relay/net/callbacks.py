@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import sys
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 #: How long a decoder may take with its message.
 CALLBACK_S: Final = 10.0
+#: Calls that are read at once.
+MOST_CALLS: Final = 256
 #: Longest message: block ids of a long prompt.
 MOST_BYTES: Final = 16_777_216
 
@@ -43,6 +46,9 @@ async def serve(service: Service, pool: Pool, *, task_status: trio.TaskStatus[No
                     sock, peer = listener.accept()
                 except OSError:
                     await trio.sleep(0.1)
+                    continue
+                if len(nursery.child_tasks) >= MOST_CALLS:
+                    sock.close()  # the decoder calls again
                     continue
                 sock.setblocking(False)
                 nursery.start_soon(_take_call, service, pool, sock, str(peer[0]))
@@ -71,6 +77,9 @@ async def _take_call(service: Service, pool: Pool, sock: socket.socket, peer: st
             await sockets.send_all(sock, connection.send(response) or b"")
         except (OSError, h11.ProtocolError):
             return
+        except Exception as exc:  # a fault of ours: this call fails, the worker goes on
+            print(f"relay: internal error: {exc!r}", file=sys.stderr, flush=True)
+            sys.excepthook(type(exc), exc, exc.__traceback__)
 
 
 async def _take_message(

@@ -1,4 +1,4 @@
-"""One request through all its phases: the only module that knows both sides.
+"""One request through all its phases: what its attempts, legs and delivery work on, and what is left of it.
 
 An exchange runs in its client connection's task and cancel scope, and has one `Pair` in the pump. The scope is how it
 is interrupted, in whatever it waits for: the pump cancels it when the client hangs up, draining when its time is over,
@@ -27,8 +27,9 @@ from relay.core.request import may_stream, peek, route_of
 from relay.core.timeline import Record, make_record
 from relay.errors import NORMAL, ClientGone, Draining, ExchangeError, NoUpstream, Phase, Side, UpstreamTimeout
 from relay.net.downstream import ClientConnection, Request
-from relay.net.fleet import Place, Pool
+from relay.net.fleet import Pool
 from relay.net.group import Ask
+from relay.net.place import Place
 from relay.net.plain import PlainAttempt
 from relay.net.pool import Upstream
 from relay.net.pump import Pair

@@ -10,104 +10,22 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from types import TracebackType
-from typing import Final, Self
+from typing import Final
 
 import msgspec
 import trio
 
 from relay.config import Config, PoolConfig
 from relay.core.admission import DepartureRate, FairQueue
-from relay.core.balance import Load
 from relay.core.connectors import connector_named
 from relay.core.health import HealthRules
 from relay.core.models import ByModel
 from relay.core.request import RequestFacts, Route
 from relay.errors import NoUpstream, Phase, QueueFull, QueueTimeout, RequestRefused
 from relay.net.group import Ask, Group
+from relay.net.place import Place
 from relay.net.pool import Upstream
 from relay.net.shares import Permits, Shares
-
-
-class Place:
-    """An exchange's part of a pool: its slot, and the load it puts on an engine of each role. Given back once."""
-
-    __slots__ = ("_loads", "_permits", "_pool", "upstreams")
-
-    def __init__(self, pool: Pool, permits: Permits | None) -> None:
-        self._pool = pool
-        self._permits = permits  # the pool's, of which this place has one
-        self._loads: dict[str, tuple[Upstream, Load, Permits | None]] = {}
-        self.upstreams: dict[str, Upstream] = {}  #: the engine taken last, by role
-
-    def __repr__(self) -> str:
-        return f"<Place {self.upstreams!r}>"
-
-    def take(self, role: str, ask: Ask, tried: Collection[Upstream] = ()) -> Upstream | None:
-        """Picks an engine of a role whose load is not held, and counts the exchange; None where there is none."""
-        group = self._pool.groups[role]
-        upstream = group.pick(ask, tried)
-        while upstream is not None and upstream.permits is not None and not upstream.permits.take():
-            group.refresh(upstream)  # other workers have filled it
-            upstream = group.pick(ask, tried)
-        if upstream is not None:
-            self._loads[role] = upstream, group.balancer.take(upstream.seat, ask.prompt_bytes), upstream.permits
-            self.upstreams[role] = upstream
-            upstream.show_load()
-            if upstream.config.max_in_flight:
-                group.refresh(upstream)
-        return upstream
-
-    def take_others(self, ask: Ask, tried: Mapping[str, Collection[Upstream]]) -> bool:
-        """Takes engines for another attempt: none of those that failed, if others are left; False where none is."""
-        for role in ask.roles:
-            self.drop(role)
-        if any(role not in self._pool.groups for role in ask.roles):
-            return False  # the pool has been given other roles since
-        # Where the failed engine is the only one of its role, the other role's engine has to be another.
-        stays = [role for role in ask.roles if tried[role] and not self._pool.groups[role].has_other(tried[role])]
-        for role in ask.roles:
-            avoided = [] if role in stays else [*tried[role], *([self.upstreams[role]] if stays else [])]
-            if self.take(role, ask, avoided) is None:
-                return False
-        self._pool.advance()
-        return True
-
-    def release(self, role: str) -> None:
-        """Gives back the load of one role, if it is held; the slot is kept."""
-        self.drop(role)
-        self._pool.advance()
-
-    def drop(self, role: str) -> None:
-        """The same, without handing on what has become free."""
-        held = self._loads.pop(role, None)
-        if held is not None:
-            upstream, load, permits = held
-            load.release()
-            upstream.show_load()
-            if permits is not None:
-                permits.give_back()
-            if upstream.config.max_in_flight and not upstream.is_leaving:
-                self._pool.groups[role].refresh(upstream)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._pool.leave()
-        self.give_up()
-        self._pool.advance()
-
-    def give_up(self) -> None:
-        """Gives back all it holds, without handing it on."""
-        for role in list(self._loads):
-            self.drop(role)
-        if self._permits is not None:
-            self._permits.give_back()
-            self._permits = None
-
 
 #: The roles of a pool, by whether it is split.
 _ROLES: Final = {False: ("serve",), True: ("prefill", "decode")}

@@ -10,7 +10,8 @@ from relay.net.leg import Leg
 
 if TYPE_CHECKING:
     from relay.net.exchange import Exchange
-    from relay.net.fleet import Place, Pool
+    from relay.net.fleet import Pool
+    from relay.net.place import Place
 
 
 class PlainAttempt:

@@ -22,6 +22,7 @@ from relay.config import Config
 from relay.config.endpoints import endpoint_of
 from relay.core.health import next_probe_delay
 from relay.core.loose import UNDECODABLE
+from relay.net.fetch import fetch, transport_of
 from relay.net.fleet import Pool
 from relay.net.group import Group
 from relay.net.pool import Upstream
@@ -219,34 +220,12 @@ class Roster:
                     self._on_change()
 
     async def _get(self, upstream: Upstream, path: str, *, most_bytes: int) -> tuple[int, bytes]:
-        """Status and body of an engine's answer; of a body over `most_bytes` only somewhat more than that.
-
-        Below httpx's client, which reads and unpacks a body of any size, and carries cookies from engine to engine.
-        """
         config = upstream.config
-        base = "http://localhost" if config.unix_path is not None else config.url
-        fields = {"host": config.authority, "accept-encoding": "identity"}
-        request = httpx.Request("GET", base + path, headers=fields)
-        answer = await self._transport(config.unix_path).handle_async_request(request)
-        body = bytearray()
-        try:
-            with trio.CancelScope() as reading:
-                async for piece in answer.aiter_raw():
-                    body += piece
-                    if len(body) > most_bytes:
-                        reading.cancel()
-        finally:
-            await answer.aclose()
-        return answer.status_code, bytes(body)
-
-    def _transport(self, unix_path: str | None) -> httpx.AsyncHTTPTransport:
-        transport = self._transports.get(unix_path)
+        transport = self._transports.get(config.unix_path)
         if transport is None:
-            # Neither proxies nor certificates of the environment have a say in how an engine is reached.
-            limits = httpx.Limits(max_keepalive_connections=0)
-            transport = httpx.AsyncHTTPTransport(verify=False, trust_env=False, uds=unix_path, limits=limits)
-            self._transports[unix_path] = transport
-        return transport
+            transport = self._transports[config.unix_path] = transport_of(config.unix_path)
+        base = "http://localhost" if config.unix_path is not None else config.url
+        return await fetch(transport, base + path, most_bytes=most_bytes, host=config.authority)
 
     # -- names
 

@@ -31,6 +31,7 @@ from relay.core.editor import UsageEditor
 from relay.core.request import Route
 from relay.errors import ExchangeError, Phase, Side, UpstreamAnswered, UpstreamProtocolError, UpstreamTimeout
 from relay.net.delivery import Delivery
+from relay.net.fetch import fetch, transport_of
 from relay.net.leg import Leg
 from relay.net.second_frame import see_second_frame
 from relay.net.whole import WholeAnswer, ask_whole
@@ -40,12 +41,15 @@ if TYPE_CHECKING:
 
     from relay.core.health import Attempt
     from relay.net.exchange import Exchange
-    from relay.net.fleet import Place, Pool
+    from relay.net.fleet import Pool
     from relay.net.opening import Opening
+    from relay.net.place import Place
     from relay.net.pool import Upstream
 
 #: Longest time for what must be asked of an engine before its first request.
 PREFLIGHT_S: Final = 5.0
+#: Longest answer to it: a line for each data-parallel rank.
+MOST_PREFLIGHT_BYTES: Final = 1_048_576
 #: How long a prefiller's answer may still come once its client has left: what it had sent by then, and no more.
 LAST_WORD_S: Final = 1.0
 
@@ -289,10 +293,11 @@ class SplitAttempt:
             yield attempt
         except ExchangeError as failure:
             failure.phase = Phase.PREFILL
-            attempt.failed(time.monotonic())
-            upstream.failures += 1
-            upstream.last_error = failure.message
-            self._exchange.service.tally.upstream_failed(failure.phase)
+            if failure.side is Side.UPSTREAM:  # and not the relay, out of descriptors
+                attempt.failed(time.monotonic())
+                upstream.failures += 1
+                upstream.last_error = failure.message
+                self._exchange.service.tally.upstream_failed(failure.phase)
             raise
         finally:
             attempt.abandoned(time.monotonic())
@@ -334,11 +339,18 @@ def _cached_tokens(route: Route, answer: bytes) -> int | None:
 
 async def _ask_first(preflight: Preflight) -> Endpoint:
     """What an engine has to be asked before its first request. Raises UpstreamProtocolError."""
-    transport = httpx.AsyncHTTPTransport(verify=False, trust_env=False)
+    transport = transport_of()
     try:
-        async with httpx.AsyncClient(transport=transport, trust_env=False, timeout=PREFLIGHT_S) as client:
-            answer = (await client.get(preflight.url)).raise_for_status()
-        return preflight.parse(answer.content)
-    except (httpx.HTTPError, ValueError) as exc:
+        with trio.fail_after(PREFLIGHT_S):
+            status, body = await fetch(transport, preflight.url, most_bytes=MOST_PREFLIGHT_BYTES)
+        if status != 200:
+            raise ValueError(f"status {status}")
+        return preflight.parse(body)
+    except trio.TooSlowError:
+        message = f"{preflight.url} did not answer within {PREFLIGHT_S:g} s"
+        raise UpstreamProtocolError(message, phase=Phase.PREFILL) from None
+    except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as exc:
         message = f"{preflight.url} was of no use: {str(exc) or type(exc).__name__}"
         raise UpstreamProtocolError(message, phase=Phase.PREFILL) from None
+    finally:
+        await transport.aclose()

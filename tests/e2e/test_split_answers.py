@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import socket
 from typing import Any, Final
 
 import pytest
+import trio
 
-from relay.config import StreamConfig
+from relay.address import parse_upstream
+from relay.config import PoolConfig, StreamConfig
 from relay.core.request import Route
+from relay_bench.engine import Engine
 from tests.core.captured import frames_of
-from tests.e2e.fleet import answer
-from tests.e2e.harness import ask, assert_cut_off, error_frames
+from tests.e2e.fleet import answer, running_fleet
+from tests.e2e.harness import ask, assert_cut_off, error_frames, request
 from tests.e2e.pairs import BODIES, CLIENT, STREAMS, raw, recorded, says, sent, split_pair
 
 HEAD: Final = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
@@ -170,3 +175,18 @@ async def test_text_about_it_passes(connector: str) -> None:
         pair.decode.usual = says(streamed(*frames))
         got = await ask(pair.relay.port, sent())
     assert (got.frames, got.end) == (frames, "whole")
+
+
+async def test_a_relay_out_of_descriptors_blames_no_prefiller(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def fail(*_: object) -> socket.socket:
+        await trio.lowlevel.checkpoint()
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    one = parse_upstream(engine.url)
+    async with running_fleet(PoolConfig(prefill=(one,), decode=(one,), connector="none")) as relay:
+        with monkeypatch.context() as patch:
+            patch.setattr("relay.net.pool._connect_to", fail)
+            for _ in range(6):
+                assert (await ask(relay.port, request())).status == 503
+        assert all(up.failures == 0 for up in relay.worker.service.fleet.upstreams)
+        assert (await ask(relay.port, request())).status == 200

@@ -12,8 +12,9 @@ import msgspec
 from relay.address import UpstreamConfig, parse_upstream
 from relay.config import Config, PoolConfig
 from relay.core.health import CONSECUTIVE_FAILURES, HealthRules
-from relay.net.fleet import Place, Pool
+from relay.net.fleet import Pool
 from relay.net.group import Ask, Group
+from relay.net.place import Place
 from relay.net.pool import Upstream
 
 URLS = [f"http://10.0.0.{at}:8000" for at in range(1, 5)]

@@ -15,8 +15,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from relay.address import parse_upstream
 from relay.config import FailoverConfig, HealthConfig, PoolConfig
 from relay.errors import QueueFull
-from relay.net.fleet import Fleet, Place
+from relay.net.fleet import Fleet
 from relay.net.group import Ask
+from relay.net.place import Place
 from relay.net.pool import Upstream
 from tests.net.pools import (
     ASK,

@@ -14,8 +14,9 @@ import trio
 from relay.address import parse_upstream
 from relay.config import Config, PoolConfig
 from relay.errors import NoUpstream, QueueFull, QueueTimeout
-from relay.net.fleet import Fleet, Place, Pool
+from relay.net.fleet import Fleet, Pool
 from relay.net.group import Ask
+from relay.net.place import Place
 from tests.net.pools import (
     ASK,
     PATIENCE_S,

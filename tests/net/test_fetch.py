@@ -1,0 +1,49 @@
+"""What the relay asks of engines for itself is bounded, whatever they answer."""
+
+from __future__ import annotations
+
+import trio
+
+from relay.net.fetch import fetch, transport_of
+
+
+async def test_an_endless_answer_is_not_read_to_its_end(nursery: trio.Nursery) -> None:
+    sent = 0
+
+    async def endless(stream: trio.SocketStream) -> None:
+        nonlocal sent
+        async with stream:
+            await stream.receive_some()
+            await stream.send_all(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000000000\r\n\r\n")
+            try:
+                while True:
+                    await stream.send_all(b"x" * 65536)
+                    sent += 65536
+            except trio.BrokenResourceError:
+                return
+
+    listeners = await nursery.start(trio.serve_tcp, endless, 0)
+    port = listeners[0].socket.getsockname()[1]
+    transport = transport_of()
+    with trio.fail_after(10):
+        status, body = await fetch(transport, f"http://127.0.0.1:{port}/", most_bytes=100_000)
+    await transport.aclose()
+    assert status == 200
+    assert 100_000 < len(body) < 400_000
+    nursery.cancel_scope.cancel()
+
+
+async def test_a_redirect_is_not_followed(nursery: trio.Nursery) -> None:
+    async def elsewhere(stream: trio.SocketStream) -> None:
+        async with stream:
+            asked = await stream.receive_some()
+            assert b"host: engine.example" in bytes(asked).lower()
+            await stream.send_all(b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1:1/\r\nContent-Length: 0\r\n\r\n")
+
+    listeners = await nursery.start(trio.serve_tcp, elsewhere, 0)
+    port = listeners[0].socket.getsockname()[1]
+    transport = transport_of()
+    with trio.fail_after(10):
+        assert await fetch(transport, f"http://127.0.0.1:{port}/", most_bytes=10, host="engine.example") == (302, b"")
+    await transport.aclose()
+    nursery.cancel_scope.cancel()
