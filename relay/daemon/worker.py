@@ -322,7 +322,9 @@ class Worker:
                     break
                 address = peer[0] if isinstance(peer, tuple) else "unix"
                 config, admit = self.config, self.service.guard.admit
-                client = ClientConnection(sock, address, config.timeouts, config.limits, self.budget, admit)
+                client = ClientConnection(
+                    self.pump.add(sock), address, config.timeouts, config.limits, self.budget, admit
+                )
                 self.connections.add(client)
                 handlers.start_soon(self._serve, client)
             await trio.lowlevel.checkpoint()

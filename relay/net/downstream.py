@@ -21,6 +21,7 @@ from relay.core import headers, strict
 from relay.core.framing import ChunkDecoder, decode_into
 from relay.errors import ClientGone, ExchangeError, Phase, RequestRefused, RequestTimeout
 from relay.net import sockets
+from relay.net.source import Source
 
 #: After an answer to a request not read to its end: how long, and how much, is read and dropped so that the answer is
 #: not lost to a reset (RFC 9112 §9.6; nginx's lingering_timeout).
@@ -69,11 +70,17 @@ class BodyBudget:
     def __repr__(self) -> str:
         return f"<BodyBudget {self.used} of {self.limit}>"
 
+    def take_now(self, size: int) -> bool:
+        """Holds `size` more bytes, if there is room for them. What is alone may be larger than the limit."""
+        if self.used and self.used + size > self.limit:
+            return False
+        self.used += size
+        return True
+
     async def take(self, size: int) -> None:
         """Waits until `size` more bytes may be held; the caller bounds the wait."""
-        while self.used and self.used + size > self.limit:
+        while not self.take_now(size):
             await self._waiting.park()
-        self.used += size
 
     def give_back(self, size: int) -> None:
         """Bytes taken before are no longer held."""
@@ -86,7 +93,7 @@ class ClientConnection:
 
     def __init__(
         self,
-        sock: socket.socket,
+        source: Source,
         peer: str,
         timeouts: TimeoutsConfig,
         limits: LimitsConfig,
@@ -94,7 +101,8 @@ class ClientConnection:
         admit: Admit = lambda method, target, fields: None,
     ) -> None:
         self._admit = admit
-        self.sock = sock
+        self.source = source
+        self.sock = source.sock
         self.peer = peer  #: the client's address, without port
         self.timeouts = timeouts
         self.limits = limits
@@ -105,9 +113,10 @@ class ClientConnection:
         self._held = 0
         self._awaits_budget = False
         self._buffer = bytearray()
-        #: what the connection's task runs in; cancelled by draining, a client's hang-up, and the limits of reading
+        #: what the connection's task runs in; cancelled by draining, a client's hang-up, and while it waits for budget
         self.scope = trio.CancelScope()
-        self._limit_s: float | None = None
+        self._limit_s = 0.0
+        self._limit_at_ns: int | None = None  # None: nothing has been waited for yet
 
     def __repr__(self) -> str:
         return f"<ClientConnection {self.peer} {'waiting' if self.is_waiting else 'busy'}>"
@@ -136,35 +145,37 @@ class ClientConnection:
         timeouts = self.timeouts
         buffer = self._buffer
         self.is_waiting = True
-        self._limit_next_wait(timeouts.client_idle_s)
+        self._limit_waits(timeouts.client_idle_s)
         # One empty line before a request is ignored (RFC 9112 §2.2); alone, it is no beginning of one.
-        while not buffer or _EMPTY_LINE.startswith(buffer):
-            if not await self._more():
-                return None
+        try:
+            while not buffer or _EMPTY_LINE.startswith(buffer):
+                if not await self._more():
+                    return None
+        except trio.TooSlowError:
+            return None
         self.is_waiting = False
         del buffer[: strict.leading_crlf(buffer)]
         self.request_started = time.monotonic()
-        self._limit_next_wait(timeouts.client_head_s)
-        head = await self._head()
-        connection, request = self._parse(head)
-        self.refused = request  # until it is read whole
-        request.key = self._admit(request.method, request.target, request.headers)
-        self._limit_next_wait(timeouts.client_body_s)
-        await self._body(connection, request)
+        try:
+            self._limit_waits(timeouts.client_head_s)
+            head = await self._head()
+            connection, request = self._parse(head)
+            self.refused = request  # until it is read whole
+            request.key = self._admit(request.method, request.target, request.headers)
+            self._limit_waits(timeouts.client_body_s)
+            await self._body(connection, request)
+        except trio.TooSlowError:
+            raise RequestTimeout("the request did not arrive in time", phase=Phase.REQUEST) from None
         self.refused = None
-        if self.scope.deadline != math.inf:
-            self.scope.deadline = math.inf
         return request
 
     def interruption(self) -> ExchangeError | None:
         """Why `scope` was cancelled between two exchanges; None where nobody needs to be told."""
-        if self.is_waiting or self.scope.deadline == math.inf:
+        if not self._awaits_budget or self.scope.deadline == math.inf:
             return None
-        if self._awaits_budget:
-            # Too many bodies are held: not this client's fault, so no 408.
-            message = "too many request bodies are waiting to be served; try again"
-            return RequestRefused(503, "no_upstream", message, phase=Phase.QUEUE)
-        return RequestTimeout("the request did not arrive in time", phase=Phase.REQUEST)
+        # Too many bodies are held: not this client's fault, so no 408.
+        message = "too many request bodies are waiting to be served; try again"
+        return RequestRefused(503, "no_upstream", message, phase=Phase.QUEUE)
 
     def release(self) -> None:
         """The current request's body is no longer held."""
@@ -175,7 +186,7 @@ class ClientConnection:
     def close(self) -> None:
         """Closes at once."""
         self.release()
-        self.sock.close()
+        self.source.close()
 
     async def linger(self) -> None:
         """Says that no more comes, and reads on, so that an answer already sent is not lost to a reset; then `close`.
@@ -190,28 +201,28 @@ class ClientConnection:
         except OSError:
             pass  # it is gone, and with it the need
 
-    def _limit_next_wait(self, limit_s: float) -> None:
-        """Begins a phase of `limit_s` seconds, 0 for no limit. Its clock starts where it first waits.
-
-        Most requests arrive whole, and moving a scope's deadline costs as much as reading one.
-        """
+    def _limit_waits(self, limit_s: float) -> None:
+        """Begins a phase of `limit_s` seconds, 0 for no limit. Its clock starts where it first waits."""
         self._limit_s = limit_s
-
-    def _arm(self) -> None:
-        if self._limit_s is not None:
-            self.scope.deadline = trio.current_time() + self._limit_s if self._limit_s else math.inf
-            self._limit_s = None
+        self._limit_at_ns = None
 
     async def _more(self) -> bool:
-        """Reads on; False at the client's end."""
-        self._arm()
-        try:
-            await trio.lowlevel.wait_readable(self.sock)
-            data = await sockets.receive(self.sock)
-        except OSError:
-            data = b""
-        self._buffer += data
-        return bool(data)
+        """Reads on; False at the client's end. Raises trio.TooSlowError at the end of the phase's time."""
+        if self._limit_at_ns is None:
+            self._limit_at_ns = time.monotonic_ns() + int(self._limit_s * 1e9) if self._limit_s else 0
+        source = self.source
+        while True:
+            await source.wait_readable(self._limit_at_ns)
+            try:
+                data = self.sock.recv(sockets.READ_BYTES)
+            except BlockingIOError:
+                source.has_news = False
+            except OSError:
+                return False
+            else:
+                source.took(len(data), sockets.READ_BYTES)
+                self._buffer += data
+                return bool(data)
 
     async def _head(self) -> bytes:
         """The next head, with its blank line."""
@@ -291,11 +302,13 @@ class ClientConnection:
         request.body = bytes(body)
 
     async def _hold(self, size: int) -> None:
-        """Counts body bytes against the worker's budget, waiting for room; the scope bounds the wait."""
-        self._awaits_budget = True
-        self._arm()
-        await self._budget.take(size)
-        self._awaits_budget = False
+        """Counts body bytes against the worker's budget, waiting for room within the limit of the body's phase."""
+        if not self._budget.take_now(size):
+            self._awaits_budget = True
+            self.scope.deadline = trio.current_time() + (self._limit_s or math.inf)
+            await self._budget.take(size)
+            self.scope.deadline = math.inf
+            self._awaits_budget = False
         self._held += size
 
     async def _send_continue(self) -> None:

@@ -77,7 +77,7 @@ class Exchange:
         """Serves the request; True if the client's connection can take another. Writes one record, whatever happens."""
         service = self.service
         service.active.add(self)
-        self.pair = service.pump.open(self.client.sock, self.client.scope.cancel)
+        self.pair = service.pump.open(self.client.source, self.client.scope.cancel)
         if self.config.timeouts.total_s:
             self.client.scope.deadline = trio.current_time() + self.config.timeouts.total_s
         try:

@@ -102,7 +102,7 @@ class Leg:
         limit_s = self._timeouts.first_token_s
         exchange.phase = Phase.HEAD
         try:
-            pair.attach(connection.sock)
+            pair.attach(connection.under(exchange.service.pump))
             pair.limit(limit_s)
             opening = Opening(self, connection, await self._ask(connection))
             self._refuse_failure(opening.answer)

@@ -19,7 +19,9 @@ from relay.core.connectors.base import Endpoint
 from relay.core.health import Health
 from relay.errors import OutOfResources, Phase, UpstreamTimeout, UpstreamUnreachable
 from relay.net import sockets
+from relay.net.pump import Pump
 from relay.net.shares import Permits, Shares
+from relay.net.source import Source
 
 #: What says that this process is short of something, not that the engine cannot be reached.
 _OWN_SHORTAGES: Final = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
@@ -30,15 +32,24 @@ MOST_IDLE = 1024
 class UpstreamConnection:
     """An open connection to an engine."""
 
-    __slots__ = ("idle_since", "sock", "upstream")
+    __slots__ = ("idle_since", "sock", "source", "upstream")
 
     def __init__(self, upstream: Upstream, sock: socket.socket) -> None:
         self.upstream = upstream
         self.sock = sock
+        self.source: Source | None = None  #: under the pump; None: it has never been
         self.idle_since = 0.0
 
+    def under(self, pump: Pump) -> Source:
+        """Itself, as the pump sees it from now on."""
+        if self.source is None:
+            self.source = pump.add(self.sock)
+        return self.source
+
     def is_silent(self) -> bool:
-        """Whether it is open, as far as the kernel knows, and nothing is there to be read."""
+        """Whether it is open, as far as the kernel has told, and nothing is there to be read."""
+        if self.source is not None:
+            return not self.source.has_news
         try:
             self.sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
         except BlockingIOError:
@@ -49,7 +60,10 @@ class UpstreamConnection:
 
     def close(self) -> None:
         """Closes at once: the engine sees its client gone and stops generating."""
-        self.sock.close()
+        if self.source is not None:
+            self.source.close()
+        else:
+            self.sock.close()
 
 
 class Upstream:

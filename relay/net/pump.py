@@ -6,8 +6,8 @@ dictionary look-up, one receive into a buffer shared by all pairs, one pass of `
 pump, then hands the streaming to the pump and sleeps until `Pair.stream` says why it came back. What is decided per
 request stays in that task; what passes per frame never leaves this module.
 
-The client's side is watched for hang-up only, and for as long as the pair exists, so a client that leaves ends its
-exchange in every phase: the pump calls `on_gone`, which cancels the task's scope.
+The client's side is watched for hang-up during an exchange, so a client that leaves ends it in every phase: the pump
+calls `on_gone`, which cancels the task's scope.
 
 While nothing flows to a client, the sweep sends it comments (`Pair.comment_every`): between two frames by itself, and
 before there is a stream by asking the exchange, whose task sleeps and cannot be in the middle of a write.
@@ -27,6 +27,7 @@ import trio
 
 from relay.core.frames import FrameRelay, Pieces
 from relay.core.histogram import Histogram
+from relay.net.source import ARRIVALS, ENDS, Source
 
 #: Bytes taken off an engine's socket at once; the most that one pair can hold up the others with.
 RECEIVE_BYTES: Final = 65536
@@ -55,24 +56,23 @@ class Pair:
     """The two sockets of one exchange, as the pump sees them. Made by `Pump.open`; always `close` it."""
 
     __slots__ = (
-        "_pump", "_task", "bytes_in", "bytes_out", "client", "comment_every_ns", "content_read_ns", "content_sent_ns",
-        "gaps", "idle_limit_ns", "is_gone", "last_comment_ns", "last_frame_ns", "last_read_ns", "limit_at_ns",
-        "on_gone", "on_quiet", "relay", "send", "sendmsg", "stop", "unsent", "upstream",
+        "_pump", "bytes_in", "bytes_out", "client", "comment_every_ns", "content_read_ns", "content_sent_ns", "gaps",
+        "idle_limit_ns", "is_gone", "last_comment_ns", "last_frame_ns", "last_read_ns", "limit_at_ns", "on_gone",
+        "on_quiet", "relay", "send", "sendmsg", "stop", "unsent", "upstream",
     )  # fmt: skip
 
-    def __init__(self, pump: Pump, client: socket.socket, on_gone: Callable[[], None]) -> None:
+    def __init__(self, pump: Pump, client: Source, on_gone: Callable[[], None]) -> None:
         self._pump = pump
-        self._task: trio.lowlevel.Task | None = None
         self.client = client
         self.on_gone = on_gone
         self.is_gone = False  #: the client has hung up
-        self.upstream: socket.socket | None = None
+        self.upstream: Source | None = None
         self.relay: FrameRelay | None = None
         self.gaps: Histogram | None = None
         self.last_read_ns = 0  #: when bytes last came from the engine (monotonic clock)
         self.last_frame_ns = 0  #: when a frame last became whole
         self.idle_limit_ns = 0  #: longest silence while streaming
-        self.limit_at_ns = 0  #: when waiting for the engine ends, before and after streaming
+        self.limit_at_ns = 0  #: when waiting for the engine ends, while the pump does not stream
         self.comment_every_ns = 0  #: longest silence towards the client
         self.last_comment_ns = 0  #: when it last got a comment, or asked
         self.on_quiet: Callable[[], bool] | None = None  #: speaks in the pump's place, while that is not streaming
@@ -82,30 +82,28 @@ class Pair:
         self.bytes_out = 0
         self.unsent = b""  #: of the last read, what the client's socket did not take
         self.stop = Stop.DONE  #: why the pump last gave the pair back
-        self.send = client.send
-        self.sendmsg = client.sendmsg
+        self.send = client.sock.send
+        self.sendmsg = client.sock.sendmsg
 
     def __repr__(self) -> str:
-        state = "streaming" if self.relay else "waiting" if self._task else "idle"
-        return f"<Pair client={self.client.fileno()} upstream={self.upstream and self.upstream.fileno()} {state}>"
+        return f"<Pair client={self.client} upstream={self.upstream} {'streaming' if self.relay else 'idle'}>"
 
-    def attach(self, upstream: socket.socket) -> None:
-        """Puts the engine's socket under the pump, silent until it is waited for."""
-        self._pump.attach(self, upstream)
+    def attach(self, upstream: Source) -> None:
+        """Makes an engine's socket the one this pair waits for."""
+        self.upstream = upstream
 
     def detach(self) -> None:
-        """Takes the engine's socket out again; call before it is closed or parked."""
-        self._pump.detach(self)
+        """Lets go of the engine's socket."""
+        self.upstream = None
 
     def close(self) -> None:
-        """Takes both sockets out of the pump, which forgets the pair."""
-        self._pump.close(self)
+        """The exchange is over."""
+        self._pump.commented.discard(self)
+        self.on_quiet = None  # which the exchange holds, and it the pair
+        self.upstream = self.client.of_client = None
 
     def limit(self, limit_s: float) -> None:
-        """Waits for the engine, from now on, end `limit_s` seconds from now; 0: no limit.
-
-        Looked at by the pump's sweep: a deadline of trio's for each wait would cost more than the wait.
-        """
+        """Waits for the engine, from now on, end `limit_s` seconds from now; 0: no limit."""
         self.limit_at_ns = time.monotonic_ns() + int(limit_s * 1e9) if limit_s else 0
 
     def comment_every(self, interval_s: float, since_s: float, on_quiet: Callable[[], bool]) -> None:
@@ -122,12 +120,10 @@ class Pair:
     async def wait_upstream(self, *, or_writable: bool = False) -> None:
         """Sleeps until the engine's socket can be read (or also: written). Raises trio.TooSlowError past the limit."""
         assert self.upstream is not None
-        flags = select.EPOLLIN | select.EPOLLONESHOT | (select.EPOLLOUT if or_writable else 0)
-        self._pump.epoll.modify(self.upstream.fileno(), flags)
-        self.stop = Stop.DONE
-        await self._park()
-        if self.stop is Stop.UPSTREAM_IDLE:
-            raise trio.TooSlowError
+        if or_writable:
+            await self.upstream.wait_writable(self.limit_at_ns)
+        else:
+            await self.upstream.wait_readable(self.limit_at_ns)
 
     async def stream(self, relay: FrameRelay, gaps: Histogram, *, idle_limit_s: float) -> Stop:
         """Hands the streaming to the pump; answers why it stopped. Call again to go on after `CLIENT_BLOCKED`.
@@ -135,120 +131,89 @@ class Pair:
         `idle_limit_s`: longest silence of the engine, 0 for none. Cancelling ends the streaming between two frames'
         writes: the client has got everything it was sent whole, unless `unsent` is not empty.
         """
-        assert self.upstream is not None
+        upstream = self.upstream
+        assert upstream is not None
         self.relay = relay
-        self.limit_at_ns = 0  # of the waits before; passed by now, it would be taken for the end of this one
         self.gaps = gaps
         self.idle_limit_ns = int(idle_limit_s * 1e9)
-        self._pump.epoll.modify(self.upstream.fileno(), select.EPOLLIN)
+        upstream.streams = self
+        self._pump.streaming.add(self)
+        if upstream.has_news:
+            upstream.report_anew()
         try:
-            await self._park()
+            await upstream.park()
         finally:
-            self.relay = None
+            self.relay = upstream.streams = None
+            self._pump.streaming.discard(self)
         return self.stop
-
-    async def _park(self) -> None:
-        self._task = trio.lowlevel.current_task()
-        await trio.lowlevel.wait_task_rescheduled(self._abort)
-
-    def _abort(self, _raise_cancel: Callable[[], None]) -> trio.lowlevel.Abort:
-        self._task = None
-        self._pump.silence(self)
-        return trio.lowlevel.Abort.SUCCEEDED
-
-    def wake(self) -> bool:
-        """Lets the pair's task run; True if it was asleep."""
-        task, self._task = self._task, None
-        if task is None:
-            return False
-        trio.lowlevel.reschedule(task)
-        return True
 
 
 class Pump:
-    """All pairs of a worker on one epoll; driven by `poller.install`, or else by `run_as_task`."""
+    """All sockets of a worker's exchanges on one epoll; driven by `poller.install`, or else by `run_as_task`."""
 
     def __init__(self) -> None:
         self.epoll = select.epoll()
         self.frames = 0  #: frames passed on since the start
+        self.limited: set[Source] = set()  #: those waited for up to a limit
+        self.streaming: set[Pair] = set()
         self.commented: set[Pair] = set()  #: those whose clients get comments
         self._buffer = bytearray(RECEIVE_BYTES)
         self._view = memoryview(self._buffer)
         self._out: Pieces = []
-        self._upstreams: dict[int, Pair] = {}
-        self._clients: dict[int, Pair] = {}
+        self._sources: dict[int, Source] = {}
         self._woken = False
         self._next_sweep_ns = 0
 
     def __repr__(self) -> str:
-        return f"<Pump pairs={len(self._clients)} upstreams={len(self._upstreams)} frames={self.frames}>"
+        return f"<Pump sources={len(self._sources)} streaming={len(self.streaming)} frames={self.frames}>"
 
     # -- which sockets are under the pump
 
-    def open(self, client: socket.socket, on_gone: Callable[[], None]) -> Pair:
+    def add(self, sock: socket.socket) -> Source:
+        """Puts a socket under the pump; it is closed by `Source.close`."""
+        source = self._sources[sock.fileno()] = Source(self, sock)
+        self.epoll.register(source.fileno, ARRIVALS)
+        return source
+
+    def forget(self, source: Source) -> None:
+        """Its socket is being closed, of which the kernel's side needs not be told."""
+        if self._sources.get(source.fileno) is source:
+            del self._sources[source.fileno]
+        self.limited.discard(source)
+
+    def open(self, client: Source, on_gone: Callable[[], None]) -> Pair:
         """A pair for one exchange; `on_gone` is called, once and from the pump, when the client hangs up."""
-        pair = Pair(self, client, on_gone)
-        self._clients[client.fileno()] = pair
-        self.epoll.register(client.fileno(), select.EPOLLRDHUP)
+        pair = client.of_client = Pair(self, client, on_gone)
+        if client.is_ending:
+            client.report_anew()
         return pair
-
-    def attach(self, pair: Pair, upstream: socket.socket) -> None:
-        """See `Pair.attach`."""
-        pair.upstream = upstream
-        self._upstreams[upstream.fileno()] = pair
-        self.epoll.register(upstream.fileno(), select.EPOLLONESHOT)
-
-    def detach(self, pair: Pair) -> None:
-        """See `Pair.detach`."""
-        if pair.upstream is not None:
-            fileno = pair.upstream.fileno()
-            if self._upstreams.pop(fileno, None) is not None:
-                self.epoll.unregister(fileno)
-            pair.upstream = None
-
-    def close(self, pair: Pair) -> None:
-        """See `Pair.close`."""
-        self.commented.discard(pair)
-        pair.on_quiet = None  # which the exchange holds, and it the pair
-        self.detach(pair)
-        self._forget_client(pair)
-
-    def silence(self, pair: Pair) -> None:
-        """Stops reporting the engine's socket, which stays attached."""
-        if pair.upstream is not None:
-            # An error or hang-up is reported whatever was asked for; one-shot keeps that from spinning.
-            self.epoll.modify(pair.upstream.fileno(), select.EPOLLONESHOT)
-
-    def _forget_client(self, pair: Pair) -> None:
-        fileno = pair.client.fileno()
-        if self._clients.get(fileno) is pair:
-            del self._clients[fileno]
-            self.epoll.unregister(fileno)
 
     # -- serving
 
     def turn(self, timeout: float) -> bool:
         """Serves what comes until trio has to run (True), or for `timeout` seconds (False); 0: what is ready, once."""
-        poll, pairs = self.epoll.poll, self._upstreams
+        poll, sources = self.epoll.poll, self._sources
         wait = timeout
         wake_at = time.monotonic_ns() + int(timeout * 1e9)
         while True:
-            events = poll(SWEEP_S if wait > SWEEP_S and (pairs or self.commented) else wait, EVENTS_PER_TURN)
+            is_swept = self.limited or self.streaming or self.commented
+            events = poll(SWEEP_S if wait > SWEEP_S and is_swept else wait, EVENTS_PER_TURN)
             now = time.monotonic_ns()
             is_trios_turn = False
             for fd, flags in events:
-                pair = pairs.get(fd)
-                if pair is None:
-                    is_trios_turn |= self._other_event(fd, flags)
-                elif pair.relay is None:
-                    self._woken |= pair.wake()
+                source = sources.get(fd)
+                if source is None:
+                    is_trios_turn = True  # its own descriptor, or one that left in this batch, which costs it a turn
+                elif source.streams is None:
+                    self._arrived(source, flags)
                 else:
                     try:
-                        self._serve(pair, pair.relay, now)
+                        self._serve(source.streams, source, flags, now)
                     except Exception:  # a fault of ours ends this stream, not the others
                         traceback.print_exc()
                         self._out.clear()
-                        self._give_back(pair, Stop.FAULT)
+                        if source.streams is not None:
+                            self._give_back(source.streams, Stop.FAULT)
             if now >= self._next_sweep_ns:
                 self._next_sweep_ns = now + int(SWEEP_S * 1e9)
                 self.sweep(now)
@@ -259,25 +224,27 @@ class Pump:
                 return False
             wait = (wake_at - now) / 1e9
 
-    def _other_event(self, fd: int, flags: int) -> bool:
-        """What is not an engine's socket; True if it is trio's own descriptor, and trio has to run."""
-        pair = self._clients.get(fd)
-        if pair is None:
-            return True  # or a descriptor that left in this batch, which costs a turn of trio
-        self._client_hung_up(pair, flags)
-        return False
+    def _arrived(self, source: Source, flags: int) -> None:
+        """Something came that the pump does not read itself, or there is room to write again."""
+        if flags & ~select.EPOLLOUT:
+            source.has_news = True
+        if flags & ENDS:
+            source.is_ending = True
+            if source.of_client is not None:
+                self._client_hung_up(source.of_client, flags)
+        if source.wake():
+            self._woken = True
 
     def sweep(self, now: int) -> None:
-        """Gives back every pair whose engine has been silent for too long at `now` (ns of the monotonic clock).
+        """Ends every wait that has taken too long at `now` (ns of the monotonic clock), and every stream's silence.
 
         Then comments to every client that has heard nothing for too long.
         """
-        for pair in list(self._upstreams.values()):
-            if pair.relay is None:
-                is_late = pair.limit_at_ns and now > pair.limit_at_ns
-            else:
-                is_late = pair.idle_limit_ns and now - pair.last_read_ns > pair.idle_limit_ns
-            if is_late:
+        for source in [source for source in self.limited if now > source.limit_at_ns]:
+            source.is_late = source.wake()
+            self._woken = True
+        for pair in list(self.streaming):
+            if pair.idle_limit_ns and now - pair.last_read_ns > pair.idle_limit_ns:
                 self._give_back(pair, Stop.UPSTREAM_IDLE)
         for pair in list(self.commented):
             if now - max(pair.last_frame_ns, pair.last_comment_ns) >= pair.comment_every_ns:
@@ -298,16 +265,20 @@ class Pump:
                 await trio.lowlevel.wait_readable(self.epoll.fileno())
             self.turn(0)
 
-    def _serve(self, pair: Pair, relay: FrameRelay, now: int) -> None:
+    def _serve(self, pair: Pair, upstream: Source, flags: int, now: int) -> None:
         """One read of one stream, passed on."""
-        assert pair.upstream is not None
+        relay = pair.relay
+        assert relay is not None
+        if flags & ENDS:
+            upstream.is_ending = True
         try:
-            received = pair.upstream.recv_into(self._buffer)
+            received = upstream.sock.recv_into(self._buffer)
         except BlockingIOError:
             return
         except OSError:
             self._give_back(pair, Stop.UPSTREAM_RESET)
             return
+        upstream.took(received, RECEIVE_BYTES)
         finder = relay.finder
         before = finder.frames
         out = self._out
@@ -339,6 +310,8 @@ class Pump:
             elif decoder.error is not None:
                 stop = Stop.UPSTREAM_MALFORMED
             else:
+                if upstream.has_news:
+                    upstream.report_anew()
                 return
         self._give_back(pair, stop)
 
@@ -364,17 +337,18 @@ class Pump:
         return Stop.CLIENT_BLOCKED
 
     def _give_back(self, pair: Pair, stop: Stop) -> None:
-        self.silence(pair)
+        """Ends a stream, and lets the pair's task run."""
         pair.relay = None
         pair.stop = stop
-        if pair.wake():
+        if pair.upstream is not None:
+            pair.upstream.streams = None
+            pair.upstream.wake()
             self._woken = True
 
     def _client_hung_up(self, pair: Pair, flags: int) -> None:
-        self._forget_client(pair)
         if not flags & (select.EPOLLERR | select.EPOLLHUP):
             try:
-                if pair.client.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
+                if pair.client.sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
                     return  # it has said more before it closed: no hang-up, but nothing is left to watch
             except BlockingIOError:
                 return

@@ -117,10 +117,16 @@ async def ask(
 
 async def receive(pair: Waits, connection: UpstreamConnection) -> bytes:
     """The next bytes from the engine; empty at its end. Raises UpstreamDisconnected (phase H)."""
+    source = connection.source
     while True:
         try:
-            return connection.sock.recv(READ_BYTES)
+            data = connection.sock.recv(READ_BYTES)
+            if source is not None:
+                source.took(len(data), READ_BYTES)
+            return data
         except BlockingIOError:
+            if source is not None:
+                source.has_news = False
             await pair.wait_upstream()
         except OSError as exc:
             raise UpstreamDisconnected(f"the engine's connection broke: {exc.strerror}", phase=Phase.HEAD) from None

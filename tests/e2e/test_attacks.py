@@ -305,8 +305,8 @@ async def test_a_stream_that_outlasts_the_first_token_limit_ends_as_it_does(nurs
     """Its end, and the sweep that finds the old limit passed, in one turn of the pump."""
     pump = Pump()
     (client, _client_end), (upstream, _engine_end) = socket.socketpair(), socket.socketpair()
-    pair = pump.open(client, lambda: None)
-    pair.attach(upstream)
+    pair = pump.open(pump.add(client), lambda: None)
+    pair.attach(pump.add(upstream))
     pair.limit(1.0)
     stops: list[Stop] = []
 

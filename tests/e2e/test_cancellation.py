@@ -165,7 +165,8 @@ async def interrupt_everywhere(
                 await until(lambda: not service.active)
         await at_rest(relay, engine, before)
         assert all(upstream.outstanding == 0 for upstream in service.fleet.upstreams), at
-        assert repr(pump).startswith("<Pump pairs=0 upstreams=0 "), at
+        assert not pump.streaming | pump.commented, at
+        assert not any(source.of_client or source.streams for source in pump._sources.values()), at
         assert engine.running == 0, at
         assert relay.worker.budget.used == 0, at
 

@@ -68,8 +68,8 @@ class Streaming(Generic[S]):
             sock.setblocking(False)
 
     async def run(self, relay: FrameRelay, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        pair = self.pump.open(self.near_client, lambda: None)
-        pair.attach(self.near_upstream)
+        pair = self.pump.open(self.pump.add(self.near_client), lambda: None)
+        pair.attach(self.pump.add(self.near_upstream))
         task_status.started()
         self.stop = await pair.stream(relay, Histogram(), idle_limit_s=0)
         self.unsent = pair.unsent

@@ -1,0 +1,110 @@
+"""A socket under the pump: what is known of it, and how a task waits for it.
+
+It is under the pump for as long as it is open, and is reported once for each arrival (EPOLLET), so neither a request
+nor a frame costs an `epoll_ctl`. In turn whoever reads must read until a read comes back short, or remember that there
+is more (`Source.took`). What arrives while nobody waits is remembered as well: at an idle engine's connection that is
+its end, or bytes nobody asked for.
+"""
+
+from __future__ import annotations
+
+import select
+import socket
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+if TYPE_CHECKING:
+    from relay.net.pump import Pair, Pump
+
+#: What is reported of a socket; writing only where it is waited for (`Source.wait_writable`).
+ARRIVALS: Final = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET
+#: Behind these there is an end or an error to be read, of which nothing more is said.
+ENDS: Final = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
+
+
+class Source:
+    """A socket under the pump, until `close`."""
+
+    __slots__ = (
+        "_pump", "_task", "fileno", "has_news", "is_ending", "is_late", "limit_at_ns", "of_client", "sock", "streams",
+    )  # fmt: skip
+
+    def __init__(self, pump: Pump, sock: socket.socket) -> None:
+        self._pump = pump
+        self._task: trio.lowlevel.Task | None = None
+        self.sock = sock
+        self.fileno = sock.fileno()
+        self.has_news = False  #: there may be something to read, which will not be reported again
+        self.is_ending = False  #: the peer has closed its side, or the connection broke: there is an end to be read
+        self.is_late = False  #: the last wait was ended by its limit
+        self.limit_at_ns = 0  #: when the present wait ends at the latest; 0: no limit
+        self.streams: Pair | None = None  #: whose engine it is, while the pump reads from it
+        self.of_client: Pair | None = None  #: whose client it is, while there is an exchange
+
+    def __repr__(self) -> str:
+        return f"<Source {self.fileno}{' news' if self.has_news else ''}{' waited for' if self._task else ''}>"
+
+    def took(self, size: int, asked: int) -> None:
+        """A read of `asked` bytes brought `size`: a short one has emptied the socket, up to what is reported later."""
+        self.has_news = size == asked or self.is_ending
+
+    async def wait_readable(self, limit_at_ns: int = 0) -> None:
+        """Sleeps until something has come; with news, for one turn of the others.
+
+        Raises trio.TooSlowError past `limit_at_ns` of the monotonic clock (0: none), as the pump's sweep finds it: a
+        deadline of trio's for each wait would cost more than the wait.
+        """
+        if limit_at_ns and time.monotonic_ns() > limit_at_ns:  # something comes each time before the sweep does
+            raise trio.TooSlowError
+        if self.has_news:
+            await trio.lowlevel.checkpoint()
+        else:
+            await self.park(limit_at_ns)
+
+    async def wait_writable(self, limit_at_ns: int = 0) -> None:
+        """Sleeps until it can be written to, or something has come; else as `wait_readable`."""
+        self._pump.epoll.modify(self.fileno, ARRIVALS | select.EPOLLOUT)  # reports anew what there is already
+        try:
+            await self.park(limit_at_ns)
+        finally:
+            self._pump.epoll.modify(self.fileno, ARRIVALS)
+
+    def report_anew(self) -> None:
+        """Has what there is to read reported as if it came now."""
+        self._pump.epoll.modify(self.fileno, ARRIVALS)
+
+    async def park(self, limit_at_ns: int = 0) -> None:
+        """Sleeps until woken, or until its limit."""
+        self._task = trio.lowlevel.current_task()
+        if limit_at_ns:
+            self.limit_at_ns = limit_at_ns
+            self._pump.limited.add(self)
+        try:
+            await trio.lowlevel.wait_task_rescheduled(self._abort)
+        finally:
+            if limit_at_ns:
+                self._pump.limited.discard(self)
+        if self.is_late:
+            self.is_late = False
+            raise trio.TooSlowError
+
+    def _abort(self, _raise_cancel: Callable[[], None]) -> trio.lowlevel.Abort:
+        self._task = None
+        self.streams = None  # the pump may have a turn before the task does
+        return trio.lowlevel.Abort.SUCCEEDED
+
+    def wake(self) -> bool:
+        """Lets the task run that waits for it; True if there was one."""
+        task, self._task = self._task, None
+        if task is None:
+            return False
+        trio.lowlevel.reschedule(task)
+        return True
+
+    def close(self) -> None:
+        """Closes the socket, which takes it out of the pump."""
+        self._pump.forget(self)
+        self.sock.close()
