@@ -81,7 +81,7 @@ async def interrupting(at: int, how: How, when: When, client: Client) -> AsyncIt
     def strike(exchange: Exchange) -> None:
         if how == "cut":
             exchange.cut()
-        else:
+        elif client.stream.socket.fileno() >= 0:  # it has not left at its end
             client.leave(how)
 
     interruption = Interruption(at, when, strike)
@@ -163,6 +163,8 @@ async def interrupt_everywhere(
             async with interrupting(at, how, when, client) as interruption:
                 answers = await scenario.play(client, how)
                 await until(lambda: not service.active)
+                client.leave("close")
+                await until(lambda: not relay.worker.connections)  # nor any request of this client that is still unread
         await at_rest(relay, engine, before)
         assert all(upstream.outstanding == 0 for upstream in service.fleet.upstreams), at
         assert not pump.streaming | pump.commented, at
