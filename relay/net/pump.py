@@ -165,7 +165,8 @@ class Pump:
         self._next_sweep_ns = 0
 
     def __repr__(self) -> str:
-        return f"<Pump sources={len(self._sources)} streaming={len(self.streaming)} frames={self.frames}>"
+        pairs = sum(source.of_client is not None for source in self._sources.values())
+        return f"<Pump pairs={pairs} streaming={len(self.streaming)} frames={self.frames}>"
 
     # -- which sockets are under the pump
 

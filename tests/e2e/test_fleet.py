@@ -226,7 +226,7 @@ async def test_whatever_happens_all_counts_return_to_zero() -> None:
             assert not service.active
             assert [(each.in_flight, each.queued) for each in service.fleet.pools] == [(0, 0)]
             assert all(up.outstanding == up.seat.prompt_bytes == 0 for up in service.fleet.upstreams)
-            assert repr(service.pump).startswith("<Pump pairs=0 upstreams=0 ")
+            assert repr(service.pump).startswith("<Pump pairs=0 streaming=0 ")
             await until(lambda: all(each.stats()["running"] == each.stats()["queued"] == 0 for each in engines))
         nursery.cancel_scope.cancel()
     letters = {record.outcome for record in relay.records}
