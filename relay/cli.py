@@ -71,7 +71,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
     config = settings.load(arguments.config)
     try:
-        Guard(config.auth)
+        Guard.read(config.auth)
     except GuardError as error:
         print(error, file=sys.stderr)
         return _WRONG_USAGE

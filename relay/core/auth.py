@@ -61,17 +61,17 @@ class KeysError(Exception):
 class Keys:
     """The keys that let a client in, as digests, and the name of each."""
 
-    __slots__ = ("_names",)
+    __slots__ = ("names",)
 
     def __init__(self, names: Mapping[bytes, str]) -> None:
-        self._names = dict(names)
+        self.names = dict(names)  #: by digest
 
     def __repr__(self) -> str:
-        return f"<Keys {len(self._names)}: {', '.join(sorted({*self._names.values()}))}>"
+        return f"<Keys {len(self.names)}: {', '.join(sorted({*self.names.values()}))}>"
 
     def name_of(self, secret: bytes) -> str | None:
         """Whose key this is; `None` for nobody's. In constant time: see the module's head."""
-        return self._names.get(_digest(secret))
+        return self.names.get(_digest(secret))
 
 
 def check_name(name: str) -> None:

@@ -216,8 +216,9 @@ class Crew:
             numbers = new[at : at + messages.MOST_FDS]
             hand.channel.send(messages.Limits(numbers), [limits[number] for number in numbers])
         hand.limits = limits
-        config = self._service.config
-        hand.channel.send(messages.Fleet(self._version, pools, None if hand.config is config else config))
+        config, guard = self._service.config, self._service.guard
+        news = None if hand.config is config else (config, guard.credentials)
+        hand.channel.send(messages.Fleet(self._version, pools, news))
         hand.config = config
 
     def _fleet(self) -> list[PoolMembers]:

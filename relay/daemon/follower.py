@@ -23,6 +23,7 @@ from relay.daemon.scoreboard import Scoreboard, Slot
 from relay.daemon.worker import Worker, record_sink
 from relay.net.fleet import Pool
 from relay.net.group import Group
+from relay.net.guard import Guard
 from relay.net.pool import Upstream
 from relay.net.report import exchanges_of, status_of
 from relay.net.shares import Permits, Shares
@@ -32,6 +33,7 @@ _encode: Final = msgspec.msgpack.Encoder().encode
 
 def work(
     config: Config,
+    guard: Guard,
     listeners: list[socket.socket],
     scoreboard: Scoreboard,
     beat_s: float,
@@ -40,12 +42,13 @@ def work(
 ) -> int:
     """A worker's process: its exit status. `number` is that of its slot, `sock` leads to the control process."""
     name_process(f"relay worker {number + 1}")
-    trio.run(_work, config, listeners, scoreboard, beat_s, number, sock)
+    trio.run(_work, config, guard, listeners, scoreboard, beat_s, number, sock)
     return 0
 
 
 async def _work(
     config: Config,
+    guard: Guard,
     listeners: list[socket.socket],
     scoreboard: Scoreboard,
     beat_s: float,
@@ -56,7 +59,7 @@ async def _work(
     others = [other.loads for other in scoreboard.slots if other is not slot]
     writer = RecordWriter(sys.stdout.fileno())
     shares = Shares(slot.loads, slot.held, others)
-    worker = Follower(config, listeners, record_sink(config, writer), slot, shares, Channel(sock))
+    worker = Follower(config, guard, listeners, record_sink(config, writer), slot, shares, Channel(sock))
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_beat, slot, beat_s)
         nursery.start_soon(writer.run)
@@ -80,13 +83,14 @@ class Follower(Worker):
     def __init__(
         self,
         config: Config,
+        guard: Guard,
         listeners: list[socket.socket],
         write_record: Callable[[Record], None] | None,
         slot: Slot,
         shares: Shares,
         channel: Channel,
     ) -> None:
-        super().__init__(config, listeners, write_record, board=slot.board)
+        super().__init__(config, listeners, write_record, board=slot.board, guard=guard)
         self._shares = shares
         self._channel = channel
         self._permits: dict[int, Permits] = {}
@@ -144,9 +148,10 @@ class Follower(Worker):
     def _take_on(self, order: messages.Fleet) -> None:
         """Makes the fleet what the control process says it is; what is under way goes on."""
         if order.config is not None:
-            self.config = self.service.config = order.config
-            self.service.fleet.reconfigure(order.config)
-            self.budget.limit = order.config.limits.max_buffered_bytes
+            self.config, credentials = order.config
+            self.service.reconfigure(self.config, Guard(self.config.auth, credentials))
+            self.service.fleet.reconfigure(self.config)
+            self.budget.limit = self.config.limits.max_buffered_bytes
         told = {pool.name: pool for pool in order.pools}
         for pool in self.service.fleet.pools:
             self._settle_pool(pool, told[pool.name])

@@ -18,6 +18,7 @@ import trio
 
 from relay.address import UpstreamConfig
 from relay.config import Config
+from relay.net.guard import Credentials
 
 _HEAD_BYTES: Final = 4
 _READ_BYTES: Final = 65536
@@ -55,7 +56,7 @@ class Fleet(msgspec.Struct, frozen=True, tag=True):
 
     serial: int
     pools: list[PoolMembers]
-    config: Config | None  #: None: as before
+    config: tuple[Config, Credentials] | None  #: None: as before
 
 
 class Limits(msgspec.Struct, frozen=True, tag=True):

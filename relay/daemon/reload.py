@@ -12,18 +12,17 @@ from relay.net.guard import Guard, GuardError
 _FIXED: Final = ("listen", "admin", "log")
 
 
-def read_again(load_config: Callable[[], Config] | None) -> Config:
-    """What the configuration file says now. Raises ValueError: it cannot be used."""
+def read_again(load_config: Callable[[], Config] | None) -> tuple[Config, Guard]:
+    """What the configuration file, and the files it names, say now. Raises ValueError: they cannot be used."""
     if load_config is None:
         raise ValueError("there is no file to read again: the daemon was started without --config")
     try:
         config = load_config()
-        Guard(config.auth)
+        return config, Guard.read(config.auth)
     except GuardError as exc:
         raise ValueError(str(exc)) from None
     except ConfigError as exc:
         raise ValueError("; ".join(problem.line(exc.source) for problem in exc.problems)) from None
-    return config
 
 
 def what_came_of(config: Config, before: Config) -> str:

@@ -46,7 +46,7 @@ def run(config: Config, load_config: Callable[[], Config] | None = None) -> int:
     if count == 1:
         return worker.run(config, load_config)
     try:
-        Guard(config.auth)
+        guard = Guard.read(config.auth)
         listeners, admin_listener = worker.open_listeners(config)
     except (GuardError, worker.StartError) as exc:
         print(f"relay: {exc}", file=sys.stderr)
@@ -55,9 +55,9 @@ def run(config: Config, load_config: Callable[[], Config] | None = None) -> int:
     scoreboard = Scoreboard(count)
     limit_s = systemd.watchdog_s()
     beat_s = BEAT_S if limit_s is None else min(BEAT_S, limit_s / 8)
-    forker = Forker(partial(follower.work, config, listeners, scoreboard, beat_s), listeners, admin_listener)
+    forker = Forker(partial(follower.work, config, guard, listeners, scoreboard, beat_s), listeners, admin_listener)
     try:
-        supervisor = Supervisor(config, listeners, admin_listener, load_config, scoreboard, forker)
+        supervisor = Supervisor(config, guard, listeners, admin_listener, load_config, scoreboard, forker)
         return trio.run(supervisor.run)
     finally:
         forker.close()
@@ -88,6 +88,7 @@ class Supervisor:
     def __init__(
         self,
         config: Config,
+        guard: Guard,
         listeners: list[socket.socket],
         admin_listener: socket.socket | None,
         load_config: Callable[[], Config] | None,
@@ -101,7 +102,7 @@ class Supervisor:
         self._forker = forker
         self._status = 0
         self._drain = trio.Event()
-        self.service = Service(config, Pump(), None)
+        self.service = Service(config, Pump(), None, guard=guard)
         self.crew = Crew(self.service, scoreboard, forker)
         self.service.callbacks = _Callbacks(self.crew)
         self.roster = Roster(self.service, self.crew.fleet_changed)
@@ -168,8 +169,8 @@ class Supervisor:
 
         The workers are told of it in a moment: `Crew.settle`.
         """
-        config = read_again(self._load_config)
-        self.roster.reconfigure(config)
+        config, guard = read_again(self._load_config)
+        self.roster.reconfigure(config, guard)
         return what_came_of(config, self._started_with)
 
     def stop(self) -> None:

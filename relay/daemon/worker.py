@@ -57,13 +57,13 @@ class StartError(Exception):
 def run(config: Config, load_config: Callable[[], Config] | None = None) -> int:
     """Runs the daemon until SIGTERM or SIGINT; the process's exit status. `load_config` reads it again: SIGHUP."""
     try:
-        Guard(config.auth)
+        guard = Guard.read(config.auth)
         listeners, admin_listener = open_listeners(config)
     except (GuardError, StartError) as exc:
         print(f"relay: {exc}", file=sys.stderr)
         return 1
     raise_descriptor_limit()
-    trio.run(_run, config, listeners, admin_listener, load_config)
+    trio.run(_run, config, listeners, admin_listener, load_config, guard)
     return 0
 
 
@@ -72,10 +72,11 @@ async def _run(
     listeners: list[socket.socket],
     admin_listener: socket.socket | None,
     load_config: Callable[[], Config] | None,
+    guard: Guard,
 ) -> None:
     """A worker with what a process has around it: signals, and records on standard output."""
     writer = RecordWriter(sys.stdout.fileno())
-    worker = Worker(config, listeners, record_sink(config, writer), admin_listener, load_config)
+    worker = Worker(config, listeners, record_sink(config, writer), admin_listener, load_config, guard=guard)
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(writer.run)
@@ -223,13 +224,14 @@ class Worker:
         admin_listener: socket.socket | None = None,
         load_config: Callable[[], Config] | None = None,
         board: Block | None = None,
+        guard: Guard | None = None,
     ) -> None:
         self.config = self._started_with = config
         self._load_config = load_config
         self.listeners = listeners
         self.admin_listener = admin_listener
         self.pump = Pump()
-        self.service = Service(config, self.pump, write_record, board)
+        self.service = Service(config, self.pump, write_record, board, guard)
         self.roster = Roster(self.service)
         self.budget = BodyBudget(config.limits.max_buffered_bytes)
         self.connections: set[ClientConnection] = set()
@@ -252,10 +254,10 @@ class Worker:
 
         Streams in flight, and connections open already, go on under what they began with.
         """
-        config = read_again(self._load_config)
+        config, guard = read_again(self._load_config)
         said = what_came_of(config, self._started_with)
         self.config = config
-        self.roster.reconfigure(config)
+        self.roster.reconfigure(config, guard)
         self.budget.limit = config.limits.max_buffered_bytes
         return said
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Final
+from typing import Final, Self
+
+import msgspec
 
 from relay.config import AuthConfig
 from relay.core import headers
-from relay.core.auth import Access, KeysError, Routes, Substitution, parse_keys, parse_upstream_key, substitution
+from relay.core.auth import Access, Keys, KeysError, Routes, Substitution, parse_keys, parse_upstream_key, substitution
 
 #: Paths of the relay's own that load balancers ask for, and that tell nothing.
 _OPEN: Final = (b"/-/live", b"/-/ready")
@@ -17,24 +19,44 @@ class GuardError(Exception):
     """The files of keys cannot be used; the message has a line for each reason."""
 
 
-class Guard:
-    """The judgement on a request's head. Raises GuardError where a file of `config` cannot be used."""
+class Credentials(msgspec.Struct, frozen=True, array_like=True):
+    """What is in the files that [auth] names. Read once for the whole daemon: its workers are told."""
 
-    def __init__(self, config: AuthConfig) -> None:
+    names: dict[bytes, str] | None = None  #: of keys, by their digests; None: no keys, everybody may
+    upstream_key: bytes | None = None
+
+    def __repr__(self) -> str:
+        return f"<Credentials {len(self.names or ())} keys>"
+
+
+class Guard:
+    """The judgement on a request's head."""
+
+    def __init__(self, config: AuthConfig, credentials: Credentials) -> None:
+        self.credentials = credentials
         self.access: Access | None = None  #: None: everybody may, everywhere
+        if credentials.names is not None:
+            self.access = Access(Keys(credentials.names), Routes(config.routes))
+        self.substitution: Substitution = substitution(
+            has_keys=self.access is not None, upstream_key=credentials.upstream_key
+        )
+
+    @classmethod
+    def read(cls, config: AuthConfig) -> Self:
+        """With what is in the files of `config` now. Raises GuardError where one cannot be used."""
+        names = upstream_key = None
         if config.keys_file:
             try:
-                self.access = Access(parse_keys(_read(config.keys_file)), Routes(config.routes))
+                names = parse_keys(_read(config.keys_file)).names
             except KeysError as error:
                 lines = [f"{config.keys_file}:{problem.line}: {problem.message}" for problem in error.problems]
                 raise GuardError("\n".join(lines)) from None
-        upstream_key = None
         if config.upstream_key_file:
             try:
                 upstream_key = parse_upstream_key(_read(config.upstream_key_file))
             except ValueError as error:
                 raise GuardError(f"{config.upstream_key_file}: {error}") from None
-        self.substitution: Substitution = substitution(has_keys=self.access is not None, upstream_key=upstream_key)
+        return cls(config, Credentials(names, upstream_key))
 
     def __repr__(self) -> str:
         return f"<Guard {self.access!r}>"

@@ -25,6 +25,7 @@ from relay.core.loose import UNDECODABLE
 from relay.net.fetch import fetch, transport_of
 from relay.net.fleet import Pool
 from relay.net.group import Group
+from relay.net.guard import Guard
 from relay.net.pool import Upstream
 from relay.net.service import Service
 
@@ -120,9 +121,9 @@ class Roster:
         self._on_change()
         self._pool(pool).advance()  # who waits for the last one waits in vain
 
-    def reconfigure(self, config: Config) -> None:
+    def reconfigure(self, config: Config, guard: Guard) -> None:
         """Takes on another configuration; streams in flight go on under the old one."""
-        self._service.config = config
+        self._service.reconfigure(config, guard)
         self._service.fleet.reconfigure(config)
         self._on_change()
         self._look_around()

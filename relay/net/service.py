@@ -29,8 +29,10 @@ class Service:
         pump: Pump,
         write_record: Callable[[Record], None] | None,
         block: Block | None = None,
+        guard: Guard | None = None,
     ) -> None:
-        self.config = config
+        """`guard`: None for one that is read here, which raises GuardError."""
+        self.reconfigure(config, guard or Guard.read(config.auth))
         self.pump = pump
         self.fleet = Fleet(config)
         self.tally = Tally(block)  #: in a block of its own, or in shared memory
@@ -41,15 +43,10 @@ class Service:
         self.drains = Drains()
         self.callbacks: dict[str, Callable[[bytes], None]] = {}  #: of decoders that are to call back, by key
 
-    @property
-    def config(self) -> Config:
-        """What exchanges begin with."""
-        return self._config
-
-    @config.setter
-    def config(self, config: Config) -> None:
-        self._config = config
-        self.guard = Guard(config.auth)
+    def reconfigure(self, config: Config, guard: Guard) -> None:
+        """What exchanges begin with from now on. `guard` has been made before, so that nothing can go wrong here."""
+        self.config = config
+        self.guard = guard
         self.prices = PriceList({model: _as_decimals(prices) for model, prices in config.prices.items()})
 
     def __repr__(self) -> str:

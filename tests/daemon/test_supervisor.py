@@ -22,6 +22,7 @@ from relay.daemon.forker import Ended, Forked, Forker
 from relay.daemon.limits import Limits
 from relay.daemon.messages import Channel, Done, Said
 from relay.daemon.scoreboard import MOST_NUMBERS, Numbers, Scoreboard
+from relay.net.guard import Credentials
 from relay.net.shares import Permits, Shares
 
 # -- how many
@@ -188,7 +189,7 @@ async def test_messages_arrive_whole_and_in_order() -> None:
     sent: list[messages.Message] = [
         Done(1),
         Said(2, b"x" * 3_000_000),
-        messages.Fleet(3, [messages.PoolMembers("default", 0, True, "", [])], config),
+        messages.Fleet(3, [messages.PoolMembers("default", 0, True, "", [])], (config, Credentials({b"\0" * 32: "alice"}, b"key"))),
         messages.Drain(),
     ]
     async with channels() as (one, other):

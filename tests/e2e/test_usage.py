@@ -186,8 +186,9 @@ async def test_sums_of_money_do_not_drift(engine: Engine) -> None:
 
 async def test_prices_of_a_reloaded_configuration(engine: Engine) -> None:
     async with running_relay(engine.url) as relay:
-        before = relay.worker.service.config
-        relay.worker.roster.reconfigure(Config(pools=before.pools, prices=PRICES, health=before.health))
+        service = relay.worker.service
+        config = Config(pools=service.config.pools, prices=PRICES, health=service.config.health)
+        relay.worker.roster.reconfigure(config, service.guard)
         await ask(relay.port, request(body=WHOLE_REQUEST))
         assert (await relay.record()).cost
 

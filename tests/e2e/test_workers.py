@@ -18,6 +18,7 @@ from typing import Any
 
 import trio
 
+from relay.core.auth import keys_line
 from relay_bench.engine import Engine
 from tests.e2e.harness import GOOD_ANSWER, Answer, Client, ask, request, states, until
 from tests.e2e.test_process import START_S, Process, relay_serve
@@ -208,6 +209,37 @@ async def test_a_reload_reaches_both(engine: Engine, second_engine: Engine, tmp_
         relay.process.signal(signal.SIGHUP)
         await relay.process.prints(lambda: b"not reloaded:" in relay.process.stderr)
         await served_by_each(relay)
+
+
+async def test_keys_are_read_once_for_all_workers(engine: Engine, tmp_path: Path) -> None:
+    """Whatever becomes of their file, workers agree on who may come in; one begun later does as well."""
+    keys = tmp_path / "keys"
+    keys.write_text(keys_line("alice", b"alice-key") + "\n")
+    pool = (f"upstreams = ['{engine.url}']", "[auth]", f"keys_file = '{keys}'")
+    path = configuration(tmp_path / "relay.toml", *pool)
+
+    async def statuses(relay: Relay, key: str) -> list[int]:
+        found = []
+        for pid in relay.workers:
+            with relay.stopped(pid):
+                found.append((await ask(relay.port, request(authorization=f"Bearer {key}"))).status)
+        return found
+
+    async with two_workers("--config", path) as relay:
+        keys.unlink()
+        relay.process.signal(signal.SIGHUP)
+        await relay.process.prints(lambda: b"not reloaded: " in relay.process.stderr)
+        assert f"not reloaded: {keys}: cannot be read: No such file".encode() in relay.process.stderr
+        victim, _ = relay.workers
+        os.kill(victim, signal.SIGKILL)
+        await until(lambda: len(relay.workers) == 2 and victim not in relay.workers, START_S)
+        assert await statuses(relay, "alice-key") == [200, 200]
+        keys.write_text(keys_line("bob", b"bob-key") + "\n")
+        await relay.admin("POST", "/-/reload", "")
+        keys.unlink()
+        assert await statuses(relay, "alice-key") == [401, 401]
+        assert await statuses(relay, "bob-key") == [200, 200]
+    assert b"Traceback" not in relay.process.stderr
 
 
 async def test_one_answer_tells_of_both_and_both_drain(engine: Engine) -> None:
