@@ -75,6 +75,14 @@ class RequestRefused(ExchangeError):
         self.code = code
 
 
+class RateLimited(RequestRefused):
+    """The request's key is over one of its limits."""
+
+    def __init__(self, message: str, *, retry_after_s: int) -> None:
+        super().__init__(429, "rate_limit_exceeded", message)
+        self.retry_after_s = retry_after_s
+
+
 class RequestTimeout(ExchangeError):
     """The client was too slow with its request (RFC 9110 §15.5.9)."""
 

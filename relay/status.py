@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Final, Literal, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Final, Generic, Literal, NamedTuple, TypeVar
 
 import httpx
 import msgspec
@@ -18,7 +18,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from relay.core.status import PoolStatus, Status, UpstreamStatus
+from relay.core.status import KeyStatus, PoolStatus, Status, UpstreamStatus
 
 if TYPE_CHECKING:
     from rich.console import ConsoleOptions, RenderableType, RenderResult
@@ -28,7 +28,9 @@ ANSWER_S: Final = 5.0
 #: Between two looks of ``--watch``.
 WATCH_S: Final = 1.0
 
-#: Characters a line needs for every column of the upstreams' tables.
+#: Keys in the table; all are in ``--json``.
+MOST_KEYS_SHOWN: Final = 20
+#: Characters a line needs for every column of the tables.
 WIDE: Final = 94
 _INDENT: Final = (0, 0, 0, 2)
 
@@ -38,6 +40,8 @@ _STYLE_OF_STATE: Final = {
 }  # fmt: skip
 
 _DONE, _UNREACHABLE = 0, 2
+
+_T = TypeVar("_T")
 
 
 class StatusError(Exception):
@@ -135,6 +139,8 @@ def render(status: Status) -> RenderableType:
             if upstream.last_error
         ]
         parts += ["", _pool_line(pool), Padding(Group(*_figures(pool), _Upstreams(pool), *errors), _INDENT)]
+    if status.keys:
+        parts += ["", Text("keys", style="bold"), Padding(_Keys(status.keys), _INDENT)]
     return Group(*parts)
 
 
@@ -183,30 +189,47 @@ class _Upstreams:
 
     def __rich_console__(self, _: Console, options: ConsoleOptions) -> RenderResult:
         columns = [column for column in _COLUMNS if self._has_room_for(column, options.max_width)]
-        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-        for column in columns:
-            table.add_column(column.title, justify=column.justify, overflow="fold", no_wrap=column.no_wrap)
-        for upstream in self.upstreams:
-            table.add_row(*(column.cell(upstream) for column in columns))
-        yield table if self.upstreams else Text("no upstreams", style="yellow")
+        yield _table(columns, self.upstreams) if self.upstreams else Text("no upstreams", style="yellow")
 
-    def _has_room_for(self, column: _Column, width: int) -> bool:
+    def _has_room_for(self, column: _Column[UpstreamStatus], width: int) -> bool:
         if column.title == "role":
             return any(upstream.role != "serve" for upstream in self.upstreams)
         return width >= WIDE or not column.is_extra
 
 
-class _Column(NamedTuple):
-    """One column of the upstreams' table."""
+class _Keys:
+    """The table of keys: the busiest, as there may be one for each employee."""
+
+    def __init__(self, keys: Sequence[KeyStatus]) -> None:
+        self.keys = keys
+
+    def __rich_console__(self, _: Console, options: ConsoleOptions) -> RenderResult:
+        columns = [column for column in _KEY_COLUMNS if not column.is_extra or options.max_width >= WIDE]
+        yield _table(columns, self.keys[:MOST_KEYS_SHOWN])
+        if len(self.keys) > MOST_KEYS_SHOWN:
+            yield Text(f"and {len(self.keys) - MOST_KEYS_SHOWN:,} more: --json", style="dim")
+
+
+def _table(columns: Sequence[_Column[_T]], rows: Iterable[_T]) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for column in columns:
+        table.add_column(column.title, justify=column.justify, overflow="fold", no_wrap=column.no_wrap)
+    for row in rows:
+        table.add_row(*(column.cell(row) for column in columns))
+    return table
+
+
+class _Column(NamedTuple, Generic[_T]):
+    """One column of a table."""
 
     title: str
-    cell: Callable[[UpstreamStatus], RenderableType]
+    cell: Callable[[_T], RenderableType]
     justify: Literal["left", "right"] = "right"
     no_wrap: bool = True
     is_extra: bool = False  #: only where the terminal is wide
 
 
-_COLUMNS: Final = (
+_COLUMNS: Final[tuple[_Column[UpstreamStatus], ...]] = (
     _Column("upstream", lambda upstream: Text(_printable(upstream.url)), "left", no_wrap=False),
     _Column("role", lambda upstream: Text(_printable(upstream.role)), "left"),
     _Column("state", lambda upstream: _state(upstream.state), "left"),
@@ -215,6 +238,17 @@ _COLUMNS: Final = (
     _Column("failures", lambda upstream: f"{upstream.failures:,}"),
     _Column("probe", lambda upstream: _ms(upstream.probe_ms), is_extra=True),
     _Column("age", lambda upstream: _duration(upstream.age_s), is_extra=True),
+)
+
+_KEY_COLUMNS: Final[tuple[_Column[KeyStatus], ...]] = (
+    _Column("key", lambda key: Text(_printable(key.name)), "left", no_wrap=False),
+    _Column("in flight", lambda key: f"{key.in_flight:,}"),
+    _Column("requests", lambda key: f"{key.requests:,}"),
+    _Column("refused", lambda key: f"{key.refusals:,}"),
+    _Column("prompt", lambda key: f"{key.prompt_tokens:,}"),
+    _Column("cached", lambda key: f"{key.cached_tokens:,}", is_extra=True),
+    _Column("completion", lambda key: f"{key.completion_tokens:,}"),
+    _Column("cost", lambda key: f"{key.cost:,.2f}", is_extra=True),
 )
 
 

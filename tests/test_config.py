@@ -221,6 +221,7 @@ def test_the_defaults_are_those_of_the_interface(read: Callable[[str], Config]) 
         [auth]
         keys_file = ""
         routes = ["/v1/*"]
+        limits = {}
         upstream_key_file = ""
         [cost]
         in_usage = false
@@ -503,6 +504,17 @@ def test_a_table_of_the_wrong_kind(text: str, problems: Callable[[str], list[str
             "pool[0].decode[0]",
             "is this relay itself",
         ),
+        (
+            POOL + '[auth.limits."*"]\nmax_in_flight = 8',
+            "auth.limits",
+            "there are no keys to limit; allowed: with auth.",
+        ),
+        (
+            POOL + '[auth]\nkeys_file = "k"\n[auth.limits."a*"]\nrequests_per_minute = 60000',
+            'auth.limits."a*".requests_per_minute',
+            "60000 is not valid; allowed: a whole number, 0 to 50000 (0: no limit)",
+        ),
+        (POOL + '[auth]\nkeys_file = "k"\n[auth.limits.a]\nrpm = 1', "auth.limits.a.rpm", "is not a known name"),
         (POOL + "[cost]\nin_usage = true", "cost.in_usage", 'allowed: false, or a table [prices."MODEL"]'),
         (POOL + "[limits]\nmax_buffered_bytes = 1000", "limits.max_buffered_bytes", "allowed: 67108864 or more"),
     ],

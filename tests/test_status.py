@@ -19,8 +19,8 @@ from rich.console import Console
 
 from relay import status as command
 from relay.core import metrics
-from relay.core.board import Board, read
-from relay.core.status import PoolStatus, Rates, Status, UpstreamStatus, merged, rates
+from relay.core.board import Board, read, total
+from relay.core.status import KeyStatus, PoolStatus, Rates, Status, UpstreamStatus, keys_of, merged, rates
 from relay.status import StatusError, fetch, main, render, show
 
 LONG_URL = "http://prefill-0.engines.inference.svc.cluster.local:8000"
@@ -123,6 +123,25 @@ def test_beyond_the_last_bound_a_quantile_is_that_bound() -> None:
     assert rates("p", {}, read(block), 1.0).gap_p50_ms == 10_000
 
 
+def test_keys_are_added_up_over_boards_and_the_busiest_come_first() -> None:
+    blocks = [bytearray(1 << 16) for _ in range(2)]
+    for at, block in enumerate(blocks, 1):
+        board = Board(block)
+        for name, times in (("alice", at), ("bob", 10)):
+            board.counter(metrics.KEY_REQUESTS, name).add(times)
+            board.counter(metrics.KEY_TOKENS, name, "prompt").add(100 * times)
+            board.counter(metrics.KEY_TOKENS, name, "completion").add(7)
+        board.gauge(metrics.KEY_IN_FLIGHT, "alice").add(at)
+        board.counter(metrics.KEY_COST, "alice").add(0.25)
+    board.counter(metrics.KEY_REFUSALS, "alice", "max_in_flight").add(2)
+    board.counter(metrics.KEY_REFUSALS, "alice", "requests_per_minute").add(3)
+    assert keys_of(total(blocks)) == (
+        KeyStatus(name="alice", in_flight=3, requests=3, refusals=5, prompt_tokens=300, completion_tokens=14, cost=0.5),
+        KeyStatus(name="bob", requests=20, prompt_tokens=2000, completion_tokens=14),
+    )
+    assert keys_of({}) == ()
+
+
 # -- the picture
 
 
@@ -154,6 +173,19 @@ def test_a_wide_terminal_has_all_columns_and_a_narrow_one_those_that_matter() ->
     (row,) = lines_of(wide, "10.0.0.1")
     assert row.split() == ["http://10.0.0.1:8000", "healthy", "2", "20", "0", "1.2", "ms", "2", "h", "13", "min"]
     assert lines_of(narrow, "10.0.0.1")[0].split() == ["http://10.0.0.1:8000", "healthy", "20", "0"]
+
+
+def test_keys_have_a_table_of_the_busiest() -> None:
+    alice = KeyStatus(name="alice", in_flight=3, requests=1234, refusals=5, prompt_tokens=300, cost=0.5)
+    status = Status(version="1", state="ready", uptime_s=0.0, keys=(alice,))
+    wide, narrow = picture(status, 120), picture(status, 60)
+    (row,) = lines_of(wide, "alice")
+    assert row.split() == ["alice", "3", "1,234", "5", "300", "0", "0", "0.50"]
+    assert lines_of(narrow, "alice")[0].split() == ["alice", "3", "1,234", "5", "300", "0"]
+    many = Status(version="1", state="ready", uptime_s=0.0, keys=tuple(KeyStatus(name=f"k{n:04}") for n in range(1500)))
+    assert len(lines_of(picture(many, 80), "k0")) == 20
+    assert "and 1,480 more: --json" in picture(many, 80)
+    assert "keys" not in picture(WORKING, 80)
 
 
 def test_last_errors_stand_below_and_cannot_move_the_cursor() -> None:

@@ -31,6 +31,8 @@ def conflicts(config: Config, wrong: Collection[str] = ()) -> Iterator[Problem]:
         yield from _loops(config)
     if "prices" not in wrong and "cost" not in wrong and config.cost.in_usage and not config.prices:
         yield Problem("cost.in_usage", 'there are no prices to tell; allowed: false, or a table [prices."MODEL"]')
+    if "auth" not in wrong and config.auth.limits and not config.auth.keys_file:
+        yield Problem("auth.limits", "there are no keys to limit; allowed: with auth.keys_file")
     if "limits" not in wrong and config.limits.max_buffered_bytes < config.limits.max_body_bytes:
         least = config.limits.max_body_bytes
         yield Problem("limits.max_buffered_bytes", f"has no room for max_body_bytes; allowed: {least} or more")

@@ -27,6 +27,7 @@ Listener = Annotated[Address, Meta(description="HOST:PORT, [::1]:PORT or unix:/p
 Listeners = Annotated[tuple[Listener, ...], Meta(min_length=1, description="a list of at least one address")]
 Upstream = Annotated[UpstreamConfig, Meta(description=f"{UPSTREAM_FORMS}, as text or {{ url = … }}")]
 MostOrNone = Annotated[int, Meta(ge=0, description="a whole number, 0 or more (0: no limit)")]
+PerMinute = Annotated[int, Meta(ge=0, le=50_000, description="a whole number, 0 to 50000 (0: no limit)")]
 Places = Annotated[int, Meta(ge=0, description="a whole number, 0 or more (0: none)")]
 Weight = Annotated[int, Meta(ge=1, le=1000, description="a whole number, 1 to 1000")]
 UrlPath = Annotated[str, Meta(pattern=r"^/[!-~]*\Z", description="a path, beginning with /")]
@@ -62,6 +63,7 @@ OwnIncludeUsage = Annotated[Literal["as-asked", "always"] | None, Meta(descripti
 _PRICES = "money for a million tokens, 0 or more"
 Price = Annotated[float, Meta(ge=0, le=1e9, description=_PRICES)]
 OwnPrice = Annotated[Annotated[float, Meta(ge=0, le=1e9)] | None, Meta(description=_PRICES)]
+LimitedKeys = Annotated[dict[str, "KeyLimitsConfig"], Meta(description='tables, [auth.limits."NAME"]')]
 PricedModels = Annotated[dict[str, "PriceConfig"], Meta(description='tables, [prices."MODEL"]')]
 LogFormat = Annotated[Literal["json", "text", "off"], Meta(description='"json", "text" or "off"')]
 
@@ -263,6 +265,15 @@ class CostConfig(Table, frozen=True):
     in_usage: Flag = False
 
 
+class KeyLimitsConfig(Table, frozen=True):
+    """What a key may do, over all workers."""
+
+    #: Requests at once; the next gets 429. None: an agent may open a thousand streams.
+    max_in_flight: MostOrNone = 0
+    #: Requests a minute, so many of them at once at most: a token bucket, which is filled each second.
+    requests_per_minute: PerMinute = 0
+
+
 class AuthConfig(Table, frozen=True):
     """Who may use the relay."""
 
@@ -270,6 +281,8 @@ class AuthConfig(Table, frozen=True):
     keys_file: File = ""
     #: With keys, the paths that are open, ``*`` for anything: engines' own control routes stay inside.
     routes: Routes = ("/v1/*",)
+    #: By the name of a key; `*` matches any text, a key's own name comes first, then the longest pattern.
+    limits: LimitedKeys = msgspec.field(default_factory=dict)
     #: A file with the key that engines ask for, sent instead of clients' own.
     upstream_key_file: File = ""
 

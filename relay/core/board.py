@@ -45,12 +45,18 @@ if TYPE_CHECKING:
 #: A family's name and the values of its labels.
 Key = tuple[str, ...]
 
-#: Enough for 100 models in each of three pools (a kilobyte each) and 1,000 upstreams; pages not used cost nothing.
+#: Enough for 100 models in each of three pools (a kilobyte each), 1,000 upstreams and 500 keys (half one each); pages
+#: not used cost nothing.
 BOARD_BYTES: Final = 1 << 20
 #: Models are what clients write into requests. Beyond so many different ones, and for longer names, `metrics.OTHER`
 #: stands: first come, first counted.
 MOST_MODELS: Final = 100
-MOST_MODEL_CHARACTERS: Final = 128
+#: Keys are an operator's, but there may be one for each employee. Each is up to nine series.
+MOST_KEYS: Final = 500
+MOST_NAME_CHARACTERS: Final = 128
+
+#: Labels whose values are bounded in number.
+_MOST: Final = {"model": MOST_MODELS, "key": MOST_KEYS}
 
 _MAGIC: Final = int.from_bytes(b"relay\0\0\1", "big")
 _MAGIC_WORD, _USED_WORD, _FIRST_WORD = range(3)
@@ -165,7 +171,9 @@ class Board:
         self._histograms: dict[Key, Buckets] = {}
         retire(block)
         self._places = {key: at for key, at, _ in _entries(self._bytes)}
-        self._models = {key[at] for key in self._places if (at := _label_at(key[0], "model")) is not None}
+        self._names = {
+            label: {key[at] for key in self._places if (at := _label_at(key[0], label)) is not None} for label in _MOST
+        }
         if self._words[_MAGIC_WORD] != _MAGIC:
             self._words[_USED_WORD] = _FIRST_WORD * _WORD
             self._words[_MAGIC_WORD] = _MAGIC
@@ -222,15 +230,15 @@ class Board:
         return known[key]
 
     def _bounded(self, family: Family, labels: tuple[str, ...]) -> tuple[str, ...]:
-        """The values with a model that is one too many replaced."""
-        if "model" not in family.labels:
-            return labels
-        at = family.labels.index("model")
-        model = labels[at]
-        if model not in self._models:
-            if len(self._models) >= MOST_MODELS or len(model) > MOST_MODEL_CHARACTERS:
-                return (*labels[:at], metrics.OTHER, *labels[at + 1 :])
-            self._models.add(model)
+        """The values with a model or key that is one too many replaced."""
+        for label, most in _MOST.items():
+            if label in family.labels:
+                at, known = family.labels.index(label), self._names[label]
+                name = labels[at]
+                if name not in known:
+                    if len(known) >= most or len(name) > MOST_NAME_CHARACTERS:
+                        return (*labels[:at], metrics.OTHER, *labels[at + 1 :])
+                    known.add(name)
         return labels
 
     def _place(self, key: Key, cells: int) -> int | None:

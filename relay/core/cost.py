@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from decimal import Decimal
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from relay.core.models import ByModel
 from relay.core.usage import Usage
+
+if TYPE_CHECKING:
+    from relay.core.board import Counter
 
 _MILLION: Final = Decimal(1_000_000)
 
@@ -51,6 +54,25 @@ class Cost(NamedTuple):
             "completion_total_cost": self.completion,
             "total_cost": self.total,
         }
+
+
+class Sum:
+    """Money added up: exact here, while the counter that shows it has the nearest float."""
+
+    def __init__(self, counter: Counter) -> None:
+        self._counter = counter
+        self._exact = Decimal(0)
+        self._shown = 0.0
+
+    def __repr__(self) -> str:
+        return f"<Sum {self._exact}>"
+
+    def add(self, amount: Decimal) -> None:
+        """Counts `amount` more."""
+        self._exact += amount
+        gained = float(self._exact) - self._shown
+        self._shown += gained
+        self._counter.add(gained)
 
 
 class PriceList:

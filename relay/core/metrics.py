@@ -6,6 +6,8 @@ Names and labels are the interface: dashboards and alerts depend on them. Times 
 * ``model``: what the client asked for, so of a bounded number of values (`relay.core.board.MOST_MODELS`), then `OTHER`;
 * ``route``: `relay.core.request.Route`; ``status``: of the answer; ``outcome``: the record's two letters;
 * ``phase``: the name of a `relay.errors.Phase` in lower case;
+* ``key``: the name of a client's key; beyond `relay.core.board.MOST_KEYS` of them, `OTHER`;
+* ``limit``: `KEY_LIMITS`;
 * ``role``: `ROLES`; ``stage``: `STAGES`; ``kind``: `TOKEN_KINDS`; ``direction``: `DIRECTIONS`;
   ``result``: `DRAIN_RESULTS`.
 """
@@ -16,13 +18,15 @@ from typing import Final
 
 import msgspec
 
-#: The ``model`` of what is beyond the bound on their number.
+#: The ``model`` or ``key`` of what is beyond the bound on their number.
 OTHER: Final = "other"
 #: What an upstream does: all of it, or one half of a split pool.
 ROLES: Final = ("serve", "prefill", "decode")
 #: Where added time went: waiting for a place, dialling, and the relay's own work.
 STAGES: Final = ("queue", "connect", "relay")
 TOKEN_KINDS: Final = ("prompt", "cached", "completion", "reasoning")
+#: What a key may be over: the names of its settings.
+KEY_LIMITS: Final = ("max_in_flight", "requests_per_minute")
 DRAIN_RESULTS: Final = ("done", "failed")
 #: Bytes of requests taken from clients, and of answers given to them.
 DIRECTIONS: Final = ("in", "out")
@@ -125,6 +129,17 @@ TOKENS: Final = CounterFamily(
     ("pool", "model", "kind"),
 )
 COST: Final = CounterFamily("relay_cost_total", "Cost of ended exchanges by the configured prices, in their currency.")
+KEY_REQUESTS: Final = CounterFamily(
+    "relay_key_requests_total", "Requests let in under a key that have ended, however they did.", ("key",)
+)
+KEY_IN_FLIGHT: Final = GaugeFamily(
+    "relay_key_in_flight", "Requests under a key now, from their head read to their end.", ("key",)
+)
+KEY_REFUSALS: Final = CounterFamily(
+    "relay_key_refusals_total", "Requests refused because their key was over a limit.", ("key", "limit")
+)
+KEY_TOKENS: Final = CounterFamily("relay_key_tokens_total", "As relay_tokens_total, by key.", ("key", "kind"))
+KEY_COST: Final = CounterFamily("relay_key_cost_total", "As relay_cost_total, by key.", ("key",))
 UPSTREAM_HEALTHY: Final = GaugeFamily(
     "relay_upstream_healthy", "1 where the upstream may be picked, else 0.", ("pool", "role", "upstream"), is_max=True
 )
@@ -164,6 +179,7 @@ METRICS_DROPPED: Final = CounterFamily(
 #: In the order in which they are shown.
 FAMILIES: Final[tuple[Family, ...]] = (
     REQUESTS, IN_FLIGHT, QUEUE_DEPTH, FIRST_TOKEN, INTER_FRAME, REQUEST_DURATION, ADDED, PREFILL, HANDOVER, TOKENS,
-    COST, UPSTREAM_HEALTHY, UPSTREAM_IN_FLIGHT, UPSTREAM_FAILURES, FAILOVERS, CLIENT_DISCONNECTS, PREFILL_WITHOUT_KV,
-    KV_DRAINS, RECOMPUTED, FRAMES, BYTES, EVENT_LOOP_LAG, RECORDS_DROPPED, METRICS_DROPPED,
+    COST, KEY_REQUESTS, KEY_IN_FLIGHT, KEY_REFUSALS, KEY_TOKENS, KEY_COST, UPSTREAM_HEALTHY, UPSTREAM_IN_FLIGHT,
+    UPSTREAM_FAILURES, FAILOVERS, CLIENT_DISCONNECTS, PREFILL_WITHOUT_KV, KV_DRAINS, RECOMPUTED, FRAMES, BYTES,
+    EVENT_LOOP_LAG, RECORDS_DROPPED, METRICS_DROPPED,
 )  # fmt: skip

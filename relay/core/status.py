@@ -64,6 +64,20 @@ class PoolStatus(msgspec.Struct, frozen=True, kw_only=True):
     upstreams: tuple[UpstreamStatus, ...] = ()
 
 
+class KeyStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """What was done under a key, since the start."""
+
+    name: str
+    in_flight: int = 0  #: now
+    requests: int = 0  #: that have ended
+    refusals: int = 0  #: over a limit of the key
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    reasoning_tokens: int = 0
+    cost: float = 0.0
+
+
 class Status(msgspec.Struct, frozen=True, kw_only=True):
     """The whole daemon."""
 
@@ -74,6 +88,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     in_flight: int = 0
     frames: int = 0  #: passed on since the start
     pools: tuple[PoolStatus, ...] = ()
+    keys: tuple[KeyStatus, ...] = ()  #: those that were used or have limits, the busiest first
 
 
 class ExchangeStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -150,6 +165,26 @@ def rates(pool: str, before: Series, after: Series, elapsed_s: float) -> Rates:
         gap_p50_ms=_quantile_ms(metrics.INTER_FRAME, gaps, 0.5),
         gap_p99_ms=_quantile_ms(metrics.INTER_FRAME, gaps, 0.99),
     )
+
+
+def keys_of(series: Series) -> tuple[KeyStatus, ...]:
+    """The keys in a reading, the busiest first. Many are one, named `metrics.OTHER`, where there are too many."""
+    found: defaultdict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+    for (family, *labels), cells in series.items():
+        if family in _FIELD_OF_KEY:
+            found[labels[0]][_FIELD_OF_KEY[family]] += cells[0]
+        elif family == metrics.KEY_TOKENS.name:
+            found[labels[0]][f"{labels[1]}_tokens"] += cells[0]
+    keys = (msgspec.convert({"name": name, **fields}, KeyStatus, strict=False) for name, fields in found.items())
+    return tuple(sorted(keys, key=lambda key: (-key.in_flight, -key.requests, key.name)))
+
+
+_FIELD_OF_KEY: Final = {
+    metrics.KEY_IN_FLIGHT.name: "in_flight",
+    metrics.KEY_REQUESTS.name: "requests",
+    metrics.KEY_REFUSALS.name: "refusals",
+    metrics.KEY_COST.name: "cost",
+}
 
 
 def _gained(family: Family, labels: Mapping[str, str], before: Series, after: Series) -> list[float]:

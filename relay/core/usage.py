@@ -8,11 +8,13 @@ inside.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Final
 
 import msgspec
 
 from relay.core.loose import first_known
+from relay.core.metrics import TOKEN_KINDS
 
 #: Most tokens believed; a usage object that says more, or less than none, counts as absent. Metrics are floats, which
 #: are exact up to here.
@@ -29,6 +31,11 @@ class Usage(msgspec.Struct, frozen=True, gc=False):
     completion_tokens: int | None = None  #: generated, reasoning included
     reasoning_tokens: int | None = None
     total_tokens: int | None = None
+
+    def by_kind(self) -> Iterator[tuple[str, int]]:
+        """The counts that are known and not 0, each under its kind: of `relay.core.metrics.TOKEN_KINDS`."""
+        counts = (self.prompt_tokens, self.cached_tokens, self.completion_tokens, self.reasoning_tokens)
+        return ((kind, number) for kind, number in zip(TOKEN_KINDS, counts, strict=True) if number)
 
 
 class _Details(msgspec.Struct, gc=False):

@@ -18,8 +18,9 @@ from relay.config import Config
 from relay.core.status import ExchangeStatus, Status
 from relay.daemon import messages
 from relay.daemon.forker import Forked, Forker
+from relay.daemon.key_limits import KeyLimits
 from relay.daemon.limits import Limits
-from relay.daemon.messages import Channel, Done, Member, Message, PoolMembers, Said
+from relay.daemon.messages import Channel, Done, KeyLimit, Member, Message, PoolMembers, Said
 from relay.daemon.scoreboard import MOST_NUMBERS, Numbers, Scoreboard, Slot
 from relay.net.fleet import Pool
 from relay.net.pool import Upstream
@@ -51,6 +52,7 @@ class _Hand:
         self.channel: Channel | None = None  #: None: it is gone
         self.config: Config | None = None  #: what it was told last
         self.limits: dict[int, int] = {}  #: likewise, descriptors by number
+        self.key_limits: dict[KeyLimit, int] = {}
         self.confirmed = 0  #: the last change it has taken on
         self.answers: dict[int, bytes | None] = {}  #: to what it was asked, None: not yet
         self.owed = 0
@@ -64,6 +66,7 @@ class Crew:
         self._forker = forker
         self._numbers = Numbers(scoreboard)
         self._limits = Limits()
+        self._key_limits = KeyLimits(scoreboard)
         self._hands = [_Hand(number, slot) for number, slot in enumerate(scoreboard.slots, 1)]
         self.blocks = [slot.board for slot in scoreboard.slots]
         self._version = 1  #: of the fleet as the workers know it, or are about to
@@ -94,6 +97,7 @@ class Crew:
         """Has all workers work, until they have been told to end and have; `on_lost`: none can be replaced any more."""
         async with trio.open_nursery() as nursery:
             self._limits.nursery = nursery
+            nursery.start_soon(self._key_limits.run)
             nursery.start_soon(self._tell_changes)
             nursery.start_soon(self._watch_forker, on_lost)
             async with trio.open_nursery() as hands:
@@ -121,7 +125,9 @@ class Crew:
                 return  # `_watch_forker` knows
             with sock:
                 await self._listen_to(hand, Channel(sock))
-            self._limits.give_back(hand.slot.vacate())
+            held = hand.slot.vacate()
+            self._limits.give_back(held)
+            self._key_limits.give_back(held)
             if time.monotonic() - began > STEADY_S:
                 delay_s = FIRST_DELAY_S
             with trio.move_on_after(delay_s):
@@ -131,6 +137,7 @@ class Crew:
 
     async def _listen_to(self, hand: _Hand, channel: Channel) -> None:
         hand.channel, hand.config, hand.limits, hand.confirmed, hand.owed = channel, None, {}, 0, 0
+        hand.key_limits = {}
         async with trio.open_nursery() as nursery:
             nursery.start_soon(channel.deliver)
             self._tell(hand, self._fleet())
@@ -216,10 +223,22 @@ class Crew:
             numbers = new[at : at + messages.MOST_FDS]
             hand.channel.send(messages.Limits(numbers), [limits[number] for number in numbers])
         hand.limits = limits
+        self._tell_key_limits(hand, hand.channel)
         config, guard = self._service.config, self._service.guard
         news = None if hand.config is config else (config, guard.credentials)
         hand.channel.send(messages.Fleet(self._version, pools, news))
         hand.config = config
+
+    def _tell_key_limits(self, hand: _Hand, channel: Channel) -> None:
+        self._key_limits.settle(self._service.guard.limits)
+        changes = [*self._key_limits.changes(hand.key_limits)]
+        gone = [limit for limit, fd in changes if fd is None]
+        if gone:
+            channel.send(messages.KeyLimits(gone, are_gone=True))
+        new = [(limit, fd) for limit, fd in changes if fd is not None]
+        for at in range(0, len(new), messages.MOST_FDS):
+            some = new[at : at + messages.MOST_FDS]
+            channel.send(messages.KeyLimits([limit for limit, _ in some], are_gone=False), [fd for _, fd in some])
 
     def _fleet(self) -> list[PoolMembers]:
         """The fleet as it is now."""

@@ -17,6 +17,7 @@ from relay.core.status import ExchangeStatus, Status
 from relay.core.timeline import Record
 from relay.daemon import messages
 from relay.daemon.forker import name_process
+from relay.daemon.key_limits import impose
 from relay.daemon.messages import Channel, Done, Member, Order, PoolMembers, Said
 from relay.daemon.records import RecordWriter
 from relay.daemon.scoreboard import Scoreboard, Slot
@@ -122,6 +123,10 @@ class Follower(Worker):
             case messages.Limits(numbers):
                 for number in numbers:
                     self._limit(number, self._channel.fds.popleft())
+            case messages.KeyLimits(limits, are_gone):
+                for limit in limits:
+                    fd = None if are_gone else self._channel.fds.popleft()
+                    impose(self.service.keys, limit, fd, self._shares.held)
             case messages.AskStatus(serial):
                 self.service.tally.take_in(self.service)
                 answer: Status | list[ExchangeStatus] = status_of(self.service)

@@ -65,6 +65,21 @@ class Limits(msgspec.Struct, frozen=True, tag=True):
     numbers: list[int]
 
 
+class KeyLimit(msgspec.Struct, frozen=True, array_like=True):
+    """A limit of a key."""
+
+    name: str
+    kind: str  #: of `relay.core.metrics.KEY_LIMITS`
+    number: int  #: of requests at once: their cell in the scoreboard
+
+
+class KeyLimits(msgspec.Struct, frozen=True, tag=True):
+    """Limits of keys that are new, a descriptor for each, or `are_gone`, without."""
+
+    limits: list[KeyLimit]
+    are_gone: bool
+
+
 class AskStatus(msgspec.Struct, frozen=True, tag=True):
     """What is the worker doing? Answered by `Said` with a `relay.core.status.Status`, after its board is up to date."""
 
@@ -105,7 +120,7 @@ class Said(msgspec.Struct, frozen=True, tag=True):
     answer: bytes
 
 
-Order = Fleet | Limits | AskStatus | AskExchanges | Call | Drain | Cut
+Order = Fleet | Limits | KeyLimits | AskStatus | AskExchanges | Call | Drain | Cut
 Reply = Done | Said
 Message = Order | Reply
 

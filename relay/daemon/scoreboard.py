@@ -12,6 +12,7 @@ same board, so a worker that dies takes no counts with it. Pages that nobody wri
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from mmap import mmap
 from typing import Final
 
@@ -19,12 +20,15 @@ from relay.core.board import BOARD_BYTES, retire
 
 #: Engines and pools at once; a number beyond stands for nobody, see `Numbers`.
 MOST_NUMBERS: Final = 4096
-#: Engines of one role and pool, or the pool itself (role and URL empty).
+#: Keys whose requests at once are limited, and those that no longer are while some of theirs go on: their cells.
+KEY_NUMBERS: Final = range(MOST_NUMBERS, MOST_NUMBERS + 4000)
+#: Engines of one role and pool, or the pool itself (role and URL empty); or a key (the first two are).
 Subject = tuple[str, str, str]
 
 _CELL: Final = 8
 _PAGE: Final = 4096
-_SLOT_BYTES: Final = BOARD_BYTES + 2 * MOST_NUMBERS * _CELL + _PAGE
+_CELLS: Final = MOST_NUMBERS + KEY_NUMBERS.stop
+_SLOT_BYTES: Final = BOARD_BYTES + -(-_CELLS * _CELL // _PAGE) * _PAGE + _PAGE
 
 
 class Slot:
@@ -34,8 +38,8 @@ class Slot:
         self.board = memory[:BOARD_BYTES]
         cells = memory[BOARD_BYTES:].cast("d")
         self.loads: memoryview[float] = cells[:MOST_NUMBERS]
-        self.held: memoryview[float] = cells[MOST_NUMBERS : 2 * MOST_NUMBERS]
-        self._beat: memoryview[float] = cells[2 * MOST_NUMBERS : 2 * MOST_NUMBERS + 1]
+        self.held: memoryview[float] = cells[MOST_NUMBERS:_CELLS]
+        self._beat: memoryview[float] = cells[_CELLS : _CELLS + 1]
 
     def __repr__(self) -> str:
         return f"<Slot streams={math.fsum(self.loads):g} beat={self.beat:.3f}>"
@@ -72,20 +76,24 @@ class Scoreboard:
 
     def is_clear(self, number: int) -> bool:
         """Whether nobody has anything outstanding under a number."""
-        return not any(slot.loads[number] or slot.held[number] for slot in self.slots)
+        return not any(slot.held[number] or (number < MOST_NUMBERS and slot.loads[number]) for slot in self.slots)
 
 
 class Numbers:
     """Which cell stands for whom; a number is given anew once its subject is gone and its cells are clear."""
 
-    def __init__(self, scoreboard: Scoreboard) -> None:
+    def __init__(self, scoreboard: Scoreboard, numbers: range = range(MOST_NUMBERS)) -> None:
         self._scoreboard = scoreboard
         self._of: dict[Subject, int] = {}
         self._gone: list[int] = []
-        self._next = 0
+        self._unused = iter(numbers)
 
     def __repr__(self) -> str:
         return f"<Numbers used={len(self._of)} gone={len(self._gone)}>"
+
+    def __iter__(self) -> Iterator[tuple[Subject, int]]:
+        """Whom there are numbers for, and which."""
+        return iter(self._of.items())
 
     def of(self, subject: Subject) -> int | None:
         """A subject's number; None: there are too many."""
@@ -106,7 +114,4 @@ class Numbers:
         for at, number in enumerate(self._gone):
             if self._scoreboard.is_clear(number):
                 return self._gone.pop(at)
-        if self._next == MOST_NUMBERS:
-            return None
-        self._next += 1
-        return self._next - 1
+        return next(self._unused, None)

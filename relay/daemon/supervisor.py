@@ -25,6 +25,7 @@ import trio
 from relay.config import Config
 from relay.daemon import follower, systemd, worker
 from relay.daemon.crew import Crew
+from relay.daemon.exposure import warn_if_exposed
 from relay.daemon.forker import Forker
 from relay.daemon.reload import read_again, what_came_of
 from relay.daemon.scoreboard import Scoreboard
@@ -51,6 +52,7 @@ def run(config: Config, load_config: Callable[[], Config] | None = None) -> int:
     except (GuardError, worker.StartError) as exc:
         print(f"relay: {exc}", file=sys.stderr)
         return 1
+    warn_if_exposed(listeners, guard)
     worker.raise_descriptor_limit()
     scoreboard = Scoreboard(count)
     limit_s = systemd.watchdog_s()

@@ -22,6 +22,8 @@ from relay.address import Address
 from relay.config import Config
 from relay.core.timeline import Record, record_text
 from relay.daemon import systemd
+from relay.daemon.exposure import warn_if_exposed
+from relay.daemon.key_limits import KeyLimits, OwnKeyLimits
 from relay.daemon.records import RecordWriter
 from relay.daemon.reload import read_again, what_came_of
 from relay.errors import ExchangeError, RequestRefused
@@ -62,6 +64,7 @@ def run(config: Config, load_config: Callable[[], Config] | None = None) -> int:
     except (GuardError, StartError) as exc:
         print(f"relay: {exc}", file=sys.stderr)
         return 1
+    warn_if_exposed(listeners, guard)
     raise_descriptor_limit()
     trio.run(_run, config, listeners, admin_listener, load_config, guard)
     return 0
@@ -233,6 +236,7 @@ class Worker:
         self.pump = Pump()
         self.service = Service(config, self.pump, write_record, board, guard)
         self.roster = Roster(self.service)
+        self._key_limits: KeyLimits | None = None  #: None: another process keeps them
         self.budget = BodyBudget(config.limits.max_buffered_bytes)
         self.connections: set[ClientConnection] = set()
         self.stopped = trio.Event()  #: drained, and all that is left closed
@@ -258,6 +262,8 @@ class Worker:
         said = what_came_of(config, self._started_with)
         self.config = config
         self.roster.reconfigure(config, guard)
+        if self._key_limits is not None:
+            self._key_limits.settle(guard.limits)
         self.budget.limit = config.limits.max_buffered_bytes
         return said
 
@@ -300,6 +306,9 @@ class Worker:
         if self.admin_listener is not None:
             side = Admin(self.service, self.roster, self.reload)
             background.start_soon(side.serve, self.admin_listener)
+        self._key_limits = OwnKeyLimits(self.service.keys)
+        self._key_limits.settle(self.service.guard.limits)
+        background.start_soon(self._key_limits.run)
         await serve_callbacks(self.service, background)
         await background.start(self.roster.run)
 
@@ -323,7 +332,7 @@ class Worker:
                     await trio.sleep(ACCEPT_PAUSE_S)
                     break
                 address = peer[0] if isinstance(peer, tuple) else "unix"
-                config, admit = self.config, self.service.guard.admit
+                config, admit = self.config, self.service.admit
                 client = ClientConnection(
                     self.pump.add(sock), address, config.timeouts, config.limits, self.budget, admit
                 )

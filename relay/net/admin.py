@@ -20,7 +20,7 @@ from relay.address import UpstreamConfig
 from relay.core import status
 from relay.core.board import total
 from relay.core.loose import UNDECODABLE
-from relay.core.status import ExchangeStatus, PoolStatus, Status
+from relay.core.status import ExchangeStatus, PoolStatus, Series, Status
 from relay.net import sockets
 from relay.net.metrics_text import CONTENT_TYPE, Processes, metrics_text
 from relay.net.report import Crew, exchanges_of, status_of
@@ -177,11 +177,12 @@ class Admin:
         parts = await self._crew.statuses()
         now = time.monotonic()
         whole = status.merged(status_of(self._service), parts)
-        return replace(whole, uptime_s=round(now - self._since, 3), pools=self._with_rates(whole.pools, now))
+        series = total(self._crew.blocks)
+        pools = self._with_rates(whole.pools, series, now)
+        return replace(whole, uptime_s=round(now - self._since, 3), pools=pools, keys=status.keys_of(series))
 
-    def _with_rates(self, pools: Iterable[PoolStatus], now: float) -> tuple[PoolStatus, ...]:
+    def _with_rates(self, pools: Iterable[PoolStatus], after: Series, now: float) -> tuple[PoolStatus, ...]:
         began, before = self._before
-        after = total(self._crew.blocks)
         return tuple(replace(pool, rates=status.rates(pool.name, before, after, now - began)) for pool in pools)
 
     async def _status(self, _: bytes) -> Answer:

@@ -11,7 +11,7 @@ import math
 import socket
 import time
 from collections.abc import Callable
-from typing import Final
+from typing import Final, Protocol
 
 import h11
 import trio
@@ -27,9 +27,6 @@ from relay.net.source import Source
 #: not lost to a reset (RFC 9112 §9.6; nginx's lingering_timeout).
 LINGER_S: Final = 5.0
 LINGER_BYTES: Final = 16_777_216
-
-#: Judges a request by its head: the name of its key, if it has one to show. Raises RequestRefused.
-Admit = Callable[[bytes, bytes, headers.Headers], str | None]
 
 _CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 _EMPTY_LINE: Final = b"\r\n"
@@ -57,6 +54,18 @@ class Request:
 
     def __repr__(self) -> str:
         return f"<Request {self.method!r} {self.target!r} body={len(self.body)}>"
+
+
+class Visit(Protocol):
+    """What a request that is let in holds until it has ended."""
+
+    def end(self) -> None:
+        """It has."""
+        ...
+
+
+#: Judges a request by its head, and notes the name of its key; None: there is nothing to end. Raises RequestRefused.
+Admit = Callable[[Request], Visit | None]
 
 
 class BodyBudget:
@@ -98,7 +107,7 @@ class ClientConnection:
         timeouts: TimeoutsConfig,
         limits: LimitsConfig,
         budget: BodyBudget,
-        admit: Admit = lambda method, target, fields: None,
+        admit: Admit = lambda request: None,
     ) -> None:
         self._admit = admit
         self.source = source
@@ -111,6 +120,7 @@ class ClientConnection:
         self.is_waiting = False  #: between two requests
         self._budget = budget
         self._held = 0
+        self._visit: Visit | None = None
         self._awaits_budget = False
         self._buffer = bytearray()
         #: what the connection's task runs in; cancelled by draining, a client's hang-up, and while it waits for budget
@@ -140,7 +150,7 @@ class ClientConnection:
         """The next request; None when the client is done or has idled too long.
 
         Raises RequestRefused, RequestTimeout or ClientGone; the connection can then take one answer and no more.
-        The body counts against the worker's budget until `release`.
+        The body counts against the worker's budget, and the request against its key's limits, until `release`.
         """
         timeouts = self.timeouts
         buffer = self._buffer
@@ -161,7 +171,7 @@ class ClientConnection:
             head = await self._head()
             connection, request = self._parse(head)
             self.refused = request  # until it is read whole
-            request.key = self._admit(request.method, request.target, request.headers)
+            self._visit = self._admit(request)
             self._limit_waits(timeouts.client_body_s)
             await self._body(connection, request)
         except trio.TooSlowError:
@@ -178,7 +188,10 @@ class ClientConnection:
         return RequestRefused(503, "no_upstream", message, phase=Phase.QUEUE)
 
     def release(self) -> None:
-        """The current request's body is no longer held."""
+        """The current request has ended: neither its body nor its key's part is held any longer."""
+        if self._visit is not None:
+            self._visit.end()
+            self._visit = None
         if self._held:
             self._budget.give_back(self._held)
             self._held = 0

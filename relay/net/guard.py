@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Final, Self
 
 import msgspec
 
-from relay.config import AuthConfig
+from relay.config import AuthConfig, KeyLimitsConfig
 from relay.core import headers
 from relay.core.auth import Access, Keys, KeysError, Routes, Substitution, parse_keys, parse_upstream_key, substitution
+from relay.core.models import ByModel
 
 #: Paths of the relay's own that load balancers ask for, and that tell nothing.
 _OPEN: Final = (b"/-/live", b"/-/ready")
+
+
+#: Keys with limits at once: each is two descriptors in every process of the daemon.
+MOST_LIMITED_KEYS: Final = 2000
+#: Of a key that none are set for.
+NO_LIMITS: Final = KeyLimitsConfig()
 
 
 class GuardError(Exception):
@@ -37,6 +45,8 @@ class Guard:
         self.access: Access | None = None  #: None: everybody may, everywhere
         if credentials.names is not None:
             self.access = Access(Keys(credentials.names), Routes(config.routes))
+        #: Of the keys that have some, by name.
+        self.limits: dict[str, KeyLimitsConfig] = dict(_limits_of(config, {*(credentials.names or {}).values()}))
         self.substitution: Substitution = substitution(
             has_keys=self.access is not None, upstream_key=credentials.upstream_key
         )
@@ -56,7 +66,11 @@ class Guard:
                 upstream_key = parse_upstream_key(_read(config.upstream_key_file))
             except ValueError as error:
                 raise GuardError(f"{config.upstream_key_file}: {error}") from None
-        return cls(config, Credentials(names, upstream_key))
+        guard = cls(config, Credentials(names, upstream_key))
+        if len(guard.limits) > MOST_LIMITED_KEYS:
+            message = f"limits {len(guard.limits)} keys; allowed: {MOST_LIMITED_KEYS}, as each takes descriptors"
+            raise GuardError(f"auth.limits: {message}")
+        return guard
 
     def __repr__(self) -> str:
         return f"<Guard {self.access!r}>"
@@ -66,6 +80,15 @@ class Guard:
         if self.access is None or target.partition(b"?")[0] in _OPEN:
             return None
         return self.access.admit(method, target, fields)
+
+
+def _limits_of(config: AuthConfig, names: Collection[str]) -> Iterator[tuple[str, KeyLimitsConfig]]:
+    patterns = sorted(config.limits, key=lambda pattern: (-len(pattern), pattern))
+    limits = ByModel((pattern, config.limits[pattern]) for pattern in patterns)
+    for name in names:
+        found = limits.get(name)
+        if found is not None and found != NO_LIMITS:
+            yield name, found
 
 
 def _read(path: str) -> bytes:

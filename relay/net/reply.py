@@ -191,6 +191,7 @@ def _fields_of(failure: ExchangeError) -> list[tuple[bytes, bytes]]:
 async def refuse(service: Service, client: ClientConnection, failure: ExchangeError) -> None:
     """Answers a request that could not be read, or was not let in, and records it."""
     request = client.refused
+    client.release()
     request_id = headers.request_id(request.headers, new_id) if request else new_id()
     if not isinstance(failure, ClientGone):
         route = route_of(request.target) if request else Route.OTHER
@@ -214,6 +215,7 @@ async def refuse(service: Service, client: ClientConnection, failure: ExchangeEr
             now=time.time(),
             id=request_id,
             client=client.peer,
+            key=request.key if request else None,
             method=request.method.decode("ascii") if request else None,
             path=request.path if request else None,
             status=failure.status,

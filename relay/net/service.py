@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING
 from relay.config import Config, PriceConfig
 from relay.core.cost import PriceList, Prices
 from relay.core.timeline import Record
+from relay.net.downstream import Request
 from relay.net.drains import Drains
 from relay.net.fleet import Fleet
-from relay.net.guard import Guard
+from relay.net.guard import NO_LIMITS, Guard
+from relay.net.keyring import Keyring, Visit
 from relay.net.pump import Pump
 from relay.net.tally import Tally
 
@@ -32,10 +34,11 @@ class Service:
         guard: Guard | None = None,
     ) -> None:
         """`guard`: None for one that is read here, which raises GuardError."""
-        self.reconfigure(config, guard or Guard.read(config.auth))
         self.pump = pump
         self.fleet = Fleet(config)
         self.tally = Tally(block)  #: in a block of its own, or in shared memory
+        self.keys = Keyring(self.tally.board)
+        self.reconfigure(config, guard or Guard.read(config.auth))
         self.write_record = write_record  #: None: nobody reads records
         self.is_ready = True  #: false: load balancers are to send no more, but what comes is served
         self.is_draining = False  #: no more requests
@@ -47,7 +50,19 @@ class Service:
         """What exchanges begin with from now on. `guard` has been made before, so that nothing can go wrong here."""
         self.config = config
         self.guard = guard
+        self.keys.keep({*(guard.credentials.names or {}).values()})
         self.prices = PriceList({model: _as_decimals(prices) for model, prices in config.prices.items()})
+
+    def admit(self, request: Request) -> Visit | None:
+        """Judges a request by its head, notes whose it is, and lets it in; None: nobody's, as no key is asked for.
+
+        Raises RequestRefused: 401 or 404; RateLimited: 429.
+        """
+        guard = self.guard
+        if guard.access is None:
+            return None
+        request.key = name = guard.admit(request.method, request.target, request.headers)
+        return None if name is None else self.keys.of(name).enter(guard.limits.get(name, NO_LIMITS))
 
     def __repr__(self) -> str:
         return f"<Service active={len(self.active)} {'draining' if self.is_draining else 'serving'}>"

@@ -21,20 +21,44 @@ import trio
 Cells: TypeAlias = "memoryview[float]"
 
 
-class Permits:
+class Semaphore:
     """The places of one limit, as a worker sees them."""
 
     def __init__(self, fd: int, number: int, held: Cells) -> None:
         self.fd = fd
+        self._number = number
+        self._held = held
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self._number} held={self._held[self._number]:g}>"
+
+    def take(self) -> bool:
+        """Takes a permit, if there is one."""
+        try:
+            os.eventfd_read(self.fd)
+        except BlockingIOError:
+            return False
+        self._held[self._number] += 1
+        return True
+
+    def give_back(self) -> None:
+        """A permit taken before is free again."""
+        self._held[self._number] -= 1
+        os.eventfd_write(self.fd, 1)
+
+    def __del__(self) -> None:
+        os.close(self.fd)  # when the last place that holds one is gone
+
+
+class Permits(Semaphore):
+    """The places of a limit that requests wait for."""
+
+    def __init__(self, fd: int, number: int, held: Cells) -> None:
+        super().__init__(fd, number, held)
         self.is_exhausted = False  #: none was left when one was asked for, and none has become free since
         self.on_free: Callable[[], None] = lambda: None  #: called when one may be had again after there was none
         self._scope = trio.CancelScope()
-        self._number = number
-        self._held = held
         self._exhausted = trio.Event()
-
-    def __repr__(self) -> str:
-        return f"<Permits {self._number} held={self._held[self._number]:g}{' exhausted' if self.is_exhausted else ''}>"
 
     def take(self) -> bool:
         """Takes a permit, if there is one.
@@ -44,19 +68,11 @@ class Permits:
         """
         if self.is_exhausted:
             return False
-        try:
-            os.eventfd_read(self.fd)
-        except BlockingIOError:
+        if not super().take():
             self.is_exhausted = True
             self._exhausted.set()
             return False
-        self._held[self._number] += 1
         return True
-
-    def give_back(self) -> None:
-        """A permit taken before is free again."""
-        self._held[self._number] -= 1
-        os.eventfd_write(self.fd, 1)
 
     async def watch(self) -> None:
         """Looks out for permits whenever there was none, until `retire`."""
@@ -71,9 +87,6 @@ class Permits:
     def retire(self) -> None:
         """No more are taken; those that are held are given back as ever."""
         self._scope.cancel()
-
-    def __del__(self) -> None:
-        os.close(self.fd)  # when the last place that holds one is gone
 
 
 class Shares:

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from decimal import Decimal
 from typing import TYPE_CHECKING, Final
 
 import trio
 
 from relay.core import metrics
 from relay.core.board import BOARD_BYTES, Board, Buckets
+from relay.core.cost import Sum
 from relay.core.metrics import GaugeFamily
 from relay.errors import ExchangeError, Phase, Side, UpstreamRecomputed
 
 if TYPE_CHECKING:
     from relay.core.board import Block
-    from relay.core.cost import Cost
     from relay.net.exchange import Exchange
     from relay.net.service import Service
 
@@ -37,8 +36,7 @@ class Tally:
         self._bytes_out = board.counter(metrics.BYTES, "out")
         self._duration = board.histogram(metrics.REQUEST_DURATION)
         self._added = {stage: board.histogram(metrics.ADDED, stage) for stage in metrics.STAGES}
-        self._cost = Decimal(0)  # the sum is kept exact here; the board's is its nearest float
-        self._cost_counted = 0.0
+        self._cost = Sum(board.counter(metrics.COST))
         self._failovers = board.counter(metrics.FAILOVERS)
         self._shown: set[tuple[GaugeFamily, tuple[str, ...]]] = set()  # gauges, with their labels
         self._lag = board.histogram(metrics.EVENT_LOOP_LAG)
@@ -88,7 +86,11 @@ class Tally:
             return
         self._times(exchange, pool)
         self._tokens(exchange, pool)
-        self._costs(exchange.cost)
+        if exchange.cost is not None:
+            self._cost.add(exchange.cost.total)
+        key = exchange.request.key
+        if key is not None:
+            exchange.service.keys.of(key).spend(exchange.meter.usage, exchange.cost)
         self.fold(exchange)
 
     def _times(self, exchange: Exchange, pool: str) -> None:
@@ -112,25 +114,10 @@ class Tally:
 
     def _tokens(self, exchange: Exchange, pool: str) -> None:
         usage = exchange.meter.usage
-        if usage is None:
-            return
-        model = exchange.facts.model or ""
-        for kind, number in (
-            ("prompt", usage.prompt_tokens),
-            ("cached", usage.cached_tokens),
-            ("completion", usage.completion_tokens),
-            ("reasoning", usage.reasoning_tokens),
-        ):
-            if number:
+        if usage is not None:
+            model = exchange.facts.model or ""
+            for kind, number in usage.by_kind():
                 self.board.counter(metrics.TOKENS, pool, model, kind).add(number)
-
-    def _costs(self, cost: Cost | None) -> None:
-        if cost is None:
-            return
-        self._cost += cost.total
-        amount = float(self._cost) - self._cost_counted
-        self._cost_counted += amount
-        self.board.counter(metrics.COST).add(amount)
 
     def fold(self, exchange: Exchange) -> None:
         """Adds the gaps that an exchange's stream has had since the last time."""

@@ -127,6 +127,25 @@ def test_models_are_bounded() -> None:
     assert names == {"model-0", "other"}
 
 
+def test_keys_are_bounded_and_the_rest_are_one() -> None:
+    block = bytearray(board.BOARD_BYTES)
+    made = Board(block)
+    for number in range(board.MOST_KEYS + 5):
+        name = f"{number:05}" + "k" * 59  # as long as a name may be
+        made.counter(metrics.KEY_REQUESTS, name).add()
+        made.gauge(metrics.KEY_IN_FLIGHT, name).add()
+        made.counter(metrics.KEY_COST, name).add()
+        for kind in metrics.TOKEN_KINDS:
+            made.counter(metrics.KEY_TOKENS, name, kind).add()
+        for limit in metrics.KEY_LIMITS:
+            made.counter(metrics.KEY_REFUSALS, name, limit).add()
+    found = read(block)
+    assert len([key for key in found if key[0] == "relay_key_requests_total"]) == board.MOST_KEYS + 1
+    assert found["relay_key_in_flight", "other"] == found["relay_key_requests_total", "other"] == [5]
+    assert found["relay_metrics_dropped_total",] == [0]
+    assert made._words[1] < board.BOARD_BYTES * 0.6  # there is room for the others
+
+
 def test_a_model_with_a_long_name_is_another() -> None:
     block = bytearray(SMALL)
     made = Board(block)

@@ -16,6 +16,8 @@ relay_requests_total{pool,route,status,outcome} relay_in_flight{pool} relay_queu
 relay_time_to_first_token_seconds{pool,model} relay_inter_frame_seconds{pool,model} relay_request_duration_seconds
 relay_added_seconds{stage} relay_prefill_seconds relay_handover_seconds
 relay_tokens_total{pool,model,kind} relay_cost_total
+relay_key_requests_total{key} relay_key_in_flight{key} relay_key_refusals_total{key,limit}
+relay_key_tokens_total{key,kind} relay_key_cost_total{key}
 relay_upstream_healthy{pool,role,upstream} relay_upstream_in_flight{pool,role,upstream}
 relay_upstream_failures_total{phase} relay_failovers_total relay_client_disconnects_total{phase}
 relay_prefill_without_kv_total relay_kv_drains_total{result} relay_recomputed_total

@@ -189,7 +189,9 @@ async def test_messages_arrive_whole_and_in_order() -> None:
     sent: list[messages.Message] = [
         Done(1),
         Said(2, b"x" * 3_000_000),
-        messages.Fleet(3, [messages.PoolMembers("default", 0, True, "", [])], (config, Credentials({b"\0" * 32: "alice"}, b"key"))),
+        messages.Fleet(
+            3, [messages.PoolMembers("default", 0, True, "", [])], (config, Credentials({b"\0" * 32: "alice"}, b"key"))
+        ),
         messages.Drain(),
     ]
     async with channels() as (one, other):

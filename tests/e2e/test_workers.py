@@ -214,9 +214,11 @@ async def test_a_reload_reaches_both(engine: Engine, second_engine: Engine, tmp_
 async def test_keys_are_read_once_for_all_workers(engine: Engine, tmp_path: Path) -> None:
     """Whatever becomes of their file, workers agree on who may come in; one begun later does as well."""
     keys = tmp_path / "keys"
-    keys.write_text(keys_line("alice", b"alice-key") + "\n")
     pool = (f"upstreams = ['{engine.url}']", "[auth]", f"keys_file = '{keys}'")
     path = configuration(tmp_path / "relay.toml", *pool)
+
+    def hold(name: str) -> None:
+        keys.write_text(keys_line(name, f"{name}-key".encode()) + "\n")
 
     async def statuses(relay: Relay, key: str) -> list[int]:
         found = []
@@ -225,6 +227,7 @@ async def test_keys_are_read_once_for_all_workers(engine: Engine, tmp_path: Path
                 found.append((await ask(relay.port, request(authorization=f"Bearer {key}"))).status)
         return found
 
+    hold("alice")
     async with two_workers("--config", path) as relay:
         keys.unlink()
         relay.process.signal(signal.SIGHUP)
@@ -234,11 +237,64 @@ async def test_keys_are_read_once_for_all_workers(engine: Engine, tmp_path: Path
         os.kill(victim, signal.SIGKILL)
         await until(lambda: len(relay.workers) == 2 and victim not in relay.workers, START_S)
         assert await statuses(relay, "alice-key") == [200, 200]
-        keys.write_text(keys_line("bob", b"bob-key") + "\n")
+        hold("bob")
         await relay.admin("POST", "/-/reload", "")
         keys.unlink()
         assert await statuses(relay, "alice-key") == [401, 401]
         assert await statuses(relay, "bob-key") == [200, 200]
+    assert b"Traceback" not in relay.process.stderr
+
+
+async def test_keys_are_counted_and_limited_over_both_and_a_death_changes_neither(
+    engine: Engine, tmp_path: Path
+) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text(keys_line("alice", b"alice-key") + "\n" + keys_line("bob", b"bob-key") + "\n")
+    pool = (f"upstreams = ['{engine.url}']", "[auth]", f"keys_file = '{keys}'")
+    limits = ("[auth.limits.alice]", "max_in_flight = 3", "[auth.limits.bob]", "requests_per_minute = 2")
+    path = configuration(tmp_path / "relay.toml", *pool, *limits)
+    alice: dict[str, Any] = {"authorization": "Bearer alice-key"}
+    bob: dict[str, Any] = {"authorization": "Bearer bob-key"}
+    stalled: dict[str, Any] = {"sim_fault": "stall-after:2", **alice}
+
+    async def told(relay: Relay) -> dict[str, dict[str, Any]]:
+        return {key["name"]: key for key in (await relay.admin("GET", "/-/status"))["keys"]}
+
+    async def answers(relay: Relay, pid: int, fields: dict[str, Any], count: int) -> list[int]:
+        (other,) = (each for each in relay.workers if each != pid)
+        with relay.stopped(other):
+            return [(await ask(relay.port, request(**fields))).status for _ in range(count)]
+
+    async with two_workers("--config", path) as relay:
+        first, second = relay.workers
+        async with relay.streams(first, 2, **stalled), relay.streams(second, 1, **stalled):
+            for worker in (first, second):
+                assert await answers(relay, worker, alice, 1) == [429]
+            assert (await told(relay))["alice"]["in_flight"] == 3
+            assert await relay.metric('relay_key_in_flight{key="alice"}') == 3
+            os.kill(first, signal.SIGKILL)
+            await until(lambda: len(relay.workers) == 2 and first not in relay.workers, START_S)
+            with trio.fail_after(START_S):
+                while (alices := (await told(relay))["alice"])["in_flight"] != 1:
+                    pass
+            assert alices["refusals"] == 2
+            async with relay.streams(second, 2, **stalled):
+                (new,) = (each for each in relay.workers if each != second)
+                assert await answers(relay, new, alice, 1) == [429]
+        assert await answers(relay, new, bob, 1) == [200]
+        assert await answers(relay, second, bob, 2) == [200, 429]
+        # Limits are what the file says now, for both.
+        configuration(Path(path), *pool, "[auth.limits.alice]", "max_in_flight = 1")
+        await relay.admin("POST", "/-/reload", "")
+        for worker in relay.workers:
+            assert await answers(relay, worker, bob, 3) == [200] * 3
+        async with relay.streams(new, 1, **stalled):
+            assert await answers(relay, second, alice, 1) == [429]
+        with trio.fail_after(START_S):
+            while (found := await told(relay))["alice"]["in_flight"]:
+                pass
+        assert (found["bob"]["requests"], found["bob"]["refusals"]) == (8, 1)
+        assert (found["alice"]["requests"], found["alice"]["refusals"]) == (4, 4)
     assert b"Traceback" not in relay.process.stderr
 
 
