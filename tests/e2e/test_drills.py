@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from relay_bench.drill import affinity, hangups, rolling
 from relay_bench.drill.client import End, Reading
 from relay_bench.drill.command import main
-from relay_bench.drill.prefix_cache import BLOCK_TOKENS, PrefixCache
 from relay_bench.drill.report import Report, rendered
 from relay_bench.drill.stage import Scene
+from relay_bench.engine.prefix_cache import BLOCK_TOKENS, PrefixCache
 
 #: So that an engine which has come back is known at once.
 QUICK_PROBES = ("--set", "health.interval_s=0.1", "--set", "health.failures=1", "--set", "health.successes=1")

@@ -2,7 +2,7 @@
 
 Conversations of several turns, each with the instructions of one of a few applications, go through the relay under one
 policy after another. Which engine a turn went to is in the relay's record; what that engine would have found in its
-prefix cache is computed here (`prefix_cache`), turn by turn in the order they were sent.
+prefix cache is computed here (`engine.prefix_cache`), turn by turn in the order they were sent.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import msgspec
 import trio
 
 from relay_bench.drill.client import Ask, Client, End, Outcome, examples
-from relay_bench.drill.prefix_cache import PrefixCache
 from relay_bench.drill.report import Report
 from relay_bench.drill.rest import records_of
 from relay_bench.drill.stage import Scene, stage
+from relay_bench.engine.prefix_cache import PrefixCache
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence

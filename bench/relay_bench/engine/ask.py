@@ -11,7 +11,7 @@ import msgspec
 
 from relay_bench.engine.plain import Refusal
 from relay_bench.engine.text import TOOL_ARGUMENTS, count_words
-from relay_bench.engine.usage import USAGE_WORDS, UsagePlacement
+from relay_bench.engine.usage import USAGE_WORDS, UsagePlacement, made_up_cached_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -105,7 +105,9 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True):
     reasoning: int = 0  #: how many of `tokens` are reasoning, at the start
     tool: str = ""  #: the function to call instead of talking
     request: dict[str, Any] = {}
-    address: tuple[str, int] = ("127.0.0.1", 0)  #: where decoders find this engine
+    cached_tokens: int = 0  #: of the prompt's, found in the prefix cache
+    kv_params: dict[str, Any] | None = None  #: ``kv_transfer_params`` of a whole answer
+    error: str = ""  #: what a stream says whose engine failed; empty: that it died
     clock_us: Callable[[], int] | None = None  #: set: tokens are stamps of this clock
 
     @property
@@ -114,10 +116,16 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True):
         return max(self.tokens, 1) * self.choices
 
     @property
-    def wants_kv_handle(self) -> bool:
-        """Whether this is the prefill half of a split request (vLLM's NixlConnector)."""
-        params = self.request.get("kv_transfer_params")
-        return isinstance(params, dict) and bool(params.get("do_remote_decode"))
+    def is_capped(self) -> bool:
+        """Whether the limit ends the answer (vLLM's FINISHED_LENGTH_CAPPED)."""
+        return self.max_tokens is not None and self.tokens >= self.max_tokens
+
+    @property
+    def inner_id(self) -> str:
+        """As other engines know the request (vLLM's, without the random end): the Responses API goes by its body."""
+        if self.route is Route.RESPONSES:
+            return str(self.request.get("request_id") or self.id)
+        return f"{self.id}-0" if self.route is Route.COMPLETIONS else self.id
 
 
 def read_ask(
@@ -128,7 +136,6 @@ def read_ask(
     *,
     now_s: int,
     clock_us: Callable[[], int],
-    address: tuple[str, int] = ("127.0.0.1", 0),
 ) -> Ask:
     """Read a request; raises `Refusal` with what vLLM would answer."""
     request = _decode(body)
@@ -142,10 +149,13 @@ def read_ask(
         tokens, finish_reason = len(TOOL_ARGUMENTS), "stop" if is_named else "tool_calls"
     options = fields.stream_options or {}
     words = re.split(r"[,\s]+", headers.get("x-sim-usage", config.usage).strip())
+    if config.prompt_tokens_details:
+        words.append("details")
     unknown = set(words) - USAGE_WORDS - {""}
     if unknown:
         message = f"x-sim-usage: {min(unknown)!r} is not understood; wanted: one of {', '.join(sorted(USAGE_WORDS))}"
         raise Refusal(400, message, "BadRequestError", "x-sim-usage")
+    prompt_tokens = count_words(request.get(route.prompt_field)) + count_words(request.get("tools"))
     return Ask(
         route=route,
         id=ID_PREFIXES[route] + (headers.get("x-request-id") or secrets.token_hex(8)),
@@ -154,7 +164,8 @@ def read_ask(
         stream=bool(fields.stream),
         tokens=tokens,
         choices=1 if fields.n is None else fields.n,
-        prompt_tokens=count_words(request.get(route.prompt_field)) + count_words(request.get("tools")),
+        prompt_tokens=prompt_tokens,
+        cached_tokens=made_up_cached_tokens(prompt_tokens),
         finish_reason=finish_reason,
         usage=UsagePlacement.of(
             words,
@@ -165,7 +176,6 @@ def read_ask(
         reasoning=min(_int_header(headers, "x-sim-reasoning") or 0, tokens),
         tool=tool,
         request=request,
-        address=address,
         clock_us=clock_us if config.stamp else None,
     )
 

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from relay_bench.engine.handover import kv_handle
 from relay_bench.engine.script import DONE, FINGERPRINT, Script, chunk_start, json_string, openai_error_frames
 from relay_bench.engine.text import TOOL_ARGUMENTS
 from relay_bench.engine.usage import usage_json, whole_usage
@@ -61,7 +60,7 @@ class ChatScript(Script):
         return self._chunk(b'{"content":"%b"}' % encoded, 0, 0, False)
 
     def error_frames(self) -> list[bytes]:
-        return openai_error_frames()
+        return openai_error_frames(self.error)
 
     def _delta(self, position: int, choice: int) -> bytes:
         if position < self.ask.reasoning:
@@ -108,9 +107,13 @@ class ChatScript(Script):
 
     def _final_usage(self) -> bytes:
         ask = self.ask
-        details = ask.usage.with_details
-        total = ask.completion_tokens
-        return usage_json(ask.prompt_tokens, total, reasoning=ask.reasoning * ask.choices, with_details=details)
+        return usage_json(
+            ask.prompt_tokens,
+            ask.completion_tokens,
+            cached=ask.cached_tokens,
+            reasoning=ask.reasoning * ask.choices,
+            with_details=ask.usage.with_details,
+        )
 
     def body(self) -> bytes:
         ask = self.ask
@@ -127,7 +130,7 @@ class ChatScript(Script):
                 "prompt_logprobs": None,
                 "prompt_token_ids": None,
                 "prompt_text": None,
-                "kv_transfer_params": kv_handle(ask),
+                "kv_transfer_params": ask.kv_params,
                 "ec_transfer_params": None,
                 "metrics": None,
             }

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from relay_bench.engine.config import EngineConfig
+from relay_bench.engine.handover import CONNECTORS, ROLES, connector_named
 from relay_bench.engine.server import serve_engine
 
 if TYPE_CHECKING:
@@ -24,12 +25,53 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--model", default=default.model, help="the model served (%(default)s)")
     parser.add_argument("--ttft-ms", type=float, default=default.ttft_ms, help="time to the first token (%(default)s)")
+    parser.add_argument(
+        "--prefill-tokens-per-s",
+        type=float,
+        default=default.prefill_tokens_per_s,
+        metavar="N",
+        help="computing the prompt, before that; 0: no time",
+    )
+    parser.add_argument(
+        "--prefix-cache-blocks",
+        type=int,
+        default=default.prefix_cache_blocks,
+        metavar="N",
+        help="of 16 tokens; 0: none",
+    )
+    parser.add_argument(
+        "--enable-prompt-tokens-details",
+        action="store_true",
+        dest="prompt_tokens_details",
+        help="cached tokens in usage",
+    )
     parser.add_argument("--step-ms", type=float, default=default.step_ms, help="a decode step; 0: as fast as it goes")
     parser.add_argument("--jitter", type=float, default=default.jitter, help="share by which steps vary, 0 to 1")
     parser.add_argument("--max-seqs", type=int, default=default.max_seqs, help="requests decoded at once (%(default)s)")
     parser.add_argument("--max-tokens-default", type=int, default=default.max_tokens_default, metavar="N")
     parser.add_argument(
         "--keep-alive-s", type=float, default=default.keep_alive_s, help="idle connections (%(default)s)"
+    )
+    parser.add_argument(
+        "--connector",
+        choices=list(CONNECTORS),
+        default=default.connector,
+        help="hand-over of split requests (%(default)s)",
+    )
+    parser.add_argument("--role", choices=ROLES, default=default.role, help="for sglang and p2p_nccl")
+    parser.add_argument(
+        "--kv-port",
+        type=int,
+        default=default.kv_port,
+        metavar="PORT",
+        help="for other engines: bootstrap server (mooncake, sglang), sockets (p2p_nccl)",
+    )
+    parser.add_argument(
+        "--kv-patience-s",
+        type=float,
+        default=default.kv_patience_s,
+        metavar="S",
+        help="for another engine (%(default)s)",
     )
     parser.add_argument("--captures", default="", metavar="DIR", help="recordings for x-sim-play")
     parser.add_argument("--usage", default="", help="usage for every request, as x-sim-usage (force, details, …)")
@@ -41,12 +83,21 @@ def config_of(options: argparse.Namespace) -> EngineConfig:
     """The settings the flags give; raises `ValueError` with what is wrong."""
     if not 0 <= options.jitter <= 1:
         raise ValueError("--jitter: wanted a number from 0 to 1")
-    for name in ("ttft_ms", "step_ms", "keep_alive_s"):
+    for name in (
+        "ttft_ms",
+        "step_ms",
+        "keep_alive_s",
+        "prefill_tokens_per_s",
+        "kv_patience_s",
+        "prefix_cache_blocks",
+        "kv_port",
+    ):
         if getattr(options, name) < 0:
             raise ValueError(f"--{name.replace('_', '-')}: wanted 0 or more")
     for name in ("max_seqs", "max_tokens_default"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')}: wanted 1 or more")
+    connector_named(options.connector, options.role)
     host = f"[{options.host}]" if ":" in options.host else options.host
     fields = set(EngineConfig.__struct_fields__) - {"listen"}
     return EngineConfig(

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from relay_bench.engine.handover import kv_handle
 from relay_bench.engine.script import DONE, FINGERPRINT, Script, chunk_start, json_string, openai_error_frames
 from relay_bench.engine.usage import usage_json, whole_usage
 
@@ -39,7 +38,7 @@ class CompletionsScript(Script):
         return self._chunk(encoded, 0, b"null", self._others)
 
     def error_frames(self) -> list[bytes]:
-        return openai_error_frames()
+        return openai_error_frames(self.error)
 
     def _chunk(self, text: bytes, choice: int, reason: bytes, tail: bytes) -> bytes:
         return (
@@ -67,7 +66,8 @@ class CompletionsScript(Script):
 
     def _final_usage(self) -> bytes:
         ask = self.ask
-        return usage_json(ask.prompt_tokens, ask.completion_tokens, with_details=ask.usage.with_details)
+        details = ask.usage.with_details
+        return usage_json(ask.prompt_tokens, ask.completion_tokens, cached=ask.cached_tokens, with_details=details)
 
     def body(self) -> bytes:
         ask = self.ask
@@ -81,7 +81,7 @@ class CompletionsScript(Script):
                 "service_tier": None,
                 "system_fingerprint": FINGERPRINT.decode(),
                 "usage": whole_usage(ask),
-                "kv_transfer_params": kv_handle(ask),
+                "kv_transfer_params": ask.kv_params,
                 "ec_transfer_params": None,
                 "metrics": None,
             }

@@ -16,14 +16,16 @@ from typing import TYPE_CHECKING, Final
 import h11
 import trio
 
-from relay_bench.engine import handover, routes
+from relay_bench.engine import routes
+from relay_bench.engine.handover import meeting
 from relay_bench.engine.ledger import State
-from relay_bench.engine.plain import Refusal, response_head
+from relay_bench.engine.plain import Refusal, json_answer, response_head
 from relay_bench.engine.scheduler import Sequence
 from relay_bench.engine.wire import Cut
 
 if TYPE_CHECKING:
     from relay_bench.engine.config import EngineConfig
+    from relay_bench.engine.handover import Part
     from relay_bench.engine.ledger import Ledger
     from relay_bench.engine.scheduler import Scheduler
 
@@ -80,6 +82,9 @@ class Connection:
             return False
         if request is None:
             return False
+        if request.path == "/sim/take":
+            await self._send(await self._taken(request))
+            return request.keep_alive
         if request.is_report:
             await self._send(routes.report(request, self._config, self._ledger))
             return request.keep_alive
@@ -141,31 +146,89 @@ class Connection:
         """Queue the request's sequence and wait for its end, or for the client's."""
         now_s = int(time.time())
         record = self._ledger.open_record(request.headers.get("x-request-id", ""), request.path, State.QUEUED)
-        is_lost = await handover.is_lost(request.body)
         try:
-            work = routes.plan(request, self._config, now_s, is_lost=is_lost)
+            reading = routes.read(request, self._config, self._ledger, now_s)
+            is_lost = reading.part.needs_other and not await self._met(reading.part)
+            work = routes.plan(reading, self._config, self._ledger, now_s, is_lost=is_lost)
         except Refusal as refusal:
             self._ledger.move(record, State.FAILED)
             await self._send(routes.refusal_answer(request, refusal, now_s))
             return request.keep_alive
+        except _ClientLeft:
+            self._ledger.move(record, State.ABORTED)
+            raise
         sequence = Sequence(
-            self._sock, work.steps, record, width=work.width, ttft_s=work.ttft_ms / 1000, step_s=work.step_ms / 1000
+            self._sock,
+            work.steps,
+            record,
+            width=work.width,
+            ttft_s=work.ttft_ms / 1000,
+            step_s=work.step_ms / 1000,
+            blocks=work.blocks,
         )
         try:
             self._scheduler.submit(sequence)
-            await self._watch(sequence, work.handle)
+            await self._watch(sequence, reading.part.holds)
         finally:
             self._scheduler.abort(sequence)  # does nothing to one that has ended
             if self._config.log:
                 print(f"relay-bench engine: {record}", file=sys.stderr)
+        if sequence.record.state is State.COMPLETED:
+            if self._ledger.cache is not None:
+                self._ledger.cache.add(work.words)
+            if reading.part.pushes is not None:
+                with trio.move_on_after(self._config.kv_patience_s):
+                    await meeting.push(reading.part.pushes)
         if sequence.cut is Cut.RST:
             self._reset()
         return sequence.cut is Cut.END and work.keep_alive
 
+    async def _met(self, part: Part) -> bool:
+        """Whether the request has had what it needs of another engine.
+
+        Raises `_ClientLeft` like `_watch`, but a read that has begun goes on to its end, as in vLLM.
+        """
+        if not part.may_wait:
+            return await self._meet(part)
+        has_left = is_met = False
+
+        async def watch() -> None:
+            nonlocal has_left
+            try:
+                await self._hold_what_comes()
+            except (_ClientLeft, OSError):
+                has_left = True
+                nursery.cancel_scope.cancel()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(watch)
+            is_met = await self._meet(part)
+            nursery.cancel_scope.cancel()
+        if has_left:
+            raise _ClientLeft
+        return is_met
+
+    async def _meet(self, part: Part) -> bool:
+        with trio.move_on_after(self._config.kv_patience_s):
+            return await meeting.begin(part, self._ledger.handles)
+        return False
+
+    async def _taken(self, request: routes.Request) -> bytes:
+        """The answer to another engine that asks for a handle; ``wait``: for a while, if it is not there yet."""
+        handles, handle = self._ledger.handles, request.argument("handle")
+        is_had = False
+        if request.argument("engine") in {"", self._ledger.engine_id}:
+            if request.argument("wait"):
+                with trio.move_on_after(self._config.kv_patience_s):
+                    is_had = await handles.take_soon(handle)
+            else:
+                is_had = handles.take(handle)
+        return json_answer(200 if is_had else 404, b"{}", int(time.time()), close=not request.keep_alive)
+
     async def _watch(self, sequence: Sequence, handle: str) -> None:
         """Until `sequence` has ended; raises `_ClientLeft` as soon as its client hangs up.
 
-        What its answer has a `handle` for is held from its end on.
+        What its answer has a `handle` for is held from its end on: before a decoder can have heard of it.
         """
 
         def end() -> None:
@@ -175,10 +238,15 @@ class Connection:
 
         with trio.CancelScope() as scope:
             sequence.on_end = end
-            while not sequence.has_ended:
-                await self._receive()
-                if len(self._received) > _MAX_PIPELINED_BYTES:
-                    raise _ClientLeft
+            if not sequence.has_ended:
+                await self._hold_what_comes()
+
+    async def _hold_what_comes(self) -> None:
+        """Receives pipelined requests, until cancelled; raises `_ClientLeft` as soon as the client hangs up."""
+        while True:
+            await self._receive()
+            if len(self._received) > _MAX_PIPELINED_BYTES:
+                raise _ClientLeft
 
     async def _answer_early(self, request: routes.Request) -> None:
         """Answer before the body has been read, and close.

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import uuid
 from collections import deque
 from enum import Enum
 from typing import Any, Final
 
+from relay_bench.engine.first_tokens import TimesToFirstToken
 from relay_bench.engine.handover import Handles
+from relay_bench.engine.prefix_cache import PrefixCache
 
 #: How many of the latest requests are remembered.
 _REMEMBERED: Final = 1000
@@ -45,13 +48,21 @@ class RequestRecord:
 class Ledger:
     """Counts and records of one engine."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, cache_blocks: int = 0) -> None:
+        self.engine_id = str(uuid.uuid4())
         self.counts: Final = dict.fromkeys(State, 0)
         self.served = 0
         self.connections_open = 0
         self.connections_accepted = 0
         self.records: Final[deque[RequestRecord]] = deque(maxlen=_REMEMBERED)
         self.handles: Final = Handles()
+        self.cache: Final = PrefixCache(cache_blocks) if cache_blocks else None
+        self.prompt_tokens = 0
+        self.generation_tokens = 0
+        self.cache_queries = 0  #: tokens looked up in the prefix cache
+        self.cache_hits = 0  #: those found
+        self.blocks_in_use = 0  #: by the prompts of running requests
+        self.first_tokens: Final = TimesToFirstToken()
         self._last: dict[str, str] = {"head": "", "body": "", "raw_body": ""}
         self._last_by_path: dict[str, dict[str, str]] = {}
 

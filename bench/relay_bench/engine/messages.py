@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import msgspec
 
-from relay_bench.engine.script import ENGINE_DIED, Script
+from relay_bench.engine.script import Script
 from relay_bench.engine.text import TOOL_ARGUMENTS
-from relay_bench.engine.usage import cached_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -39,7 +38,7 @@ class MessagesScript(Script):
         ) % encoded
 
     def error_frames(self) -> list[bytes]:
-        return [_event("error", error={"type": "internal_error", "message": ENGINE_DIED})]
+        return [_event("error", error={"type": "internal_error", "message": self.error})]
 
     def _delta(self, position: int) -> bytes:
         if not self.ask.tool:
@@ -62,7 +61,7 @@ class MessagesScript(Script):
         ask = self.ask
         usage = {"input_tokens": ask.prompt_tokens, "output_tokens": ask.completion_tokens}
         if ask.usage.with_details:
-            usage["cache_read_input_tokens"] = cached_tokens(ask.prompt_tokens)
+            usage["cache_read_input_tokens"] = ask.cached_tokens
         return usage
 
     def _block(self, *, whole: bool) -> dict[str, Any]:
@@ -84,7 +83,10 @@ class MessagesScript(Script):
         }
 
     def body(self) -> bytes:
-        return msgspec.json.encode(self._message([self._block(whole=True)], self._stop_reason(), self._usage()))
+        message = self._message([self._block(whole=True)], self._stop_reason(), self._usage())
+        if self.ask.kv_params is not None:  # vLLM leaves out what is null on this route
+            message["kv_transfer_params"] = self.ask.kv_params
+        return msgspec.json.encode(message)
 
 
 def _event(kind: str, **fields: Any) -> bytes:

@@ -19,14 +19,25 @@ class Refusal(Exception):
         self.message = message
         self.kind = kind
         self.param = param
+        self.is_flat = False  #: SGLang's form, without an ``error`` around it
 
     @classmethod
     def invalid(cls, what: str, param: str | None) -> Refusal:
         """A body that fails validation, in the words of vLLM's handler for pydantic's errors."""
         return cls(400, f"1 validation error:\n  {what}", "Bad Request", param)
 
+    @classmethod
+    def flat(cls, status: int, message: str) -> Refusal:
+        """SGLang's."""
+        refusal = cls(status, message, "BadRequestError")
+        refusal.is_flat = True
+        return refusal
+
     def body(self, *, is_anthropic: bool) -> bytes:
         """The JSON body, which on ``/v1/messages`` has Anthropic's form."""
+        if self.is_flat:
+            fields = {"message": self.message, "type": self.kind, "param": self.param, "code": self.status}
+            return msgspec.json.encode({"object": "error", **fields})
         if is_anthropic:
             return msgspec.json.encode({"type": "error", "error": {"type": self.kind, "message": self.message}})
         return msgspec.json.encode(
@@ -59,6 +70,14 @@ def json_answer(
     length = b"content-length: %d" % len(body)
     head = response_head(status, now_s, *fields, length, b"content-type: application/json", *ending)
     return head if is_head else head + body
+
+
+def body_answer(body: bytes, content_type: bytes, now_s: int, *, close: bool = False) -> bytes:
+    """200 with a body of that type."""
+    ending = (b"vary: Origin", b"connection: close") if close else (b"vary: Origin",)
+    return (
+        response_head(200, now_s, b"content-length: %d" % len(body), b"content-type: " + content_type, *ending) + body
+    )
 
 
 def empty_answer(now_s: int, *, close: bool = False) -> bytes:

@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import msgspec
 
-from relay_bench.engine.script import ENGINE_DIED, Script, json_string
+from relay_bench.engine.script import Script, json_string
 from relay_bench.engine.text import TOOL_ARGUMENTS
-from relay_bench.engine.usage import cached_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -49,7 +48,7 @@ class ResponsesScript(Script):
         ) % (encoded, json_string(self._item_id), number)
 
     def error_frames(self) -> list[bytes]:
-        fields = {"code": "server_error", "message": ENGINE_DIED, "param": None}
+        fields = {"code": "server_error", "message": self.error, "param": None}
         return [self._event("error", **fields)]
 
     def _delta(self, position: int) -> bytes:
@@ -146,7 +145,7 @@ class ResponsesScript(Script):
             "user": request.get("user"),
             "presence_penalty": 0.0,
             "frequency_penalty": 0.0,
-            "kv_transfer_params": None,
+            "kv_transfer_params": ask.kv_params,
             "ec_transfer_params": None,
             "input_messages": None,
             "output_messages": None,
@@ -159,7 +158,7 @@ class ResponsesScript(Script):
         return {
             "input_tokens": ask.prompt_tokens,
             "input_tokens_details": {
-                "cached_tokens": cached_tokens(ask.prompt_tokens) if details else 0,
+                "cached_tokens": ask.cached_tokens if details else 0,
                 "cache_write_tokens": 0,
                 "input_tokens_per_turn": [],
                 "cached_tokens_per_turn": [],

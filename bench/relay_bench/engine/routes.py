@@ -12,11 +12,14 @@ from relay_bench.engine.ask import Ask, Route, read_ask
 from relay_bench.engine.chat import ChatScript
 from relay_bench.engine.completions import CompletionsScript
 from relay_bench.engine.faults import Controls, read_controls
-from relay_bench.engine.handover import handle_id
+from relay_bench.engine.handover import CONNECTORS, Here, Part
 from relay_bench.engine.messages import MessagesScript
-from relay_bench.engine.plain import Refusal, empty_answer, json_answer, models_body, response_head
+from relay_bench.engine.metrics import CONTENT_TYPE, metrics_text
+from relay_bench.engine.plain import Refusal, body_answer, empty_answer, json_answer, models_body, response_head
+from relay_bench.engine.prefix_cache import BLOCK_TOKENS
 from relay_bench.engine.recording import load_recording
 from relay_bench.engine.responses import ResponsesScript
+from relay_bench.engine.text import words_of
 from relay_bench.engine.wire import Cut, Op, framed_stream, json_answer_steps, stream_answer
 
 if TYPE_CHECKING:
@@ -34,7 +37,10 @@ GENERATING: Final = {
     "/v1/responses": Route.RESPONSES,
     "/v1/messages": Route.MESSAGES,
 }
-REPORTING: Final = frozenset({"/health", "/ping", "/version", "/v1/models", "/sim/requests", "/sim/last", "/sim/take"})
+REPORTING: Final = frozenset(
+    {"/health", "/ping", "/version", "/v1/models", "/metrics", "/query"}
+    | {"/sim/requests", "/sim/last", "/sim/take", "/sim/give"}
+)
 
 _SCRIPTS: Final[dict[Route, type[Script]]] = {
     Route.CHAT: ChatScript,
@@ -67,6 +73,10 @@ class Request:
         keep_alive = event.http_version != b"1.0" and headers.get("connection", "").lower() != "close"
         return cls(event.method.decode("latin-1"), path, query, headers, keep_alive=keep_alive)
 
+    def argument(self, name: str) -> str:
+        """The first of that name in the query; empty: there is none."""
+        return parse_qs(self.query).get(name, [""])[0]
+
     @property
     def is_report(self) -> bool:
         """Whether the answer needs no sequence."""
@@ -84,21 +94,25 @@ class Work(msgspec.Struct, frozen=True):
     ttft_ms: float
     step_ms: float
     keep_alive: bool
-    handle: str = ""  #: what is held for a decoder once it is answered
+    blocks: int  #: of the KV cache, for its prompt
+    words: list[str]  #: of prompt and answer, for the prefix cache
 
 
 def report(request: Request, config: EngineConfig, ledger: Ledger) -> bytes:
     """The answer to anything that does not generate."""
     now_s, close = int(time.time()), not request.keep_alive
     allowed = b"POST" if request.path in GENERATING else b"GET"
-    if request.path not in GENERATING and request.path not in REPORTING:
+    is_there = request.path != "/query" or config.connector == "mooncake"
+    if not is_there or (request.path not in GENERATING and request.path not in REPORTING):
         return json_answer(404, b'{"detail":"Not Found"}', now_s, is_head=request.method == "HEAD", close=close)
     if request.method.encode() != allowed:
         body, is_head = b'{"detail":"Method Not Allowed"}', request.method == "HEAD"
         return json_answer(405, body, now_s, b"allow: " + allowed, is_head=is_head, close=close)
-    if request.path == "/sim/take":
-        is_there = ledger.handles.take(parse_qs(request.query).get("handle", [""])[0])
-        return json_answer(200 if is_there else 404, b"{}", now_s, close=close)
+    if request.path == "/sim/give":
+        ledger.handles.give(request.argument("handle"))
+        return json_answer(200, b"{}", now_s, close=close)
+    if request.path == "/metrics":
+        return body_answer(metrics_text(config, ledger), CONTENT_TYPE, now_s, close=close)
     if request.path in {"/health", "/ping"}:
         return empty_answer(now_s, close=close)
     return json_answer(200, _report_body(request, config, ledger, now_s), now_s, close=close)
@@ -110,7 +124,10 @@ def _report_body(request: Request, config: EngineConfig, ledger: Ledger, now_s: 
     if request.path == "/v1/models":
         return models_body(config.model, now_s)
     if request.path == "/sim/last":
-        return msgspec.json.encode(ledger.last(parse_qs(request.query).get("path", [""])[0]))
+        return msgspec.json.encode(ledger.last(request.argument("path")))
+    if request.path == "/query":  # the list of mooncake's bootstrap server: one rank
+        worker = {"0": {"0": f"tcp://{request.address[0]}:{request.address[1]}"}}
+        return msgspec.json.encode({"0": {"engine_id": ledger.engine_id, "worker_addr": worker}})
     return msgspec.json.encode(ledger.as_dict())
 
 
@@ -122,24 +139,61 @@ def refusal_answer(request: Request, refusal: Refusal, now_s: int) -> bytes:
     return json_answer(refusal.status, body, now_s, *extra, close=not request.keep_alive)
 
 
-def plan(request: Request, config: EngineConfig, now_s: int, *, is_lost: bool = False) -> Work:
-    """Turn a generating request into work; `is_lost` says that its KV cache is. Raises `Refusal`."""
+class Reading(msgspec.Struct, frozen=True):
+    """A generating request, understood."""
+
+    request: Request
+    ask: Ask
+    controls: Controls
+    part: Part  #: what it has to do with another engine
+
+
+def read(request: Request, config: EngineConfig, ledger: Ledger, now_s: int) -> Reading:
+    """Understands a generating request. Raises `Refusal`."""
     controls = read_controls(request.headers)
-    route = GENERATING[request.path]
-    ask = read_ask(
-        route, request.body, request.headers, config, now_s=now_s, clock_us=_clock_us, address=request.address
-    )
+    ask = read_ask(GENERATING[request.path], request.body, request.headers, config, now_s=now_s, clock_us=_clock_us)
     _refuse_if_told(controls)
+    part = CONNECTORS[config.connector](ask, Here(ledger.engine_id, config.role, request.address))
+    return Reading(request, ask, controls, part)
+
+
+def plan(reading: Reading, config: EngineConfig, ledger: Ledger, now_s: int, *, is_lost: bool = False) -> Work:
+    """Turn a generating request into work; `is_lost` says that its KV cache is. Raises `Refusal`."""
+    request, controls, part = reading.request, reading.controls, reading.part
+    ask = msgspec.structs.replace(reading.ask, kv_params=part.params, error=part.error if is_lost else "")
     if is_lost:
         controls = _without_cache(ask, controls)
+    ask, words = _looked_up(ask, ledger, is_fetched=part.takes is not None)
+    ledger.prompt_tokens += ask.prompt_tokens
     return Work(
         steps=_steps(request, ask, controls, config, now_s),
         width=ask.choices if ask.tokens else 0,
-        ttft_ms=config.ttft_ms if controls.ttft_ms is None else controls.ttft_ms,
+        ttft_ms=(config.ttft_ms if controls.ttft_ms is None else controls.ttft_ms) + _prefill_ms(ask, part, config),
         step_ms=config.step_ms if controls.step_ms is None else controls.step_ms,
-        handle=handle_id(ask),
         keep_alive=request.keep_alive and "close-idle" not in controls.faults and controls.shape.framing != "close",
+        blocks=-(-ask.prompt_tokens // BLOCK_TOKENS),
+        words=words,
     )
+
+
+def _looked_up(ask: Ask, ledger: Ledger, *, is_fetched: bool) -> tuple[Ask, list[str]]:
+    """The request with what the prefix cache has of its prompt; and all its words, to be kept once it is answered."""
+    if ledger.cache is None:
+        return ask, []
+    prompt = words_of(ask.request.get(ask.route.prompt_field), ask.request.get("tools"))
+    found = ledger.cache.serve(prompt)
+    ledger.cache_queries += len(prompt)
+    ledger.cache_hits += found
+    answer = " ".join(_SCRIPTS[ask.route](ask).text(choice) for choice in range(ask.choices)).split()
+    return msgspec.structs.replace(ask, cached_tokens=len(prompt) if is_fetched else found), [*prompt, *answer]
+
+
+def _prefill_ms(ask: Ask, part: Part, config: EngineConfig) -> float:
+    """The time that the prompt's own computing takes."""
+    if not config.prefill_tokens_per_s or part.takes is not None:
+        return 0.0
+    known = ask.cached_tokens if config.prefix_cache_blocks else 0
+    return (ask.prompt_tokens - known) / config.prefill_tokens_per_s * 1000
 
 
 def _clock_us() -> int:
@@ -149,7 +203,7 @@ def _clock_us() -> int:
 def _without_cache(ask: Ask, controls: Controls) -> Controls:
     """As recorded (``fail/pd_prefill_then_killed``): a stream tells of it behind the role, with status 200."""
     if not ask.stream:
-        raise Refusal(500, "Internal server error", "InternalServerError")
+        raise Refusal(500, ask.error, "InternalServerError")
     frames = "1" if ask.route is Route.CHAT else "0"
     return msgspec.structs.replace(controls, faults={**controls.faults, "error-frame": frames})
 

@@ -33,7 +33,10 @@ _FRAMES_PER_TURN: Final = 64
 class Sequence:
     """One request between its acceptance and its end (all its choices: they advance together)."""
 
-    __slots__ = ("backlog", "cut", "is_decoding", "on_end", "record", "sock", "step_s", "steps", "ttft_s", "width")
+    __slots__ = (
+        *("accepted_at", "backlog", "blocks", "cut", "is_decoding", "on_end", "record", "sock", "step_s", "steps"),
+        *("ttft_s", "width"),
+    )
 
     def __init__(
         self,
@@ -44,6 +47,7 @@ class Sequence:
         width: int,
         ttft_s: float,
         step_s: float,
+        blocks: int = 0,
     ) -> None:
         self.sock = sock
         self.steps = steps
@@ -51,6 +55,8 @@ class Sequence:
         self.width = width  #: tokens per step, one for each choice
         self.ttft_s = ttft_s
         self.step_s = step_s
+        self.blocks = blocks  #: of the KV cache, for its prompt
+        self.accepted_at = 0.0  #: when it joined the queue
         self.backlog: deque[Op] = deque()  #: not empty: a task of its own writes, and the loop leaves it alone
         self.cut: Cut | None = None  #: how its answer ended, once it has
         self.is_decoding = False  #: past its first token
@@ -90,6 +96,7 @@ class Scheduler:
 
     def submit(self, sequence: Sequence) -> None:
         """Accept a sequence, whose record is queued; its first operations (a stream's head) leave at once."""
+        sequence.accepted_at = trio.current_time()
         self._queue[sequence] = None
         self._emit(sequence, 0)
         self._admit()
@@ -130,6 +137,7 @@ class Scheduler:
             sequence = next(iter(self._queue))
             del self._queue[sequence]
             self._running += 1
+            self._ledger.blocks_in_use += sequence.blocks
             self._ledger.move(sequence.record, State.RUNNING)
             heappush(self._prefill, (trio.current_time() + sequence.ttft_s, next(self._tie), sequence))
             self._wake.set()
@@ -140,6 +148,8 @@ class Scheduler:
             if sequence.has_ended or sequence.cut:
                 continue
             sequence.is_decoding = True
+            self._ledger.first_tokens.add(now - sequence.accepted_at)
+            self._ledger.generation_tokens += sequence.width
             if sequence.backlog:  # not even its head has left; it joins when that is done
                 continue
             # it joins before it emits, and whatever ends or blocks it takes it off again
@@ -160,13 +170,15 @@ class Scheduler:
 
     def _step(self, clock: _Clock, now: float) -> None:
         """One step of all sequences on `clock`; without a step length, steps until the turn is full."""
-        emitted = 0
+        emitted = tokens = 0
         while clock.members:
             for sequence in tuple(clock.members):
                 self._emit(sequence, sequence.width)
                 emitted += 1
+                tokens += sequence.width
             if clock.step_s or emitted >= _FRAMES_PER_TURN:
                 break
+        self._ledger.generation_tokens += tokens
         stretch = 1 + self._jitter * self._random.uniform(-1, 1) if self._jitter else 1.0
         # a loop that is late goes on from now: bursts that catch up would be no engine's
         clock.next_at = max(clock.next_at + clock.step_s * stretch, now)
@@ -243,6 +255,7 @@ class Scheduler:
     def _end(self, sequence: Sequence, state: State) -> None:
         if sequence.record.state is State.RUNNING:
             self._running -= 1
+            self._ledger.blocks_in_use -= sequence.blocks
         self._ledger.move(sequence.record, state)
         self._queue.pop(sequence, None)
         self._leave_clock(sequence)

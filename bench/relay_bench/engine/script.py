@@ -52,7 +52,7 @@ class Script(ABC):
 
     @abstractmethod
     def error_frames(self) -> list[bytes]:
-        """What a stream ends with whose engine died under it."""
+        """What a stream ends with whose engine died under it, or has lost its KV cache."""
 
     def token(self, position: int, choice: int) -> bytes:
         """The token at `position`, as it stands inside a JSON string."""
@@ -63,6 +63,11 @@ class Script(ABC):
         """The whole text of a choice, or of its tokens from `start` to before `end`."""
         positions = range(start, self.ask.tokens if end is None else end)
         return msgspec.json.decode(b'"' + b"".join(encoded_word(i, choice) for i in positions) + b'"', type=str)
+
+    @property
+    def error(self) -> str:
+        """The message of `error_frames`."""
+        return self.ask.error or ENGINE_DIED
 
     @property
     def arguments(self) -> str:
@@ -85,7 +90,7 @@ def chunk_start(ask: Ask, kind: str) -> bytes:
     )
 
 
-def openai_error_frames() -> list[bytes]:
+def openai_error_frames(message: str) -> list[bytes]:
     """vLLM's error inside a stream: made by Python's json, hence the blanks after the colons; then the end mark."""
     error = b'{"error": {"message": %b, "type": "InternalServerError", "param": null, "code": 500}}'
-    return [b"data: %b\n\n" % (error % json_string(ENGINE_DIED)), DONE]
+    return [b"data: %b\n\n" % (error % json_string(message)), DONE]

@@ -7,13 +7,14 @@ import os
 import socket
 import stat
 import sys
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import trio
 
 from relay_bench.engine.connection import Connection
+from relay_bench.engine.handover import connector_named
 from relay_bench.engine.ledger import Ledger
 from relay_bench.engine.scheduler import Scheduler
 
@@ -33,7 +34,8 @@ class Engine:
 
     def __init__(self, config: EngineConfig, listener: socket.socket) -> None:
         self.config = config
-        self.ledger = Ledger()
+        self.ledger = Ledger(cache_blocks=config.prefix_cache_blocks)
+        self.kv_port = 0  #: of the listener for other engines, if there is one
         if listener.family == socket.AF_UNIX:
             self.host, self.port = "", 0
             self.url = config.listen
@@ -60,18 +62,36 @@ class Engine:
 async def serve_engine(
     config: EngineConfig, *, task_status: trio.TaskStatus[Engine] = trio.TASK_STATUS_IGNORED
 ) -> None:
-    """Run an engine until cancelled; ``await nursery.start(serve_engine, config)`` returns the `Engine`."""
-    with closing(open_listener(config.listen)) as listener:
-        engine = Engine(config, listener)
+    """Run an engine until cancelled; ``await nursery.start(serve_engine, config)`` returns the `Engine`.
+
+    Raises OSError and ValueError where it cannot listen, or is told what cannot be.
+    """
+    connector_named(config.connector, config.role)
+    with ExitStack() as stack:
+        listeners = [stack.enter_context(closing(open_listener(address))) for address in _addresses(config)]
+        engine = Engine(config, listeners[0])
+        if len(listeners) > 1:
+            engine.kv_port = listeners[1].getsockname()[1]
         try:
             async with trio.open_nursery() as nursery:
                 scheduler = Scheduler(engine.ledger, nursery, max_seqs=config.max_seqs, jitter=config.jitter)
                 nursery.start_soon(scheduler.run)
-                nursery.start_soon(_accept, listener, engine, scheduler, nursery)
+                for listener in listeners:
+                    nursery.start_soon(_accept, listener, engine, scheduler, nursery)
                 task_status.started(engine)
         finally:
-            trio.lowlevel.notify_closing(listener)
+            for listener in listeners:
+                trio.lowlevel.notify_closing(listener)
             _remove_path(config.listen)
+
+
+def _addresses(config: EngineConfig) -> list[str]:
+    """Where to listen: for clients, then for other engines, on the same host."""
+    if not config.kv_port:
+        return [config.listen]
+    if config.listen.startswith("unix:"):
+        raise ValueError("--kv-port needs an engine that listens on HOST:PORT")
+    return [config.listen, f"{config.listen.rpartition(':')[0]}:{config.kv_port}"]
 
 
 def open_listener(address: str) -> socket.socket:

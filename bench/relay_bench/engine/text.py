@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import msgspec
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 #: Tokens as models emit them: leading blanks, letters beyond ASCII, quotes, backslashes and line ends that JSON
 #: escapes. Their lengths differ, so that chunk sizes do.
@@ -40,10 +43,21 @@ def count_words(value: object) -> int:
 
     Words that only say what an object is (roles, types) are not counted.
     """
+    return sum(len(text.split()) for text in _strings(value))
+
+
+def words_of(*values: object) -> list[str]:
+    """These words themselves, in order: what the prefix cache takes for tokens."""
+    return [word for value in values for text in _strings(value) for word in text.split()]
+
+
+def _strings(value: object) -> Iterator[str]:
     if isinstance(value, str):
-        return len(value.split())
-    if isinstance(value, dict):
-        return sum(count_words(item) for key, item in value.items() if key not in {"role", "type"})
-    if isinstance(value, list):
-        return sum(count_words(item) for item in value)
-    return 0
+        yield value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            if key not in {"role", "type"}:
+                yield from _strings(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _strings(item)

@@ -46,7 +46,9 @@ class UsagePlacement(msgspec.Struct, frozen=True):
         return cls(at_end, every, "null-others" in words and at_end, on_last, "details" in words)
 
 
-def usage_json(prompt: int, completion: int, *, reasoning: int = 0, with_details: bool = False) -> bytes:
+def usage_json(
+    prompt: int, completion: int, *, cached: int = 0, reasoning: int = 0, with_details: bool = False
+) -> bytes:
     """The object of chat and completions streams, in vLLM's order of fields."""
     numbers = b'{"prompt_tokens":%d,"total_tokens":%d,"completion_tokens":%d' % (
         prompt,
@@ -59,14 +61,14 @@ def usage_json(prompt: int, completion: int, *, reasoning: int = 0, with_details
         numbers
         + b',"prompt_tokens_details":{"cached_tokens":%d},"completion_tokens_details":{"reasoning_tokens":%d}}'
         % (
-            cached_tokens(prompt),
+            cached,
             reasoning,
         )
     )
 
 
-def cached_tokens(prompt: int) -> int:
-    """How many of `prompt` tokens the engine says were in its prefix cache."""
+def made_up_cached_tokens(prompt: int) -> int:
+    """How many of `prompt` tokens an engine without a prefix cache says were in it."""
     return prompt * _CACHED_SIXTEENTHS // 16
 
 
@@ -77,6 +79,6 @@ def whole_usage(ask: Ask) -> dict[str, Any]:
         "prompt_tokens": ask.prompt_tokens,
         "total_tokens": ask.prompt_tokens + ask.completion_tokens,
         "completion_tokens": ask.completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": cached_tokens(ask.prompt_tokens)} if details else None,
+        "prompt_tokens_details": {"cached_tokens": ask.cached_tokens} if details else None,
         "completion_tokens_details": {"reasoning_tokens": ask.reasoning * ask.choices} if details else None,
     }

@@ -6,14 +6,17 @@ from collections import OrderedDict
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Hashable, Iterator, Sequence
 
 #: Tokens of a block: vLLM's default on GPUs.
 BLOCK_TOKENS: Final = 16
 
 
 class PrefixCache:
-    """So many blocks; those not used for the longest time make room (vLLM ``v1/core/block_pool.py``)."""
+    """So many blocks; those not used for the longest time make room (vLLM ``v1/core/block_pool.py``).
+
+    Blocks that a running request uses can make room here, too, which they cannot in vLLM: give it more of them.
+    """
 
     def __init__(self, blocks: int) -> None:
         self._most = blocks
@@ -22,7 +25,7 @@ class PrefixCache:
     def __repr__(self) -> str:
         return f"<PrefixCache {len(self._blocks)} of {self._most} blocks>"
 
-    def serve(self, prompt: Sequence[int], answer: Sequence[int] = ()) -> int:
+    def serve(self, prompt: Sequence[Hashable], answer: Sequence[Hashable] = ()) -> int:
         """A request: how many tokens of its prompt are found. Prompt and answer are in the cache behind it.
 
         Of a prompt that is there as a whole the last token is computed all the same, and with it its block.
@@ -32,16 +35,20 @@ class PrefixCache:
             if block not in self._blocks:
                 break
             found += BLOCK_TOKENS
+        self.add([*prompt, *answer])
+        return found
+
+    def add(self, tokens: Sequence[Hashable]) -> None:
+        """These have been computed."""
         # From the end on: what stands at the beginning is of use to more requests, and is the last to go.
-        for block in reversed([*_hashes([*prompt, *answer])]):
+        for block in reversed([*_hashes(tokens)]):
             self._blocks[block] = None
             self._blocks.move_to_end(block)
         while len(self._blocks) > self._most:
             self._blocks.popitem(last=False)
-        return found
 
 
-def _hashes(tokens: Sequence[int]) -> Iterator[int]:
+def _hashes(tokens: Sequence[Hashable]) -> Iterator[int]:
     """Of each whole block, with all before it."""
     before = 0
     for start in range(0, len(tokens) - BLOCK_TOKENS + 1, BLOCK_TOKENS):
