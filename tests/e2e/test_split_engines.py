@@ -61,8 +61,8 @@ async def pair_of(connector: str, **settings: Any) -> AsyncIterator[Pair]:
             where = {"kv_address": f"127.0.0.1:{engine.kv_port}", "bootstrap_port": engine.kv_port}
             where["bootstrap"] = f"http://127.0.0.1:{engine.kv_port}"
             tables.append(msgspec.structs.replace(parse_upstream(engine.url), **where))
-        pool = PoolConfig(connector=connector, prefill=(tables[0],), decode=(tables[1],))
-        async with running_fleet(pool) as pair.relay:
+        pool: dict[str, Any] = {"connector": connector, "prefill": (tables[0],), "decode": (tables[1],)}
+        async with running_fleet(PoolConfig(**pool)) as pair.relay:
             yield pair
         nursery.cancel_scope.cancel()
 
