@@ -12,7 +12,7 @@ import msgspec
 import trio
 from rich.console import Console
 
-from relay_bench.load import floor, options, progress, results, run, terminal
+from relay_bench.load import floor, options, progress, results, run, self_check, terminal
 from relay_bench.load.target import resolve
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_output(parser)
     out = parser.add_argument_group("results")
     out.add_argument("--no-floor", action="store_true", help="do not measure the harness's own floor first (ours)")
+    out.add_argument("--self-check", action="store_true", help="only check the harness, against known times (ours)")
     out.add_argument("--save-requests", default="", metavar="FILE", help="a JSON line of marks for each request (ours)")
 
 
@@ -71,6 +72,10 @@ def guarded(verb: str, work: Any, *arguments: Any) -> int:
 
 
 async def _load(parser: argparse.ArgumentParser, chosen: argparse.Namespace) -> int:
+    if chosen.self_check:
+        checks = await self_check.checked(_parser())
+        Console().print(self_check.table_of(checks))
+        return 0 if all(check.is_good for check in checks) else 1
     metadata, percentiles = metadata_of(chosen.metadata), percentiles_of(chosen.metric_percentiles)
     target = resolve(options.url_of(chosen))
     plan = await planned(chosen, target)
@@ -100,13 +105,18 @@ async def carried_out(plan: Plan, target: Target, title: str) -> Tally:
 
 async def measured_floor() -> floor.Floor:
     """The harness's floor, said as soon as it is known."""
+    with progress.console.status("harness floor"):
+        found = await floor.measure(_parser())
+    progress.console.print(f"harness floor: {found}", style="dim")
+    return found
+
+
+def _parser() -> argparse.ArgumentParser:
+    """Of the flags of a run, for runs that are the harness's own."""
     parser = argparse.ArgumentParser()
     options.add_target(parser)
     options.add_arguments(parser)
-    with progress.console.status("harness floor"):
-        found = await floor.measure(parser)
-    progress.console.print(f"harness floor: {found}", style="dim")
-    return found
+    return parser
 
 
 def add_floor(result: results.Result, found: floor.Floor | None) -> None:

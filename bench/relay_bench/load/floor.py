@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 import trio
 
+from relay_bench import processes
 from relay_bench.load import options as flags
 from relay_bench.load import results, run
 from relay_bench.load.target import resolve
@@ -38,30 +39,36 @@ class Floor(msgspec.Struct, frozen=True):
     client_delay_ms: float | None  #: median; None: this kernel gives no stamps
     frames_per_s: float  #: client and engine together
     cpu_us_per_frame: float  #: of the client
+    engine_cpu_us_per_frame: float  #: of the built-in engine, requests included
 
     def __str__(self) -> str:
         delay = "not known" if self.client_delay_ms is None else f"{self.client_delay_ms * 1000:.0f} µs"
         return (
             f"TTFT {self.ttft_ms:.2f} ms, client delay {delay} (medians, one request at a time); "
             f"at most {self.frames_per_s:,.0f} frames/s from the built-in engine, {self.cpu_us_per_frame:.1f} µs of "
-            "the client's CPU each"
+            f"the client's CPU each, {self.engine_cpu_us_per_frame:.1f} µs of the engine's"
         )
 
 
 async def measure(parser: argparse.ArgumentParser) -> Floor:
     """Measures the floor; `parser` knows the flags of a run. Raises `LoadError`."""
-    async with running_engine() as url:
-        single = await _run(parser, url, _SINGLE)
-        saturated = await _run(parser, url, _SATURATED)
+    async with running_engine() as (url, pid):
+        single = await run_against(parser, url, _SINGLE)
+        began_ns = processes.cpu_ns(pid)
+        saturated = await run_against(parser, url, _SATURATED)
+        engine_ns = processes.cpu_ns(pid) - began_ns
+    frames = saturated["content_frames"]
     return Floor(
         single["median_ttft_ms"],
         single["median_client_delay_ms"],
-        saturated["content_frames"] / saturated["duration"],
+        frames / saturated["duration"],
         saturated["harness"]["cpu_us_per_frame"],
+        engine_ns / frames / 1000,
     )
 
 
-async def _run(parser: argparse.ArgumentParser, url: str, words: tuple[str, ...]) -> results.Result:
+async def run_against(parser: argparse.ArgumentParser, url: str, words: tuple[str, ...]) -> results.Result:
+    """The result of a run with these flags against the built-in engine at `url`. Raises `LoadError`."""
     options = parser.parse_args([url, "--model", "tiny", "--random-input-len", "16", *words])
     plan = flags.plan_of(options, model=options.model)
     tally = await run.run_plan(plan, resolve(url), lambda *_: None)
@@ -72,8 +79,8 @@ async def _run(parser: argparse.ArgumentParser, url: str, words: tuple[str, ...]
 
 
 @asynccontextmanager
-async def running_engine(*words: str) -> AsyncGenerator[str, None]:
-    """A built-in engine in a process of its own; its URL. Raises `LoadError`."""
+async def running_engine(*words: str) -> AsyncGenerator[tuple[str, int], None]:
+    """A built-in engine in a process of its own: its URL and process id. Raises `LoadError`."""
     command = [sys.executable, "-m", "relay_bench", "engine", "--listen", "127.0.0.1:0", "--max-seqs", "100000", *words]
     process = await trio.lowlevel.open_process(command, stderr=subprocess.PIPE)
     assert process.stderr is not None
@@ -85,7 +92,7 @@ async def running_engine(*words: str) -> AsyncGenerator[str, None]:
         _, found, url = said.decode("utf-8", "replace").strip().partition("listening on ")
         if not found:
             raise run.LoadError(f"the built-in engine did not start: {said.decode('utf-8', 'replace').strip()}")
-        yield url.split()[0]
+        yield url.split()[0], process.pid
     finally:
         with trio.CancelScope(shield=True, deadline=trio.current_time() + _START_S):
             process.kill()
