@@ -6,6 +6,8 @@ import argparse
 import io
 import json
 import math
+from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -24,7 +26,6 @@ from tests.bench.loading import engine_child, record
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 MS = 1_000_000
 
@@ -67,6 +68,44 @@ def test_vllms_keys_come_first_and_in_its_order() -> None:
     assert json.loads(json.dumps(result)) == result
     # these would mean something else here
     assert not {"max_output_tokens_per_s", "queue_times", "mean_client_queue_time_ms"} & result.keys()
+
+
+#: A result of vLLM 0.32's ``vllm bench serve --save-detailed``; its arrays are cut to two requests.
+CAPTURED = json.loads((Path(__file__).with_name("data") / "vllm_bench_serve.json").read_bytes())
+#: Why each of these has no place in ours is in results.py; nobody plots the other two.
+LEFT_OUT = {"queue_times", "max_output_tokens_per_s", "rtfx", "generated_texts"}
+
+
+def kind_of(value: Any) -> Any:
+    """What a reader of the JSON can tell: numbers are numbers, lists are of something."""
+    if isinstance(value, list):
+        return [kind_of(value[0])] if value else []
+    return float if isinstance(value, int) and not isinstance(value, bool) else type(value)
+
+
+def test_every_key_of_a_captured_result_is_there_and_of_its_type() -> None:
+    words = ("--request-rate", "2", "--max-concurrency", "4")
+    plan = plan_for("--num-prompts", "3", *words, is_detailed=True)
+    itl = histogram_of([10 * MS, 20 * MS])
+    tally = Tally([record(itls_ns=[10 * MS] * 3)], itl, itl, Histogram(), Histogram(), 0.1, 1.0)
+    result = result_of(plan, tally, url="http://x")
+    assert CAPTURED.keys() >= LEFT_OUT
+    for key, value in CAPTURED.items():
+        if key not in LEFT_OUT and value is not None and key != "tokenizer_id":
+            assert kind_of(result[key]) == kind_of(value), key
+        assert key in result or key in LEFT_OUT
+    assert result["tokenizer_id"] is None  # there is none
+
+
+def test_arrays_are_seconds_and_summaries_milliseconds_as_in_vllms() -> None:
+    """The traps: in one file, one quantity stands in two units."""
+    second = record(index=1, first_content_ns=31 * MS, last_content_ns=61 * MS)
+    result = result_for(record(), second, is_detailed=True)
+    for array, metric in (("ttfts", "ttft"), ("latencies", "e2el")):
+        assert fmean(result[array]) * 1000 == pytest.approx(result[f"mean_{metric}_ms"])
+    assert result["duration"] == pytest.approx(max(result["end_times"]))
+    assert result["output_throughput"] == pytest.approx(8 / result["duration"])
+    assert result["start_times"] == [pytest.approx(0.001)] * 2
 
 
 def test_units_are_vllms() -> None:
