@@ -1,7 +1,8 @@
 """The harness checked against times that are known: the built-in engine's, at 1, 50 and 500 streams.
 
 Not a test of the suite, as it needs a machine with two cores to itself: a median that is off says that client and
-engine got too little of it just as well as that one of them is wrong. What the run says of its own degradation tells which.
+engine got too little of it just as well as that one of them is wrong. What a run says of its own degradation tells
+which.
 """
 
 from __future__ import annotations
