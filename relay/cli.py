@@ -7,7 +7,9 @@ runs are inside it, so that ``relay check`` in a unit's ExecStartPre does not pa
 from __future__ import annotations
 
 import argparse
+import os
 import platform
+import signal
 import sys
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -34,13 +36,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     run: Callable[[argparse.Namespace], int] = arguments.run
     try:
-        return run(arguments)
+        status = run(arguments)
+        sys.stdout.flush()  # here, where a reader that has left is no surprise
+        return status
+    except BrokenPipeError:
+        return _leave_closed_pipe()
     except ConfigError as error:
         for problem in error.problems:
             print(_line(problem, error.source, arguments), file=sys.stderr)
         return _WRONG_USAGE
     except KeyboardInterrupt:
         return 130  # as the shell reports a process ended by SIGINT
+
+
+def _leave_closed_pipe() -> int:
+    """Standard output's reader has left, as ``head`` does: nothing more is to be flushed to it. The exit status."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return 128 + signal.SIGPIPE  # as the shell reports a process ended by it
 
 
 def _serve(arguments: argparse.Namespace) -> int:

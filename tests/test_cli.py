@@ -365,6 +365,21 @@ def test_the_module_is_the_command() -> None:
     assert result.stderr.startswith("relay serve: --upstream: no upstream")
 
 
+@pytest.mark.parametrize(
+    "module", [["relay", "version"], ["relay_bench", "doctor", "--json", "--model", "m", "http://127.0.0.1:1"]]
+)
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_has_left_is_no_traceback(module: list[str], unbuffered: str) -> None:
+    """Written at once or flushed at the end, as by ``relay version | head``."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "wb") as pipe:
+        command = [sys.executable, "-m", *module]
+        env = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+        result = subprocess.run(command, stdout=pipe, stderr=subprocess.PIPE, timeout=LIMIT_S, env=env, check=False)
+    assert (result.returncode, result.stderr) == (128 + signal.SIGPIPE, b"")
+
+
 def test_check_does_not_load_the_daemon() -> None:
     """It stands in a unit's ExecStartPre; trio and httpx alone would double its time."""
     loaded = (

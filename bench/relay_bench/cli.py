@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
+import signal
 import sys
 from typing import TYPE_CHECKING, Final
 
@@ -41,4 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         print(f"relay-bench {verb}: not part of this installation ({missing})", file=sys.stderr)
         return 2
-    return int(module.main(rest) or 0)
+    try:
+        status = int(module.main(rest) or 0)
+        sys.stdout.flush()
+    except BrokenPipeError:  # standard output's reader has left, as `head` does; nothing more is to be flushed to it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 128 + signal.SIGPIPE  # as the shell reports a process ended by it
+    return status

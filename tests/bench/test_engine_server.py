@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -254,3 +255,13 @@ def test_wrong_flags_are_told(flags: list[str], capsys: pytest.CaptureFixture[st
 
     assert main(["engine", *flags]) == 2
     assert capsys.readouterr().err.startswith("relay-bench engine: ")
+
+
+def test_a_taken_port_is_told_with_its_address() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        command = [sys.executable, "-m", "relay_bench", "engine", "--listen", address]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    assert result.returncode == 2
+    assert result.stderr.startswith(f"relay-bench engine: cannot listen on {address}: Address already in use; ")
+    assert result.stderr.count("\n") == 1

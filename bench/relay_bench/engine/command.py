@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import signal
 import sys
 from typing import TYPE_CHECKING
@@ -111,7 +112,7 @@ def run(options: argparse.Namespace) -> int:
     try:
         trio.run(_serve, config_of(options))
     except* (OSError, ValueError) as errors:
-        print(f"relay-bench engine: {_leaf(errors)}", file=sys.stderr)
+        print(f"relay-bench engine: {_told(_leaf(errors), options)}", file=sys.stderr)
         status = 2
     return status
 
@@ -121,6 +122,15 @@ def _leaf(error: BaseException) -> BaseException:
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return error
+
+
+def _told(error: BaseException, options: argparse.Namespace) -> str:
+    """The error in words; a listener's with its address, and what to do where that is taken."""
+    if not isinstance(error, OSError):
+        return str(error)
+    address = config_of(options).listen
+    hint = "; --port 0 takes a free one" if error.errno == errno.EADDRINUSE else ""
+    return f"cannot listen on {address}: {error.strerror or error}{hint}"
 
 
 async def _serve(config: EngineConfig) -> None:

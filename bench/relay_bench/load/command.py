@@ -58,16 +58,22 @@ def main(argv: Sequence[str]) -> int:
 def guarded(verb: str, work: Any, *arguments: Any) -> int:
     """Run `work` in trio; errors a user can mend end it with one line."""
     status = 2
+    closed: BrokenPipeError | None = None
     try:
         status = int(trio.run(work, *arguments))
     except* (run.LoadError, ValueError, OSError) as errors:
         first: BaseException = errors
         while isinstance(first, BaseExceptionGroup):
             first = first.exceptions[0]
-        print(f"relay-bench {verb}: {first}", file=sys.stderr)
+        if isinstance(first, BrokenPipeError):
+            closed = first
+        else:
+            print(f"relay-bench {verb}: {first}", file=sys.stderr)
     except* KeyboardInterrupt:
         print(f"relay-bench {verb}: interrupted", file=sys.stderr)
         status = 130
+    if closed is not None:  # standard output's reader has left; `except*` would wrap what is raised in it
+        raise closed
     return status
 
 
