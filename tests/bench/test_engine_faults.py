@@ -311,3 +311,57 @@ async def test_recording_of_a_whole_answer(client: Client, recorded: Callable[[s
 @pytest.mark.parametrize("name", ["../conftest", "nothing", "/etc/passwd"])
 async def test_recordings_outside_the_folder(client: Client, name: str) -> None:
     assert (await client.stream(sim_play=name)).status == 400
+
+
+# --- clocks, defaults ---
+
+
+async def test_a_burst_is_a_chunk_a_frame_and_a_write_for_several(client: Client) -> None:
+    usual = await client.stream(x_request_id="1")
+    burst = await client.stream(x_request_id="1", sim_rechunk="burst:4")
+    assert len(burst.chunks) == len(usual.chunks)
+    async with await client.connect() as stream:
+        body = {**client.ASK, "stream": True}
+        await stream.send_all(client.request(body, sim_rechunk="burst:3", sim_step_ms="0"))
+        raw = await client.read_until(stream, b"\r\n0\r\n\r\n")
+    assert raw.count(b"\n\n\r\n") == len(usual.frames)
+
+
+async def test_streams_with_clocks_of_their_own_do_not_wait_for_each_other(
+    client: Client, autojump_clock: trio.testing.MockClock
+) -> None:
+    """The second begins 30 ms into the steps of the first: with a shared clock its second token comes with a step."""
+
+    async def times(**headers: str) -> list[float]:
+        found = []
+        async with await client.connect() as stream:
+            body = {**client.ASK, "stream": True}
+            await stream.send_all(client.request(body, connection="close", sim_step_ms="100", **headers))
+            while data := await stream.receive_some():
+                found += [trio.current_time()] * (data.count(b'"content":') - data.count(b'"content":""'))
+        return found
+
+    async def second(clock: str) -> list[float]:
+        found: list[float] = []
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(times)
+            await trio.sleep(0.03)
+            found += await times(sim_clock=clock)
+        return found
+
+    shared, own = await second("shared"), await second("own")
+    assert shared[1] - shared[0] == pytest.approx(0.07)
+    assert own[1] - own[0] == pytest.approx(0.1)
+
+
+async def test_defaults_hold_for_requests_that_say_nothing(client: Client) -> None:
+    told = await client.ask(b'{"x-sim-tokens": "2"}', path="/sim/defaults")
+    assert told.status == 200
+    assert len((await client.stream()).frames) == 4
+    assert len((await client.stream(sim_tokens="3")).frames) == 5
+    refused = await client.ask(b'{"x-sim-step-ms": "soon"}', path="/sim/defaults")
+    assert refused.status == 400
+    assert "soon" in refused.json()["error"]["message"]
+    assert (await client.ask(b"[]", path="/sim/defaults")).status == 400
+    await client.ask(b"{}", path="/sim/defaults")
+    assert len((await client.stream()).frames) == 6

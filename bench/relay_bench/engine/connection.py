@@ -118,6 +118,8 @@ class Connection:
                 parser.receive_data(await self._receive())
             elif isinstance(event, h11.Request):
                 request = routes.Request.of(event)
+                if not request.is_report:
+                    request.headers = self._ledger.defaults | request.headers
                 if "early-answer" in request.headers.get("x-sim-fault", ""):
                     await self._answer_early(request)
                     return None
@@ -165,6 +167,7 @@ class Connection:
             ttft_s=work.ttft_ms / 1000,
             step_s=work.step_ms / 1000,
             blocks=work.blocks,
+            own_clock=work.own_clock,
         )
         try:
             self._scheduler.submit(sequence)

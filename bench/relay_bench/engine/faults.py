@@ -35,7 +35,10 @@ AROUND: Final = frozenset({"wrong-content-type", "no-content-type", "1xx", "clos
 
 FAULTS: Final = BEFORE_HEAD | CUTS | OTHER_ANSWERS | EDITS | AROUND
 
-RECHUNKS: Final = frozenset({"bytes", "frames", "split", "size", "writes", "ext", "length", "close"})
+RECHUNKS: Final = frozenset({"bytes", "frames", "split", "size", "writes", "burst", "ext", "length", "close"})
+
+#: Words of ``x-sim-clock``.
+CLOCKS: Final = frozenset({"own", "shared"})
 
 
 class Shape(msgspec.Struct, frozen=True):
@@ -44,7 +47,8 @@ class Shape(msgspec.Struct, frozen=True):
     #: ``chunked``, ``length`` (Content-Length) or ``close`` (the end of the connection ends the body).
     framing: str = "chunked"
     #: ``frame``; or `number` whole ``frames`` to a chunk, one frame ``split`` over `number` chunks, or chunks of
-    #: ``size`` `number` bytes wherever frames end.
+    #: ``size`` `number` bytes wherever frames end; or a chunk per frame and a write per `number` of them, a ``burst``,
+    #: as a socket holds them whose reader is behind.
     cut: str = "frame"
     number: int = 1
     #: > 0: each chunk's raw bytes leave in writes of so many, with a turn of the scheduler in between.
@@ -58,6 +62,7 @@ class Controls(msgspec.Struct, frozen=True):
 
     ttft_ms: float | None = None
     step_ms: float | None = None
+    own_clock: bool = False  #: steps from its own first token on, and not with the others
     shape: Shape = Shape()
     faults: Mapping[str, str] = {}  #: name to argument, ``""`` where there is none
     play: str = ""  #: a recording to send instead of an answer
@@ -82,6 +87,7 @@ def read_controls(headers: Mapping[str, str]) -> Controls:
     controls = Controls(
         ttft_ms=_milliseconds(headers, "x-sim-ttft-ms"),
         step_ms=_milliseconds(headers, "x-sim-step-ms"),
+        own_clock="own" in _words(headers, "x-sim-clock", CLOCKS),
         shape=_shape(_words(headers, "x-sim-rechunk", RECHUNKS)),
         faults=faults,
         play=headers.get("x-sim-play", "").strip(),

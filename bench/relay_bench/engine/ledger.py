@@ -63,6 +63,8 @@ class Ledger:
         self.cache_hits = 0  #: those found
         self.blocks_in_use = 0  #: by the prompts of running requests
         self.first_tokens: Final = TimesToFirstToken()
+        #: ``x-sim-*`` headers of requests that bring none: those of proxies that drop them, say
+        self.defaults: dict[str, str] = {}
         self._last: dict[str, str] = {"head": "", "body": "", "raw_body": ""}
         self._last_by_path: dict[str, dict[str, str]] = {}
 

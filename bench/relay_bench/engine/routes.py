@@ -39,7 +39,7 @@ GENERATING: Final = {
 }
 REPORTING: Final = frozenset(
     {"/health", "/ping", "/version", "/v1/models", "/metrics", "/query"}
-    | {"/sim/requests", "/sim/last", "/sim/take", "/sim/give"}
+    | {"/sim/requests", "/sim/last", "/sim/take", "/sim/give", "/sim/defaults"}
 )
 
 _SCRIPTS: Final[dict[Route, type[Script]]] = {
@@ -93,6 +93,7 @@ class Work(msgspec.Struct, frozen=True):
     width: int  #: tokens per step
     ttft_ms: float
     step_ms: float
+    own_clock: bool
     keep_alive: bool
     blocks: int  #: of the KV cache, for its prompt
     words: list[str]  #: of prompt and answer, for the prefix cache
@@ -101,7 +102,7 @@ class Work(msgspec.Struct, frozen=True):
 def report(request: Request, config: EngineConfig, ledger: Ledger) -> bytes:
     """The answer to anything that does not generate."""
     now_s, close = int(time.time()), not request.keep_alive
-    allowed = b"POST" if request.path in GENERATING else b"GET"
+    allowed = b"POST" if request.path in GENERATING or request.path == "/sim/defaults" else b"GET"
     is_there = request.path != "/query" or config.connector == "mooncake"
     if not is_there or (request.path not in GENERATING and request.path not in REPORTING):
         return json_answer(404, b'{"detail":"Not Found"}', now_s, is_head=request.method == "HEAD", close=close)
@@ -113,9 +114,25 @@ def report(request: Request, config: EngineConfig, ledger: Ledger) -> bytes:
         return json_answer(200, b"{}", now_s, close=close)
     if request.path == "/metrics":
         return body_answer(metrics_text(config, ledger), CONTENT_TYPE, now_s, close=close)
+    if request.path == "/sim/defaults":
+        return _take_defaults(request, ledger, now_s, close=close)
     if request.path in {"/health", "/ping"}:
         return empty_answer(now_s, close=close)
     return json_answer(200, _report_body(request, config, ledger, now_s), now_s, close=close)
+
+
+def _take_defaults(request: Request, ledger: Ledger, now_s: int, *, close: bool) -> bytes:
+    """Headers for all requests from now on that do not bring their own, in place of those told before."""
+    try:
+        defaults = msgspec.json.decode(request.body, type=dict[str, str])
+        read_controls(defaults)
+    except msgspec.DecodeError as error:
+        refusal = Refusal(400, f"wanted an object of headers: {error}", "BadRequestError")
+        return json_answer(400, refusal.body(is_anthropic=False), now_s, close=close)
+    except Refusal as refusal:
+        return json_answer(400, refusal.body(is_anthropic=False), now_s, close=close)
+    ledger.defaults = defaults
+    return json_answer(200, b"{}", now_s, close=close)
 
 
 def _report_body(request: Request, config: EngineConfig, ledger: Ledger, now_s: int) -> bytes:
@@ -170,6 +187,7 @@ def plan(reading: Reading, config: EngineConfig, ledger: Ledger, now_s: int, *, 
         width=ask.choices if ask.tokens else 0,
         ttft_ms=(config.ttft_ms if controls.ttft_ms is None else controls.ttft_ms) + _prefill_ms(ask, part, config),
         step_ms=config.step_ms if controls.step_ms is None else controls.step_ms,
+        own_clock=controls.own_clock,
         keep_alive=request.keep_alive and "close-idle" not in controls.faults and controls.shape.framing != "close",
         blocks=-(-ask.prompt_tokens // BLOCK_TOKENS),
         words=words,
@@ -221,7 +239,7 @@ def _steps(request: Request, ask: Ask, controls: Controls, config: EngineConfig,
     if silent:
         return iter([[_SILENT_ENDS[silent]]])
     close = not request.keep_alive
-    if controls.play:
+    if controls.play and (ask.stream or not load_recording(config.captures, controls.play).is_stream):
         return _played(controls, config, now_s, close=close)
     script = _SCRIPTS[ask.route](ask)
     if ask.stream and "json-on-stream" not in controls.faults:

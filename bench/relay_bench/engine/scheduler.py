@@ -6,13 +6,16 @@ socket, without a turn of trio's scheduler. Only a send that would block, or a s
 writes, takes a task of its own until it is through; the sequence rests meanwhile, as uvicorn's flow control makes it.
 
 Sequences of the same step length share a clock and so burst together; a request with its own ``x-sim-step-ms`` has its
-own clock, or that of others with the same.
+own clock, or that of others with the same; one with ``x-sim-clock: own`` shares with nobody.
 """
 
 from __future__ import annotations
 
+import math
 import random
+import time
 from collections import deque
+from contextlib import closing
 from heapq import heappop, heappush
 from itertools import count
 from typing import TYPE_CHECKING, Final
@@ -21,6 +24,7 @@ import trio
 
 from relay_bench.engine.ledger import Ledger, RequestRecord, State
 from relay_bench.engine.wire import Cut, Op
+from relay_bench.load.timer import Alarm
 
 if TYPE_CHECKING:
     import socket
@@ -35,7 +39,7 @@ class Sequence:
 
     __slots__ = (
         *("accepted_at", "backlog", "blocks", "cut", "is_decoding", "on_end", "record", "sock", "step_s", "steps"),
-        *("ttft_s", "width"),
+        *("own_clock", "ttft_s", "width"),
     )
 
     def __init__(
@@ -48,6 +52,7 @@ class Sequence:
         ttft_s: float,
         step_s: float,
         blocks: int = 0,
+        own_clock: bool = False,
     ) -> None:
         self.sock = sock
         self.steps = steps
@@ -57,6 +62,7 @@ class Sequence:
         self.step_s = step_s
         self.blocks = blocks  #: of the KV cache, for its prompt
         self.accepted_at = 0.0  #: when it joined the queue
+        self.own_clock = own_clock
         self.backlog: deque[Op] = deque()  #: not empty: a task of its own writes, and the loop leaves it alone
         self.cut: Cut | None = None  #: how its answer ended, once it has
         self.is_decoding = False  #: past its first token
@@ -91,7 +97,7 @@ class Scheduler:
         self._running = 0
         self._prefill: list[tuple[float, int, Sequence]] = []  # heap by when the first token is due
         self._tie = count()
-        self._clocks: dict[float, _Clock] = {}
+        self._clocks: dict[float | Sequence, _Clock] = {}
         self._wake = trio.Event()
 
     def submit(self, sequence: Sequence) -> None:
@@ -108,26 +114,42 @@ class Scheduler:
 
     async def run(self) -> None:
         """The loop itself; never returns."""
+        with closing(Alarm()) as alarm:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._ring, alarm)
+                await self._loop(alarm)
+
+    async def _loop(self, alarm: Alarm) -> None:
         while True:
             now = trio.current_time()
-            for clock in tuple(self._clocks.values()):
+            for key, clock in tuple(self._clocks.items()):
                 if not clock.members:
-                    del self._clocks[clock.step_s]
+                    del self._clocks[key]
                 elif clock.next_at <= now:
                     self._step(clock, now)
             # after the steps, or a newcomer would get its second token with its first
             self._first_tokens(now)
-            await self._rest()
+            await self._rest(alarm)
 
-    async def _rest(self) -> None:
+    async def _ring(self, alarm: Alarm) -> None:
+        """Wakes the loop on time: trio's own deadlines are kept to whole milliseconds, as epoll's timeouts are."""
+        while True:
+            await trio.lowlevel.wait_readable(alarm.fileno())
+            alarm.take()
+            self._wake.set()
+
+    async def _rest(self, alarm: Alarm) -> None:
         """Sleep until the next step, first token or arrival."""
         due = [clock.next_at for clock in self._clocks.values()]
         if self._prefill:
             due.append(self._prefill[0][0])
-        if due and min(due) <= trio.current_time():
+        left_s = min(due) - trio.current_time() if due else math.inf
+        if left_s <= 0:
             await trio.lowlevel.checkpoint()
             return
         self._wake = trio.Event()
+        if due:
+            alarm.set(time.monotonic_ns() + int(left_s * 1e9))
         with trio.move_on_at(min(due)) if due else trio.CancelScope():
             await self._wake.wait()
 
@@ -157,14 +179,15 @@ class Scheduler:
             self._emit(sequence, sequence.width)
 
     def _join_clock(self, sequence: Sequence, now: float) -> None:
-        clock = self._clocks.get(sequence.step_s)
+        key = sequence if sequence.own_clock else sequence.step_s
+        clock = self._clocks.get(key)
         if clock is None or not clock.members:
-            clock = self._clocks[sequence.step_s] = _Clock(sequence.step_s, now)
+            clock = self._clocks[key] = _Clock(sequence.step_s, now)
         clock.members[sequence] = None
         self._wake.set()
 
     def _leave_clock(self, sequence: Sequence) -> None:
-        clock = self._clocks.get(sequence.step_s)
+        clock = self._clocks.get(sequence if sequence.own_clock else sequence.step_s)
         if clock is not None:
             clock.members.pop(sequence, None)
 

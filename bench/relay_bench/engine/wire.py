@@ -263,7 +263,7 @@ class _Framer:
         if shape.cut == "split":
             size = max(-(-len(frame) // shape.number), 1)
             return [self._piece(frame[start : start + size]) for start in range(0, len(frame), size)]
-        self._waiting += frame
+        self._waiting += self._piece(frame) if shape.cut == "burst" else frame
         self._frames_waiting += 1
         if shape.cut == "size":
             whole = len(self._waiting) // shape.number * shape.number
@@ -277,6 +277,8 @@ class _Framer:
         waiting = bytes(self._waiting)
         self._waiting.clear()
         self._frames_waiting = 0
+        if self._shape.cut == "burst":
+            return [waiting] if waiting else []
         return [self._piece(waiting)] if waiting else []
 
     def end(self) -> list[bytes]:
