@@ -125,8 +125,14 @@ def difference_of(
 
 def main(argv: Sequence[str]) -> int:
     """Run ``relay-bench compare``; the exit status: 1 if a request failed or a run is degraded."""
+    if any(word.partition("=")[0] == "--peers" for word in argv):  # another command line altogether
+        from relay_bench.peers import command as peers
+
+        return peers.main(argv)
     parser = argparse.ArgumentParser(
-        prog="relay-bench compare", description="The same load direct and through proxies."
+        prog="relay-bench compare",
+        description="The same load direct and through proxies that run. With --peers: through proxies started here, "
+        "and what they cost; see relay-bench compare --peers all --help.",
     )
     parser.add_argument("--direct", required=True, metavar="URL", help="the engine itself")
     parser.add_argument(
@@ -270,7 +276,7 @@ def rendered(result: Result) -> RenderableType:
     differences = msgspec.convert(result["differences"], list[Difference])
     for metric, title in METRICS.items():
         if rows := [difference for difference in differences if difference.metric == metric]:
-            parts.append(_table(title, rows))
+            parts.append(difference_table(title, rows))
     if result["costs"]:
         parts.append(_costs(msgspec.convert(result["costs"], list[Cost])))
     return Group(*parts)
@@ -284,7 +290,8 @@ def _failures(runs: list[Result]) -> dict[str, int]:
     return found
 
 
-def _table(title: str, rows: list[Difference]) -> Table:
+def difference_table(title: str, rows: list[Difference]) -> Table:
+    """One metric's differences, their intervals drawn."""
     table = Table(title=f"{title}, ms (medians over paired requests; 95 % intervals)", title_justify="left")
     for name in ("through", "pairs", "direct", "through it", "added", "interval"):
         table.add_column(name, justify="left" if name == "through" else "right")

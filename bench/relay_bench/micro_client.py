@@ -73,19 +73,25 @@ class Crowd:
         for stream in self._streams.values():
             stream.sock.sendall(request)
 
-    def run_for(self, seconds: float) -> None:
-        """Reads for so long."""
+    def ask_in_turn(self, request: bytes, pause_s: float) -> None:
+        """Sends one request on each connection, with so long a pause behind each, in which it reads."""
+        for stream in self._streams.values():
+            stream.sock.sendall(request)
+            self.run_for(pause_s)
+
+    def run_for(self, seconds: float, again: bytes = b"") -> None:
+        """Reads for so long, sending `again` behind each answer; without it, none is to end."""
         end = time.perf_counter() + seconds
         while (left := end - time.perf_counter()) > 0:
-            self._turn(left, b"")
+            self._turn(left, again)
 
-    def run_until_all_began(self, limit_s: float) -> None:
-        """Reads until each stream has brought a frame behind its head."""
+    def run_until_all_began(self, limit_s: float, again: bytes = b"") -> None:
+        """Reads until each stream has brought its head, as a rule with a frame."""
         end = time.perf_counter() + limit_s
         while self.began < len(self._streams):
             if (left := end - time.perf_counter()) <= 0:
                 raise MeasureError(f"{self._name}: {self.began} of {len(self._streams)} streams began")
-            self._turn(left, b"")
+            self._turn(left, again)
 
     def run_until_answers(self, answers: int, request: bytes) -> None:
         """Reads until there have been so many answers in all, sending `request` again behind each."""

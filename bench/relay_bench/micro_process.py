@@ -225,7 +225,7 @@ def _started(name: str, command: list[str], core: int | None) -> Iterator[Server
 def _nginx(program: str, engine_url: str, core: int | None) -> Iterator[Server]:
     """nginx with its configuration's two addresses replaced."""
     with tempfile.TemporaryDirectory(prefix="relay-bench-nginx-") as folder:
-        port = _free_port()
+        port = processes.free_port()
         text = NGINX_CONF.read_text().replace("127.0.0.1:9100", engine_url.removeprefix("http://"))
         conf = Path(folder, "nginx.conf")
         conf.write_text(text.replace("127.0.0.1:9201", f"127.0.0.1:{port}"))
@@ -255,12 +255,6 @@ def _child(command: list[str], *, stderr: int) -> Iterator[subprocess.Popen[byte
                 process.wait(10)
             except subprocess.TimeoutExpired:
                 process.kill()
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port: int = probe.getsockname()[1]
-        return port
 
 
 # -- cores

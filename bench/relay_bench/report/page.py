@@ -12,7 +12,8 @@ from relay_bench.compare import METRICS as COMPARED
 from relay_bench.compare import Cost, Difference, number_signed
 from relay_bench.load.results import Result, histogram_from
 from relay_bench.load.terminal import TITLES, number
-from relay_bench.report import plots
+from relay_bench.peers import picture
+from relay_bench.report import peers, plots
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -36,6 +37,7 @@ svg text{font-family:inherit;fill:var(--dim)}.tick{font-size:11px}.label{font-si
 .wide{overflow-x:auto}table{border-collapse:collapse;font-size:13.5px;margin:12px 0;font-variant-numeric:tabular-nums}
 th,td{padding:4px 12px 4px 0;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
 th{color:var(--dim);font-weight:600;white-space:normal;max-width:110px;vertical-align:bottom}th:first-child,td:first-child{text-align:left}
+.prose td,.prose th{text-align:left;white-space:normal}code{font-size:12px}
 @media print{body{padding:0;max-width:none;font-size:11pt}.plots{grid-template-columns:1fr 1fr}h2{break-after:avoid}}
 @page{margin:14mm}
 """
@@ -50,6 +52,8 @@ def page(named: Sequence[tuple[str, Result]], title: str) -> str:
             parts += _compare(name, result)
         elif result.get("kind") == "sweep":
             parts += _sweep(name, result)
+        elif result.get("kind") == "peers":
+            parts += _peers(name, result)
     if loads:
         parts += _loads(loads)
     parts += _environments(named)
@@ -158,6 +162,19 @@ def _compare(name: str, result: Result) -> list[str]:
     return parts
 
 
+def _peers(name: str, result: Result) -> list[str]:
+    added, remark = peers.differences(result)
+    parts = [f"<h2>Comparison of peers: {escape(name)}</h2>", peers.prose(result)]
+    parts.append(_table(peers.headings(), picture.with_ratios(result)))
+    parts.append(_plots(peers.costs(result)))
+    parts.append("<h2>Latency added</h2>")
+    if remark:
+        parts.append(f'<p class="dim">{escape(remark)}</p>')
+    parts += [_plots(added), _plots(peers.distributions(result))]
+    parts.append(_table(["", "version", "language", "as it was run"], peers.described(result), is_prose=True))
+    return parts
+
+
 def _sweep(name: str, result: Result) -> list[str]:
     unit = "requests/s" if result["over"] == "rate" else "at once"
     knee = "throughput is a straight line: no knee" if result["knee"] is None else f"knee at {result['knee']:g} {unit}"
@@ -200,7 +217,8 @@ def _plots(drawn: Sequence[str]) -> str:
     return f'<div class="plots">{"".join(drawn)}</div>' if drawn else ""
 
 
-def _table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def _table(names: Sequence[str], rows: Sequence[Sequence[str]], *, is_prose: bool = False) -> str:
     head = "".join(f"<th>{escape(name)}</th>" for name in names)
     body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
+    kind = ' class="prose"' if is_prose else ""
+    return f'<div class="wide"><table{kind}><tr>{head}</tr>{body}</table></div>'

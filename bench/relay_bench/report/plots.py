@@ -50,10 +50,11 @@ def cdf(title: str, lines: Iterable[tuple[str, Histogram]]) -> str:
         y_label="share of values",
         title=title,
     )
-    for (name, histogram), colour in zip(lines, _colours(), strict=False):
+    for at, (name, histogram) in enumerate(lines):
+        colour, is_second_use = COLOURS[at % len(COLOURS)], at >= len(COLOURS)
         steps = [(max(ns / 1e6, LEAST_MS), share) for ns, share in histogram.steps()]
-        plot.path([(steps[0][0], 0.0), *steps], colour, is_stepped=True)
-        plot.key(f"{name} ({histogram.count:,})", colour)
+        plot.path([(steps[0][0], 0.0), *steps], colour, is_stepped=True, dash="6 3" if is_second_use else "")
+        plot.key(f"{name} ({histogram.count:,}{', dashed' if is_second_use else ''})", colour)
     return plot.svg()
 
 
@@ -227,8 +228,3 @@ def gap_summary(result: Result) -> dict[str, Any]:
         return {}
     per_stream.sort()
     return {"median": percentile(per_stream, 0.5), "worst": per_stream[-1]}
-
-
-def _colours() -> Iterable[str]:
-    while True:
-        yield from COLOURS
