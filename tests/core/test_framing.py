@@ -47,7 +47,7 @@ BODIES = [
     b"0\r\n\r\n",
     b"00A\r\n0123456789\r\n1\r\nx\r\n000\r\n\r\n",
     b'3;name=value;quoted="a b"\r\nabc\r\n0;last\r\nTrailer: x\r\nOther:\r\n\r\n',
-    b"a \t\r\n\r\n\r\n0\r\n\r\n0\r\n0\r\n\r\n",
+    b"a \t;\r\n\r\n\r\n0\r\n\r\n0\r\n0\r\n\r\n",
 ]
 
 
@@ -94,6 +94,9 @@ def test_a_close_before_the_end_is_an_error_wherever_it_falls(body: bytes) -> No
         (b"1_0\r\n", 0),
         (b" 5\r\nhello", 0),
         (b"5\nhello", 0),
+        (b"5 \r\nhello", 0),
+        (b"5\t\r\nhello", 0),
+        (b"5 5\r\nhello", 0),
         (b"5\r\nhello!\r\n", 8),
         (b"5\r\nhello\n0\r\n", 8),
         (b"5\r\nhello\r\nzz\r\n", 10),
