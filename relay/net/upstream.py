@@ -17,8 +17,9 @@ from relay.errors import Phase, UpstreamDisconnected, UpstreamProtocolError
 from relay.net.pool import UpstreamConnection
 from relay.net.sockets import READ_BYTES
 
-#: Largest head of an answer.
+#: Largest head of an answer, with the interim ones before it, and most fields of one: what `strict` allows requests.
 MAX_ANSWER_HEAD_BYTES: Final = 65536
+MAX_ANSWER_FIELDS: Final = 256
 #: Most interim answers before the final one. Engines send a 100 or a 103, if any (Go's `net/http` reads five).
 MOST_INTERIM: Final = 16
 #: Up to this size head and body leave in one write.
@@ -48,6 +49,7 @@ class Answer:
             and self.kind is not BodyKind.CLOSE
             and self.version >= b"1.1"
             and not headers.wants_close(self.version, self.fields)
+            and not (self.kind is BodyKind.NONE and _announces_body(self.fields))
         )
 
     def __repr__(self) -> str:
@@ -87,7 +89,9 @@ async def ask(
         while True:
             event = parser.next_event()
             if isinstance(event, h11.Response):
-                return Answer(method, event, bytes(parser.trailing_data[0]), is_request_sent=is_sent), interim
+                rest = bytes(parser.trailing_data[0])
+                _check_head(event, received - len(rest))
+                return Answer(method, event, rest, is_request_sent=is_sent), interim
             if isinstance(event, h11.InformationalResponse):
                 count += 1
                 if count > MOST_INTERIM:
@@ -113,6 +117,32 @@ async def ask(
         raise ConnectionDied(exc.message, phase=Phase.HEAD) from None
     except (h11.RemoteProtocolError, FramingError) as exc:
         raise UpstreamProtocolError(f"the engine's answer is not HTTP/1.1: {exc}", phase=Phase.HEAD) from None
+
+
+def _check_head(event: h11.Response, size: int) -> None:
+    """Raises UpstreamProtocolError for what h11 lets pass: other major versions, and heads beyond the limits.
+
+    Its own limit is one of what it has to keep of an unfinished head: one that the next read finishes is longer.
+    """
+    if not event.http_version.startswith(b"1."):
+        message = f"the engine's answer is not HTTP/1.1 but HTTP/{event.http_version.decode('ascii')}"
+        raise UpstreamProtocolError(message, phase=Phase.HEAD)
+    if size > MAX_ANSWER_HEAD_BYTES or len(event.headers) > MAX_ANSWER_FIELDS:
+        message = (
+            f"the head of the engine's answer has over {MAX_ANSWER_HEAD_BYTES} bytes or {MAX_ANSWER_FIELDS} fields"
+        )
+        raise UpstreamProtocolError(message, phase=Phase.HEAD)
+
+
+def _announces_body(fields: headers.Headers) -> bool:
+    """Whether the head of an answer without a body (HEAD, 204, 304) tells the length of one.
+
+    An engine that means it sends it, perhaps only when the next request is on its way; that would take it for its
+    answer. So such a connection ends with the exchange, though RFC 9110 §8.6 allows the field in all but a 204.
+    """
+    return any(
+        name == b"transfer-encoding" or (name == b"content-length" and value.strip(b"0")) for name, value in fields
+    )
 
 
 async def receive(pair: Waits, connection: UpstreamConnection) -> bytes:
