@@ -69,7 +69,7 @@ class Answer:
 
     @property
     def headers(self) -> dict[str, str]:
-        lines = (line.decode().partition(":") for line in self.head.split(b"\r\n")[1:] if line)
+        lines = (line.decode("latin-1").partition(":") for line in self.head.split(b"\r\n")[1:] if line)
         return {name.lower(): value.strip() for name, _, value in lines}
 
     @property
@@ -100,7 +100,7 @@ class Client:
         self._end: End | None = None
 
     @classmethod
-    async def connect(cls, port: int, *, receive_buffer: int = 0) -> Client:
+    async def connect(cls, port: int, *, receive_buffer: int = 0) -> Self:
         sock = trio.socket.socket()
         if receive_buffer:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
