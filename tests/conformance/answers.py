@@ -112,6 +112,8 @@ GOOD: Final[list[Good]] = [
     *good("the connection of 1.0", "9112 9.3", b"HTTP/1.0 200 OK\r\nContent-Length: 5\r\n", b"\r\n\r\nhello", [
         b"X-Request-Id: x", b"Connection: keep-alive", b"Connection: close",
     ], _WHOLE._replace(is_reused=False, late=POISON)),
+    *good("a later minor version", "9112 2.5", b"HTTP/", b" 200 OK\r\nContent-Length: 5\r\n\r\nhello", [b"1.2", b"1.9"],
+          _WHOLE._replace(is_reused=False)),
     *good("line ends and folds", "9112 2.2", b"HTTP/1.1 200 OK", b"hello", [
         b"\nContent-Length: 5\n\n", b"\r\nContent-Length: 5\n\r\n", b"\nContent-Length: 5\r\n\r\n",
         b"\r\nContent-Length:\r\n 5\r\n\r\n",
