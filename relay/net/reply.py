@@ -193,6 +193,7 @@ async def refuse(service: Service, client: ClientConnection, failure: ExchangeEr
     request = client.refused
     client.release()
     request_id = headers.request_id(request.headers, new_id) if request else new_id()
+    bytes_out = 0
     if not isinstance(failure, ClientGone):
         route = route_of(request.target) if request else Route.OTHER
         body = dialect.error_body(route, failure.status, failure.code, failure.message)
@@ -207,7 +208,8 @@ async def refuse(service: Service, client: ClientConnection, failure: ExchangeEr
         )
         with trio.move_on_after(FAREWELL_S), suppress(OSError):
             await sockets.send_all(client.sock, head + body)
-    service.tally.refused(failure)
+            bytes_out = len(head) + len(body)
+    service.tally.refused(failure, bytes_out)
     if service.write_record is None:
         return
     service.write_record(
@@ -220,6 +222,7 @@ async def refuse(service: Service, client: ClientConnection, failure: ExchangeEr
             path=request.path if request else None,
             status=failure.status,
             outcome=failure.outcome,
+            bytes_out=bytes_out,
             error=failure.message,
         )
     )

@@ -60,8 +60,9 @@ class Tally:
         """A handle whose client had left was freed, or could not be."""
         self.board.counter(metrics.KV_DRAINS, metrics.DRAIN_RESULTS[not is_done]).add()
 
-    def refused(self, failure: ExchangeError) -> None:
-        """A request that never became an exchange: it could not be read, or was not let in."""
+    def refused(self, failure: ExchangeError, bytes_out: int) -> None:
+        """A request that never became an exchange: it could not be read, or was not let in; its answer's bytes."""
+        self._bytes_out.add(bytes_out)
         self.board.counter(metrics.REQUESTS, "", "", str(failure.status), failure.outcome).add()
         if failure.side is Side.CLIENT:
             self.board.counter(metrics.CLIENT_DISCONNECTS, failure.phase.name.lower()).add()

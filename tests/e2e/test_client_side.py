@@ -229,6 +229,7 @@ async def test_refused_requests(engine: Engine, name: str, is_second: bool) -> N
         assert await client.is_closed()
         record = await relay.record(2 if is_second else 1)
         assert (record.outcome, record.status, record.attempts) == ("RR", status, 0)
+        assert record.bytes_out == len(answer.head) + len(answer.payload)
         assert record.error
         assert (engine.stats()["served"], engine.stats()["connections_accepted"]) == (0, 0)
 
