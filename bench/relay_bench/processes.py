@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import resource
 import socket
 from pathlib import Path
@@ -59,6 +60,26 @@ def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port: int = probe.getsockname()[1]
         return port
+
+
+def pss_bytes(pid: int) -> int:
+    """Proportional memory of the family: a page that so many processes share counts by its part for each."""
+    total = 0
+    for one in family(pid):
+        try:
+            found = re.search(r"^Pss: +(\d+) kB", Path(f"/proc/{one}/smaps_rollup").read_text(), re.MULTILINE)
+        except OSError:
+            continue
+        total += int(found[1]) * 1024 if found else 0
+    return total
+
+
+def descriptors(pid: int) -> int:
+    """How many a process has open, its descendants' not among them."""
+    try:
+        return len(os.listdir(f"/proc/{pid}/fd"))
+    except OSError:  # it has just ended
+        return 0
 
 
 def raise_descriptor_limit() -> None:

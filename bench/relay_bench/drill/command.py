@@ -10,7 +10,7 @@ import msgspec
 import trio
 from rich.console import Console
 
-from relay_bench.drill import affinity, hangups, kill, rolling, split
+from relay_bench.drill import affinity, hangups, kill, rolling, soak, split
 from relay_bench.drill.report import DrillError, Report, rendered
 from relay_bench.drill.stage import Scene
 
@@ -20,15 +20,21 @@ if TYPE_CHECKING:
 #: The drills, and what each is.
 DRILLS: Final[dict[str, Any]] = {
     "kill": kill, "hangups": hangups, "rolling": rolling, "affinity": affinity, "split": split,
+    "soak": soak,
 }  # fmt: skip
 _KEPT, _BROKEN, _NOT_HELD = 0, 1, 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Holds one drill; the exit status: 0 all promises kept, 1 one is broken, 2 it could not be held."""
-    chosen = _parser().parse_args(argv)
+    parser = _parser()
+    chosen = parser.parse_args(argv)
     module = DRILLS[chosen.name]
     plan = msgspec.structs.replace(module.QUICK if chosen.quick else module.FULL, seed=chosen.seed)
+    if chosen.minutes is not None:
+        if not hasattr(plan, "minutes") or not chosen.minutes > 0:
+            parser.error("--minutes: more than 0, and of soak alone")
+        plan = msgspec.structs.replace(plan, minutes=chosen.minutes)
     scene = Scene(settings=dict(chosen.set))
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     report: Report | None = None
@@ -54,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("name", choices=DRILLS, metavar="NAME", help=", ".join(DRILLS))
     parser.add_argument("--quick", action="store_true", help="a small one, to see that it works")
     parser.add_argument("--seed", type=int, default=0, help="of all that is drawn (%(default)s)")
+    parser.add_argument("--minutes", type=float, help="how long soak takes (60)")
     parser.add_argument(
         "--set", action="append", default=[], type=_setting, metavar="KEY=VALUE",
         help="a setting of the relay, as its file has it; repeatable. To see kill fail: --set failover.attempts=1",

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 #: What makes a close a reset: SO_LINGER, on, 0 s.
-_RESET: Final = struct.pack("ii", 1, 0)
+RESET: Final = struct.pack("ii", 1, 0)
 
 
 class Moment(Enum):
@@ -103,11 +103,12 @@ def draw(plan: Plan) -> list[tuple[Ask, HangUp | None]]:
     asks = []
     for number in range(plan.requests):
         ask = Ask(id=f"drill-{number}", tokens=rng.choice(plan.tokens), padding=rng.choice(plan.paddings))
-        asks.append((ask, _draw_hang_up(rng) if number in hung_up else None))
+        asks.append((ask, draw_hang_up(rng) if number in hung_up else None))
     return asks
 
 
-def _draw_hang_up(rng: random.Random) -> HangUp:
+def draw_hang_up(rng: random.Random) -> HangUp:
+    """A moment, and a way."""
     moment = rng.choice((*Moment, Moment.SENT, Moment.SENT))  # that is three phases
     how = rng.choice(("close", "rst", "fin")) if moment in (Moment.STREAM, Moment.END) else "close"
     return HangUp(moment, rng.random(), how)
@@ -145,7 +146,7 @@ async def _leave(client: Client, ask: Ask, hang_up: HangUp, wait_s: float) -> Ou
                 while await stream.receive_some(READ_BYTES):
                     pass
             elif hang_up.how == "rst":
-                stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+                stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
         except (OSError, trio.BrokenResourceError) as error:
             end, detail = End.BROKEN, f"hanging up {moment.value} by {hang_up.how}: {error}"
     if patience.cancelled_caught:

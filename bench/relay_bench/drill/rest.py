@@ -35,13 +35,14 @@ class Rest(msgspec.Struct, frozen=True):
 async def look(relay: RelayChild, engines: Sequence[EngineChild], descriptors: int) -> Rest:
     """What is left now; `descriptors` is how many the relay had open at its start."""
     status, open_now = await relay.status(), relay.descriptors()
-    pool = status.pools[0]
+    pools = status.pools
+    upstreams = [upstream for pool in pools for upstream in pool.upstreams]
     counts = [await engine.counts() for engine in engines]
-    idle = sum(upstream.idle for upstream in pool.upstreams)
+    idle = sum(upstream.idle for upstream in upstreams)
     return Rest(
-        in_flight=status.in_flight + pool.in_flight,
-        queued=pool.queued,
-        loads=sum(upstream.in_flight for upstream in pool.upstreams),
+        in_flight=status.in_flight + sum(pool.in_flight for pool in pools),
+        queued=sum(pool.queued for pool in pools),
+        loads=sum(upstream.in_flight for upstream in upstreams),
         running=sum(count["queued"] + count["running"] for count in counts),
         descriptors=open_now - idle - descriptors,
         connections=sum(count["connections_open"] - 1 for count in counts) - idle,  # one asks

@@ -3,28 +3,35 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import tempfile
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import httpx
 import msgspec
 import trio
+from prometheus_client.parser import text_string_to_metric_families
 
 from relay.core.status import Status, UpstreamStatus
 from relay_bench.drill.report import DrillError
+from relay_bench.processes import descriptors, family
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
+    from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
+
+T = TypeVar("T")
 
 #: Seconds for a process to say where it listens, for it to end, or for an answer about it.
 PATIENCE_S: Final = 20.0
 #: Seconds between two looks at what has no event to wait for.
 LOOK_S: Final = 0.02
+#: An engine's line for a request that has ended.
+_LOGGED: Final = re.compile(r"<RequestRecord (\S+) \S+ (\w+) tokens_sent=(\d+)>")
 #: Looks of which the best counts.
 _LOOKS: Final = 10
 
@@ -85,6 +92,13 @@ class Child:
 class EngineChild(Child):
     """A built-in engine."""
 
+    def log(self) -> Iterator[tuple[str, str, int]]:
+        """With ``--log``: id, final state and tokens sent of every request that has ended."""
+        with self._said.open() as lines:
+            for line in lines:
+                if found := _LOGGED.search(line):
+                    yield found[1], found[2], int(found[3])
+
     async def counts(self) -> dict[str, int]:
         """What ``/sim/requests`` counts."""
         async with _http() as client:
@@ -133,9 +147,18 @@ class RelayChild(Child):
         said = self._said.read_text().splitlines()
         return [line for line in said if line.startswith(("relay: internal error", "Traceback"))]
 
+    async def metrics(self) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+        """A scrape's samples, by name and labels."""
+        text = (await self._ask("GET", "/metrics")).decode()
+        return {
+            (sample.name, frozenset(sample.labels.items())): sample.value
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+        }
+
     def descriptors(self) -> int:
-        """How many the process has open."""
-        return len(os.listdir(f"/proc/{self.process.pid}/fd"))
+        """How many the process and its descendants have open."""
+        return sum(map(descriptors, family(self.process.pid)))
 
     async def descriptors_at_rest(self) -> int:
         """The fewest within a while: probes open some, and close them again."""
@@ -147,7 +170,13 @@ class RelayChild(Child):
 
     def records(self) -> list[dict[str, Any]]:
         """The records it has written; all of them, once it has stopped."""
-        return [msgspec.json.decode(line) for line in (self._folder / "relay.out").read_bytes().splitlines()]
+        return list(self.records_as(dict[str, Any]))
+
+    def records_as(self, type_: type[T]) -> Iterator[T]:
+        """The records one by one, as another type."""
+        decode = msgspec.json.Decoder(type_).decode
+        with (self._folder / "relay.out").open("rb") as lines:
+            yield from map(decode, lines)
 
 
 class Stage:
@@ -185,8 +214,12 @@ class Stage:
             "admin.address": f'"unix:{self.folder}/admin"',
             "pool.upstreams": str([engine.url for engine in engines]),
         }
+        return await self.relay_of({**own, **settings, **self.scene.settings}, ())
+
+    async def relay_of(self, settings: Mapping[str, str], pools: Sequence[Mapping[str, str]]) -> RelayChild:
+        """A relay with all its settings, and further pools'."""
         config = self.folder / "relay.toml"
-        config.write_text(_toml({**own, **settings, **self.scene.settings}))
+        config.write_text(_toml(settings, pools))
         command = (*self.scene.command, "serve", "--config", str(config))
         process = await _open(command, self.folder / "relay.err", self.folder / "relay.out")
         relay = RelayChild(process, self.folder)
@@ -224,12 +257,12 @@ def _http(unix_path: str | None = None) -> httpx.AsyncClient:
     return httpx.AsyncClient(transport=transport, timeout=PATIENCE_S, trust_env=False)
 
 
-def _toml(settings: Mapping[str, str]) -> str:
-    """Dotted keys, and behind them the one pool's own."""
-    is_pools = {name: name.startswith("pool.") for name in settings}
-    lines = [f"{name} = {value}" for name, value in settings.items() if not is_pools[name]]
-    lines.append("[[pool]]")
-    lines += [f"{name.removeprefix('pool.')} = {value}" for name, value in settings.items() if is_pools[name]]
+def _toml(settings: Mapping[str, str], more_pools: Sequence[Mapping[str, str]]) -> str:
+    """Dotted keys, and behind them the pools' own."""
+    pool = {name.removeprefix("pool."): value for name, value in settings.items() if name.startswith("pool.")}
+    lines = [f"{name} = {value}" for name, value in settings.items() if not name.startswith("pool.")]
+    for own in (pool, *more_pools):
+        lines += ["[[pool]]", *(f"{name} = {value}" for name, value in own.items())]
     return "\n".join(lines) + "\n"
 
 

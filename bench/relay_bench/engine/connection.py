@@ -26,7 +26,7 @@ from relay_bench.engine.wire import Cut
 if TYPE_CHECKING:
     from relay_bench.engine.config import EngineConfig
     from relay_bench.engine.handover import Part
-    from relay_bench.engine.ledger import Ledger
+    from relay_bench.engine.ledger import Ledger, RequestRecord
     from relay_bench.engine.scheduler import Scheduler
 
 #: Bytes of a request head; h11's own limit is 16 KiB, uvicorn's 64.
@@ -146,8 +146,15 @@ class Connection:
 
     async def _generate(self, request: routes.Request) -> bool:
         """Queue the request's sequence and wait for its end, or for the client's."""
-        now_s = int(time.time())
         record = self._ledger.open_record(request.headers.get("x-request-id", ""), request.path, State.QUEUED)
+        try:
+            return await self._answer(request, record)
+        finally:
+            if self._config.log:
+                print(f"relay-bench engine: {record}", file=sys.stderr, flush=True)
+
+    async def _answer(self, request: routes.Request, record: RequestRecord) -> bool:
+        now_s = int(time.time())
         try:
             reading = routes.read(request, self._config, self._ledger, now_s)
             is_lost = reading.part.needs_other and not await self._met(reading.part)
@@ -174,8 +181,6 @@ class Connection:
             await self._watch(sequence, reading.part.holds)
         finally:
             self._scheduler.abort(sequence)  # does nothing to one that has ended
-            if self._config.log:
-                print(f"relay-bench engine: {record}", file=sys.stderr)
         if sequence.record.state is State.COMPLETED:
             if self._ledger.cache is not None:
                 self._ledger.cache.add(work.words)
