@@ -29,7 +29,7 @@ from relay.daemon.reload import read_again, what_came_of
 from relay.errors import ExchangeError, RequestRefused
 from relay.net import callbacks, poller, sockets
 from relay.net.admin import Admin
-from relay.net.downstream import LINGER_S, BodyBudget, ClientConnection
+from relay.net.downstream import LINGER_S, BodyBudget, ClientConnection, make_room
 from relay.net.exchange import Exchange
 from relay.net.guard import Guard, GuardError
 from relay.net.pump import Pump
@@ -312,12 +312,19 @@ class Worker:
         await serve_callbacks(self.service, background)
         await background.start(self.roster.run)
 
+    @property
+    def _is_full(self) -> bool:
+        return len(self.connections) >= self.config.limits.max_connections
+
     async def _accept(self, listener: socket.socket, handlers: trio.Nursery) -> None:
         while True:
             await trio.lowlevel.wait_readable(listener)
+            while self._is_full:  # and somebody waits
+                make_room(self.connections)
+                await self._departure.wait()
             for _ in range(ACCEPTS_PER_TURN):
-                while len(self.connections) >= self.config.limits.max_connections:
-                    await self._departure.wait()
+                if self._is_full:
+                    break
                 try:
                     sock, peer = listener.accept()
                     sock.setblocking(False)

@@ -7,10 +7,11 @@ exchange, head and body, as their framing is decided there.
 
 from __future__ import annotations
 
+import heapq
 import math
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Final, Protocol
 
 import h11
@@ -27,6 +28,9 @@ from relay.net.source import Source
 #: not lost to a reset (RFC 9112 §9.6; nginx's lingering_timeout).
 LINGER_S: Final = 5.0
 LINGER_BYTES: Final = 16_777_216
+
+#: Of all connections one in so many makes room: to look for them costs as much as for one.
+_ROOM_SHARE: Final = 64
 
 _CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 _EMPTY_LINE: Final = b"\r\n"
@@ -333,3 +337,16 @@ class ClientConnection:
 
 def _too_large(limit: int) -> ExchangeError:
     return RequestRefused(413, "body_too_large", f"the request's body is over {limit} bytes (limits.max_body_bytes)")
+
+
+def make_room(connections: Collection[ClientConnection]) -> None:
+    """No more may be accepted: those leave that have idled longest between two requests, or before the first.
+
+    Else whoever opens connections and says nothing keeps all others out for ``client_idle_s``. nginx does the same
+    (``ngx_drain_connections``).
+    """
+    waiting = (client for client in connections if client.is_waiting)
+    number = max(1, len(connections) // _ROOM_SHARE)
+    for client in heapq.nsmallest(number, waiting, key=lambda client: client.source.limit_at_ns):
+        if not client.has_unread:  # else its next request is there already
+            client.stop_waiting()

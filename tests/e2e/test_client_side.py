@@ -621,16 +621,34 @@ async def test_connections_are_limited(engine: Engine) -> None:
         running_relay(engine.url, limits=LimitsConfig(max_connections=2)) as relay,
         await Client.connect(relay.port) as first,
         await Client.connect(relay.port) as second,
-        await Client.connect(relay.port) as third,
     ):
-        assert (await first.ask(request())).status == 200
-        assert (await second.ask(request())).status == 200
-        await third.send(request())  # waits in the backlog
-        assert (await first.ask(request())).status == 200
-        assert len(relay.worker.connections) == 2
-        assert engine.stats()["served"] == 3
-        second.leave("close")
-        assert (await third.answer()).status == 200
+        for client in (first, second):
+            await client.send(request(body={"max_tokens": 10_000}, sim_step_ms="10"))
+            await client.frames(1)
+        async with await Client.connect(relay.port) as third:
+            await third.send(request())  # waits in the backlog, as nobody idles
+            await first.frames(5)
+            assert len(relay.worker.connections) == 2
+            assert engine.stats()["served"] == 2
+            second.leave("close")
+            assert (await third.answer()).status == 200
+
+
+async def test_who_idles_longest_makes_room_for_who_comes(engine: Engine) -> None:
+    async with (
+        running_relay(engine.url, limits=LimitsConfig(max_connections=3)) as relay,
+        await Client.connect(relay.port) as busy,
+        await Client.connect(relay.port) as idle,
+        await Client.connect(relay.port) as newer,
+    ):
+        await busy.send(request(body={"max_tokens": 10_000}, sim_step_ms="10"))
+        await busy.frames(1)
+        assert (await idle.ask(request())).status == 200
+        assert (await newer.ask(request())).status == 200
+        assert (await ask(relay.port, request())).status == 200
+        assert await idle.is_closed()
+        assert (await newer.ask(request())).status == 200
+        await busy.frames(20)
 
 
 async def test_many_streams_at_once(engine: Engine) -> None:
