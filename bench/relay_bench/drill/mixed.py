@@ -16,7 +16,7 @@ from relay_bench.drill.hangups import RESET, HangUp, Moment, draw_hang_up
 from relay_bench.load.answer import Answer
 
 #: The generating routes: path, what holds the prompt, and what limits the tokens.
-_PATHS: Final = {
+_PATHS: Final[dict[Route, tuple[str, dict[str, Any], str]]] = {
     Route.CHAT: ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hello?"}]}, "max_tokens"),
     Route.COMPLETIONS: ("/v1/completions", {"prompt": "Hello?"}, "max_tokens"),
     Route.RESPONSES: ("/v1/responses", {"input": "Hello?"}, "max_output_tokens"),

@@ -1,4 +1,4 @@
-"""Everything at once, for long: mixed clients, engines that fail in every way; nothing grows, and all accounts agree."""
+"""Everything at once, for long: mixed clients, engines that fail in every way. Nothing grows, all accounts agree."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     #: By which share memory and descriptors may grow, by mean and by line. Little of a short run is past its beginning.
     growth: float = 0.02
     short_growth: float = 0.1
-    short_minutes: float = 5.0
+    short_minutes: float = 30.0
     seed: int = 0
 
 
@@ -261,6 +261,8 @@ def _add_figures(
 
 
 def _judge_vitals(report: Report, plan: Plan, idle: vitals.Vitals, looks: list[vitals.Vitals]) -> None:
+    tenths = [looks[at * len(looks) // 10].pss / 1024 for at in range(10)]
+    report.add("pss at each tenth", f"{' '.join(f'{one:.1f}' for one in tenths)} MiB")
     share = plan.growth if plan.minutes >= plan.short_minutes else plan.short_growth
     for kind, unit in vitals.KINDS.items():
         trend = vitals.trend(looks, kind)
