@@ -10,7 +10,7 @@ import msgspec
 import trio
 from rich.console import Console
 
-from relay_bench.drill import affinity, hangups, kill, rolling, soak, split
+from relay_bench.drill import abuse, affinity, hangups, kill, rolling, soak, split
 from relay_bench.drill.report import DrillError, Report, rendered
 from relay_bench.drill.stage import Scene
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 #: The drills, and what each is.
 DRILLS: Final[dict[str, Any]] = {
     "kill": kill, "hangups": hangups, "rolling": rolling, "affinity": affinity, "split": split,
-    "soak": soak,
+    "soak": soak, "abuse": abuse,
 }  # fmt: skip
 _KEPT, _BROKEN, _NOT_HELD = 0, 1, 2
 

@@ -1,0 +1,85 @@
+"""Healthy clients beside an attack: streams one after the other, and the gaps between what they receive."""
+
+from __future__ import annotations
+
+import time
+from array import array
+from statistics import quantiles
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from relay.core.request import Route
+from relay_bench.drill.client import READ_BYTES, Ask
+from relay_bench.load.answer import Answer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_PERCENT: Final = 100
+
+
+class Healthy:
+    """Clients that behave. `run` in a nursery."""
+
+    def __init__(self, address: tuple[str, int], tokens: int) -> None:
+        self._address = address
+        self._tokens = tokens
+        self._gaps_ms = array("d")
+        self.whole = 0
+        self.failures: list[str] = []
+        self._over = trio.Event()
+
+    def __repr__(self) -> str:
+        return f"<Healthy {self.whole} whole, {len(self.failures)} failed>"
+
+    def stop(self) -> None:
+        """Each leaves when it has its answer."""
+        self._over.set()
+
+    async def run(self, clients: int) -> None:
+        """So many clients, until told to stop. A connection each, kept throughout."""
+        async with trio.open_nursery() as nursery:
+            for number in range(clients):
+                nursery.start_soon(self._ask, number)
+
+    async def p99_ms(self, seconds: float) -> float:
+        """Of the gaps in the coming seconds."""
+        before = len(self._gaps_ms)
+        await trio.sleep(seconds)
+        return quantiles(self._gaps_ms[before:] or (0.0, 0.0), n=_PERCENT)[-1]
+
+    async def _ask(self, number: int) -> None:
+        asks = self._asks(number)
+        while not self._over.is_set():
+            try:
+                async with await trio.open_tcp_stream(*self._address) as stream:
+                    while not self._over.is_set() and await self._read(stream, next(asks)):
+                        self.whole += 1
+            except (OSError, trio.BrokenResourceError) as error:
+                self.failures.append(str(error))
+
+    def _asks(self, number: int) -> Iterator[bytes]:
+        while True:
+            yield b"".join(Ask(id=f"healthy-{number}", tokens=self._tokens).encode())
+
+    async def _read(self, stream: trio.SocketStream, asked: bytes) -> bool:
+        """One answer; whether the connection takes another request."""
+        answer = Answer(Route.CHAT)
+        await stream.send_all(asked)
+        last_ms = 0.0
+        while not answer.is_done:
+            data = bytearray(await stream.receive_some(READ_BYTES))
+            now_ms = time.monotonic() * 1000
+            if not data:
+                answer.close()
+                break
+            if last_ms:
+                self._gaps_ms.append(now_ms - last_ms)
+            last_ms = now_ms
+            with memoryview(data) as view:
+                answer.feed(data, view, len(data), 1)
+        label, detail = answer.fault(self._tokens, is_exact=True)
+        if label:
+            self.failures.append(f"{label} {detail}")
+        return answer.may_reuse
