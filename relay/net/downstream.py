@@ -1,8 +1,7 @@
 """A client's connection: requests in, one after the other, and what its socket needs around an answer.
 
-h11 parses each request with a fresh `h11.Connection`, after `relay.core.strict` has refused what h11 is too kind to;
-bytes behind a request stay here for the next, so pipelined requests are answered in order. Answers are written by the
-exchange, head and body, as their framing is decided there.
+Heads are read by `relay.core.request_head`. Bytes behind a request stay here for the next, so pipelined requests are
+answered in order. Answers are written by the exchange, head and body, as their framing is decided there.
 """
 
 from __future__ import annotations
@@ -14,12 +13,12 @@ import time
 from collections.abc import Callable, Collection
 from typing import Final, Protocol
 
-import h11
 import trio
 
 from relay.config import LimitsConfig, TimeoutsConfig
-from relay.core import headers, strict
+from relay.core import strict
 from relay.core.framing import ChunkDecoder, decode_into
+from relay.core.request_head import HeadReader, RequestHead
 from relay.errors import ClientGone, ExchangeError, Phase, RequestRefused, RequestTimeout
 from relay.net import sockets
 from relay.net.source import Source
@@ -41,15 +40,15 @@ class Request:
 
     __slots__ = ("body", "has_body", "headers", "host", "is_keep_alive", "key", "method", "target", "version")
 
-    def __init__(self, event: h11.Request, fields: headers.Headers, destination: strict.Destination) -> None:
-        self.method = event.method
-        self.target, self.host = destination  #: in origin form, and the authority it was sent to
-        self.version = event.http_version
-        self.headers = fields
+    def __init__(self, head: RequestHead) -> None:
+        self.method = head.method
+        self.target, self.host = head.target, head.host  #: in origin form, and the authority it was sent to
+        self.version = head.version
+        self.headers = head.fields
         self.body = b""
-        self.has_body = False  #: it came with a body, be it an empty one
+        self.has_body = head.is_chunked or head.length is not None  #: it comes with a body, be it an empty one
         self.key: str | None = None  #: the name of the API key it came with, where the relay knows keys
-        self.is_keep_alive = self.version >= b"1.1" and not headers.wants_close(self.version, self.headers)
+        self.is_keep_alive = head.is_keep_alive
 
     @property
     def path(self) -> str:
@@ -127,6 +126,7 @@ class ClientConnection:
         self._visit: Visit | None = None
         self._awaits_budget = False
         self._buffer = bytearray()
+        self._reader = HeadReader(limits.max_head_bytes)
         #: what the connection's task runs in; cancelled by draining, a client's hang-up, and while it waits for budget
         self.scope = trio.CancelScope()
         self._limit_s = 0.0
@@ -172,12 +172,13 @@ class ClientConnection:
         self.request_started = time.monotonic()
         try:
             self._limit_waits(timeouts.client_head_s)
-            head = await self._head()
-            connection, request = self._parse(head)
+            head = self._reader.read(await self._head())
+            request = Request(head)
             self.refused = request  # until it is read whole
             self._visit = self._admit(request)
             self._limit_waits(timeouts.client_body_s)
-            await self._body(connection, request)
+            if request.has_body:
+                await self._body(head, request)
         except trio.TooSlowError:
             raise RequestTimeout("the request did not arrive in time", phase=Phase.REQUEST) from None
         self.refused = None
@@ -255,31 +256,14 @@ class ClientConnection:
             if not await self._more():
                 raise ClientGone("the client left in the middle of a request's head", phase=Phase.REQUEST)
 
-    def _parse(self, head: bytes) -> tuple[h11.Connection, Request]:
-        strict.check_raw_head(head)
-        connection = h11.Connection(h11.SERVER, max_incomplete_event_size=self.limits.max_head_bytes)
-        try:
-            connection.receive_data(head)
-            event = connection.next_event()
-        except h11.RemoteProtocolError as exc:
-            raise strict.refusal_of(exc) from None
-        assert isinstance(event, h11.Request)
-        fields = list(event.headers)
-        destination = strict.check_request(event.method, event.target, event.http_version, fields)
-        return connection, Request(event, fields, destination)
-
-    async def _body(self, connection: h11.Connection, request: Request) -> None:
+    async def _body(self, head: RequestHead, request: Request) -> None:
         limit = self.limits.max_body_bytes
-        length = headers.find(request.headers, b"content-length")
-        request.has_body = length is not None or headers.find(request.headers, b"transfer-encoding") is not None
-        if not request.has_body:
-            return
-        if length is not None and int(length) > limit:
+        if head.length is not None and head.length > limit:
             raise _too_large(limit)
-        if connection.they_are_waiting_for_100_continue and not self._buffer:
+        if head.expects_continue and not self._buffer:
             await self._send_continue()
-        if length is not None:
-            await self._body_of_length(request, int(length))
+        if head.length is not None:
+            await self._body_of_length(request, head.length)
         else:
             await self._chunked_body(request, limit)
 

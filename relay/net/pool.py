@@ -10,6 +10,7 @@ from collections import deque
 from contextlib import suppress
 from typing import Final
 
+import h11
 import msgspec
 import trio
 
@@ -86,6 +87,7 @@ class Upstream:
         self.shares: Shares | None = None  #: where its load is shown to other workers
         self.permits: Permits | None = None  #: its limit's places, where it is one over several workers
         self.endpoint: Endpoint | None = None  #: as a connector sees it, with what had to be asked for
+        self.heads: dict[bytes, h11.Response] = {}  #: of its answers, what some of the last were parsed to
         self._idle: deque[UpstreamConnection] = deque()
 
     def __repr__(self) -> str:

@@ -1,7 +1,8 @@
 """Asking an engine: a request out, the head of its answer in, and the rest of the bytes handed over raw.
 
-h11 parses the head of the answer, in a fresh `h11.Connection` per exchange. The request's head was written by
-`relay.core.headers`, so h11 is only told that one went out.
+h11 parses the head of the answer, in a fresh `h11.Connection` per exchange; a head that is the same to the byte as one
+before, as those of a second's streams are, is not parsed again. The request's head was written by `relay.core.headers`,
+so h11 is only told that one went out.
 """
 
 from __future__ import annotations
@@ -28,6 +29,10 @@ _JOIN_BYTES: Final = 65536
 _REQUEST: Final = h11.Request(method=b"GET", target=b"/", headers=[(b"host", b"-")])
 _END: Final = h11.EndOfMessage()
 _INTERIM: Final = (b"HTTP/1.1 1", b"HTTP/1.0 1")
+_HEAD_END: Final = b"\r\n\r\n"
+#: Of each engine, so many heads are known by their bytes, up to this size: streams' differ in their date alone.
+_REMEMBERED_HEADS: Final = 16
+_REMEMBERED_BYTES: Final = 2048
 
 
 class Answer:
@@ -81,42 +86,63 @@ async def ask(
     Raises ConnectionDied, UpstreamDisconnected or UpstreamProtocolError. Limits are the caller's.
     """
     is_sent = await _send(pair, connection, head, body)
-    parser = h11.Connection(h11.CLIENT, max_incomplete_event_size=MAX_ANSWER_HEAD_BYTES)
     await pair.wait_upstream()  # no engine has answered by now, so trying first would fail
-    interim: list[h11.InformationalResponse] = []
-    received = count = 0
     try:
-        while True:
-            event = parser.next_event()
-            if isinstance(event, h11.Response):
-                rest = bytes(parser.trailing_data[0])
-                _check_head(event, received - len(rest))
-                return Answer(method, event, rest, is_request_sent=is_sent), interim
-            if isinstance(event, h11.InformationalResponse):
-                count += 1
-                if count > MOST_INTERIM:
-                    message = f"the engine sent more than {MOST_INTERIM} interim answers"
-                    raise UpstreamProtocolError(message, phase=Phase.HEAD)
-                if event.status_code != 100:  # nobody asked the engine for that one
-                    interim.append(event)
-            else:
-                data = await receive(pair, connection)
-                while not received and data and len(data) < len(_INTERIM[0]):
-                    data += await receive(pair, connection) or b"\0"  # a byte that no head begins with
-                if not data:
-                    raise UpstreamDisconnected("the engine closed the connection before its answer", phase=Phase.HEAD)
-                if not received and data.startswith(_INTERIM):
-                    # h11 takes a final answer before any request, but interim ones only behind one.
-                    parser.send(_REQUEST)
-                    parser.send(_END)
-                received += len(data)
-                parser.receive_data(data)
+        data = await receive(pair, connection)
+        while data and len(data) < len(_INTERIM[0]):
+            data += await receive(pair, connection) or b"\0"  # a byte that no head begins with
     except UpstreamDisconnected as exc:
-        if received:
-            raise
         raise ConnectionDied(exc.message, phase=Phase.HEAD) from None
+    if not data:
+        raise ConnectionDied("the engine closed the connection before its answer", phase=Phase.HEAD)
+    heads = connection.upstream.heads
+    size = data.find(_HEAD_END) + len(_HEAD_END)
+    event = heads.get(data[:size])
+    if event is not None:
+        return Answer(method, event, data[size:], is_request_sent=is_sent), []
+    interim: list[h11.InformationalResponse] = []
+    try:
+        event, rest = await _read_head(pair, connection, data, interim)
+        answer = Answer(method, event, rest, is_request_sent=is_sent)
     except (h11.RemoteProtocolError, FramingError) as exc:
         raise UpstreamProtocolError(f"the engine's answer is not HTTP/1.1: {exc}", phase=Phase.HEAD) from None
+    if not interim and len(_HEAD_END) < size <= _REMEMBERED_BYTES and data[size:] == rest:
+        if len(heads) >= _REMEMBERED_HEADS:
+            heads.clear()
+        heads[data[:size]] = event
+    return answer, interim
+
+
+async def _read_head(
+    pair: Waits, connection: UpstreamConnection, data: bytes, interim: list[h11.InformationalResponse]
+) -> tuple[h11.Response, bytes]:
+    """The final answer's head, of which `data` has come, and the bytes behind it; `interim` takes those before it."""
+    parser = h11.Connection(h11.CLIENT, max_incomplete_event_size=MAX_ANSWER_HEAD_BYTES)
+    if data.startswith(_INTERIM):
+        # h11 takes a final answer before any request, but interim ones only behind one.
+        parser.send(_REQUEST)
+        parser.send(_END)
+    count, received = 0, len(data)
+    parser.receive_data(data)
+    while True:
+        event = parser.next_event()
+        if isinstance(event, h11.Response):
+            rest = bytes(parser.trailing_data[0])
+            _check_head(event, received - len(rest))
+            return event, rest
+        if isinstance(event, h11.InformationalResponse):
+            count += 1
+            if count > MOST_INTERIM:
+                message = f"the engine sent more than {MOST_INTERIM} interim answers"
+                raise UpstreamProtocolError(message, phase=Phase.HEAD)
+            if event.status_code != 100:  # nobody asked the engine for that one
+                interim.append(event)
+        else:
+            data = await receive(pair, connection)
+            if not data:
+                raise UpstreamDisconnected("the engine closed the connection before its answer", phase=Phase.HEAD)
+            received += len(data)
+            parser.receive_data(data)
 
 
 def _check_head(event: h11.Response, size: int) -> None:

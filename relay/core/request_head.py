@@ -1,0 +1,89 @@
+"""A request's head, judged by `relay.core.strict` and parsed by h11; one that repeats the last is known by its bytes.
+
+A client that keeps its connection sends the same head again and again, but for the digits of ``Content-Length`` (HTTP/2
+has its table of fields for that). What a head was parsed to depends on nothing but its bytes, and on those digits in
+one field alone, so the next head with the same bytes around them need not be judged and parsed anew.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from typing import Final
+
+import h11
+
+from relay.core import headers, strict
+
+#: Longer heads are not kept: that would be memory for each idle connection.
+REMEMBERED_BYTES: Final = 4096
+
+_LENGTH: Final = re.compile(rb"(?i)\r\ncontent-length:[ \t]*([0-9]{1,19})[ \t]*\r\n")
+_MOST_DIGITS: Final = 19
+
+
+class RequestHead:
+    """What a head says."""
+
+    __slots__ = (
+        "expects_continue", "fields", "host", "is_chunked", "is_keep_alive", "length", "method", "target", "version"
+    )  # fmt: skip
+
+    def __init__(self, head: bytes, max_head_bytes: int) -> None:
+        strict.check_raw_head(head)
+        connection = h11.Connection(h11.SERVER, max_incomplete_event_size=max_head_bytes)
+        try:
+            connection.receive_data(head)
+            event = connection.next_event()
+        except h11.RemoteProtocolError as exc:
+            raise strict.refusal_of(exc) from None
+        assert isinstance(event, h11.Request)
+        self.method = event.method
+        self.version = event.http_version
+        self.fields: headers.Headers = list(event.headers)
+        #: in origin form, and the authority it was sent to
+        self.target, self.host = strict.check_request(event.method, event.target, event.http_version, self.fields)
+        self.expects_continue = connection.they_are_waiting_for_100_continue
+        self.is_keep_alive = self.version >= b"1.1" and not headers.wants_close(self.version, self.fields)
+        self.is_chunked = headers.find(self.fields, b"transfer-encoding") is not None
+        length = headers.find(self.fields, b"content-length")
+        self.length = None if length is None else int(length)
+
+    def __repr__(self) -> str:
+        return f"<RequestHead {self.method!r} {self.target!r}>"
+
+    def with_length(self, digits: bytes) -> RequestHead:
+        """The same with another ``Content-Length``."""
+        other = copy.copy(self)
+        other.length = int(digits)
+        other.fields = [(name, digits if name == b"content-length" else value) for name, value in self.fields]
+        return other
+
+
+class HeadReader:
+    """Reads the heads of one connection."""
+
+    __slots__ = ("_after", "_before", "_last", "_max_head_bytes")
+
+    def __init__(self, max_head_bytes: int) -> None:
+        self._max_head_bytes = max_head_bytes
+        self._last: RequestHead | None = None
+        self._before = self._after = b""  # what stood around the digits of its Content-Length
+
+    def __repr__(self) -> str:
+        return f"<HeadReader last={self._last!r}>"
+
+    def read(self, head: bytes) -> RequestHead:
+        """What a whole head says. Raises RequestRefused."""
+        last = self._last
+        if last is not None and head.startswith(self._before):
+            begin = len(self._before)
+            end = len(head) - len(self._after)
+            digits = head[begin:end]
+            if digits.isdigit() and len(digits) <= _MOST_DIGITS and head.endswith(self._after):
+                return last.with_length(digits)
+        parsed = RequestHead(head, self._max_head_bytes)
+        place = _LENGTH.search(head) if parsed.length is not None and len(head) <= REMEMBERED_BYTES else None
+        if place is not None:
+            self._last, self._before, self._after = parsed, head[: place.start(1)], head[place.end(1) :]
+        return parsed
