@@ -92,6 +92,9 @@ _FIELDS: Final = tuple((field.name, msgspec.json.Decoder(field.type)) for field 
 _encode = msgspec.json.encode
 
 
+_DONE: Final = b"data: [DONE]\n\n"
+
+
 class Meter:
     """What one exchange's frames amount to. `take` each, or count those known to be ordinary."""
 
@@ -142,6 +145,9 @@ class Meter:
 
     def inspect(self, frame: Buffer) -> None:
         """Takes note of all that one frame says. Never raises."""
+        if frame == _DONE:  # as all engines write it
+            self.saw_end = True
+            return
         event, data, others = fields(bytes(frame))
         if others:
             self.comments += others.count(b"")

@@ -7,7 +7,6 @@ one field alone, so the next head with the same bytes around them need not be ju
 
 from __future__ import annotations
 
-import copy
 import re
 from typing import Final
 
@@ -54,7 +53,10 @@ class RequestHead:
 
     def with_length(self, digits: bytes) -> RequestHead:
         """The same with another ``Content-Length``."""
-        other = copy.copy(self)
+        other = RequestHead.__new__(RequestHead)
+        other.method, other.target, other.host, other.version = self.method, self.target, self.host, self.version
+        other.expects_continue, other.is_keep_alive = self.expects_continue, self.is_keep_alive
+        other.is_chunked = self.is_chunked
         other.length = int(digits)
         other.fields = [(name, digits if name == b"content-length" else value) for name, value in self.fields]
         return other
