@@ -13,6 +13,7 @@ from hypothesis import settings
 from relay.address import parse_upstream
 from relay.config import Config, HealthConfig, LogConfig, PoolConfig
 from relay.core.timeline import Record
+from relay.daemon.listeners import Listeners
 from relay.daemon.worker import Worker
 
 # How long an example takes says more of the machine than of the code.
@@ -29,7 +30,7 @@ class RunningRelay:
     def __init__(self, config: Config, listener: socket.socket) -> None:
         self.records: list[Record] = []
         self._written = trio.Event()
-        self.worker = Worker(config, [listener], self._write)
+        self.worker = Worker(config, Listeners([listener]), lambda _: self._write)
         self.port: int = listener.getsockname()[1] if listener.family == socket.AF_INET else 0
 
     def _write(self, record: Record) -> None:

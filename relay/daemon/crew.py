@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -15,14 +15,18 @@ import msgspec
 import trio
 
 from relay.config import Config
+from relay.core.board import total
+from relay.core.metrics import IN_FLIGHT
 from relay.core.status import ExchangeStatus, Status
-from relay.daemon import messages
+from relay.daemon import messages, worker
 from relay.daemon.forker import Forked, Forker
 from relay.daemon.key_limits import KeyLimits
 from relay.daemon.limits import Limits
+from relay.daemon.listeners import Listeners
 from relay.daemon.messages import Channel, Done, KeyLimit, Member, Message, PoolMembers, Said
 from relay.daemon.scoreboard import MOST_NUMBERS, Numbers, Scoreboard, Slot
 from relay.net.fleet import Pool
+from relay.net.notices import Priority, say
 from relay.net.pool import Upstream
 from relay.net.service import Service
 
@@ -35,6 +39,10 @@ STEADY_S: Final = 10.0
 TELL_S: Final = 0.05
 #: How long a worker may take to answer, or to take on a change, before others go on without it.
 ANSWER_S: Final = 2.0
+#: What may wait for a worker that does not read, beyond what is always told: of decoders' messages.
+MOST_UNSENT_BYTES: Final = 67_108_864
+#: What workers get beyond ``drain_s`` before they are ended from outside.
+GRACE_S: Final = 5.0
 #: Questions that a worker may owe answers to; it is asked no more until then.
 MOST_OWED: Final = 16
 
@@ -53,7 +61,10 @@ class _Hand:
         self.config: Config | None = None  #: what it was told last
         self.limits: dict[int, int] = {}  #: likewise, descriptors by number
         self.key_limits: dict[KeyLimit, int] = {}
-        self.confirmed = 0  #: the last change it has taken on
+        self.sockets: list[int] = []  #: likewise, listening ones by number
+        self.told = 0  #: the last change it was told of
+        self.confirmed = 0  #: the last it has taken on
+        self.is_leaving = False  #: there are to be fewer
         self.answers: dict[int, bytes | None] = {}  #: to what it was asked, None: not yet
         self.owed = 0
 
@@ -61,14 +72,17 @@ class _Hand:
 class Crew:
     """All workers."""
 
-    def __init__(self, service: Service, scoreboard: Scoreboard, forker: Forker) -> None:
+    def __init__(self, service: Service, scoreboard: Scoreboard, forker: Forker, listeners: Listeners) -> None:
         self._service = service
+        self._scoreboard = scoreboard
+        self._listeners = listeners
         self._forker = forker
         self._numbers = Numbers(scoreboard)
         self._limits = Limits()
         self._key_limits = KeyLimits(scoreboard)
-        self._hands = [_Hand(number, slot) for number, slot in enumerate(scoreboard.slots, 1)]
-        self.blocks = [slot.board for slot in scoreboard.slots]
+        self._hands: list[_Hand] = []
+        self._nursery: trio.Nursery | None = None
+        self._dismissed: set[int | None] = set()  # those that there are to be fewer for
         self._version = 1  #: of the fleet as the workers know it, or are about to
         self._questions = 0
         self._has_changed = trio.Event()
@@ -78,6 +92,11 @@ class Crew:
 
     def __repr__(self) -> str:
         return f"<Crew {sum(hand.channel is not None for hand in self._hands)} of {len(self._hands)}>"
+
+    @property
+    def blocks(self) -> list[memoryview[int]]:
+        """The workers' boards, also of those that are gone."""
+        return [slot.board for slot in self._scoreboard.slots]
 
     @property
     def pids(self) -> list[int]:
@@ -90,33 +109,62 @@ class Crew:
 
         One that has died counts until it is replaced; one that has drained does not.
         """
-        expected = (hand.slot.beat for hand in self._hands if hand.channel is not None or not self._is_ending)
+        expected = (hand.slot.beat for hand in self._hands if hand.channel is not None or not self._is_over(hand))
         return min(expected, default=math.inf)
 
-    async def run(self, on_lost: Callable[[], None]) -> None:
-        """Has all workers work, until they have been told to end and have; `on_lost`: none can be replaced any more."""
+    def count_in_flight(self) -> int:
+        """Exchanges of all workers, at most a second ago."""
+        return round(sum(cells[0] for key, cells in total(self.blocks).items() if key[0] == IN_FLIGHT.name))
+
+    def _is_over(self, hand: _Hand) -> bool:
+        """Whether nobody is to come to a worker's place any more."""
+        return self._is_ending or hand.is_leaving
+
+    async def run(self, count: int, on_lost: Callable[[], None]) -> None:
+        """Has so many workers work, until told to end they have; `on_lost`: none can be replaced any more."""
         async with trio.open_nursery() as nursery:
             self._limits.nursery = nursery
             nursery.start_soon(self._key_limits.run)
             nursery.start_soon(self._tell_changes)
             nursery.start_soon(self._watch_forker, on_lost)
-            async with trio.open_nursery() as hands:
-                for hand in self._hands:
-                    hands.start_soon(self._keep, hand)
+            async with trio.open_nursery() as self._nursery:
+                self.resize(count)
             self.ended.set()
             nursery.cancel_scope.cancel()
 
     async def begun(self) -> None:
         """Waits until each has begun to serve, or is not to."""
-        while not self._is_ending and not all(hand.confirmed for hand in self._hands):
+        while not self._is_ending and not (self._hands and all(hand.confirmed for hand in self._hands)):
             await self._news.wait()
+
+    def most_workers(self) -> int:
+        """As many there can be, beside those that are leaving."""
+        return self._scoreboard.room - sum(hand.is_leaving for hand in self._hands)
+
+    def resize(self, count: int) -> None:
+        """Has so many workers, at most `most_workers`: others begin, or the last drain and are not replaced."""
+        if self._nursery is None or self._is_ending:
+            return
+        staying = [hand for hand in self._hands if not hand.is_leaving]
+        for hand in staying[count:]:
+            hand.is_leaving = True
+            self._dismissed |= {hand.pid}
+            self._nursery.start_soon(self._see_off, hand)
+        taken = {hand.number for hand in self._hands}
+        free = (number for number in itertools.count(1) if number not in taken)
+        for number in itertools.islice(free, max(0, count - len(staying))):
+            hand = _Hand(number, self._scoreboard.slot(number - 1))
+            self._hands.append(hand)
+            self._nursery.start_soon(self._keep, hand)
+        self.fleet_changed()
+        self._announce()
 
     # -- beginning and ending
 
     async def _keep(self, hand: _Hand) -> None:
         """A worker in this place, and after it another."""
         delay_s = FIRST_DELAY_S
-        while not self._is_ending:
+        while not self._is_over(hand):
             began = time.monotonic()
             hand.slot.set_beat(began)
             try:
@@ -131,22 +179,36 @@ class Crew:
             if time.monotonic() - began > STEADY_S:
                 delay_s = FIRST_DELAY_S
             with trio.move_on_after(delay_s):
-                while not self._is_ending:
+                while not self._is_over(hand):
                     await self._news.wait()
             delay_s = min(2 * delay_s, LONGEST_DELAY_S)
+        self._hands.remove(hand)
+        self.fleet_changed()
+
+    async def _see_off(self, hand: _Hand) -> None:
+        """Has a worker drain; ends it if it does not end by itself."""
+        if hand.channel is not None:
+            hand.channel.send(messages.Drain())
+        daemon = self._service.config.daemon
+        with trio.move_on_after(daemon.ready_delay_s + daemon.drain_s + worker.CUT_S + GRACE_S):
+            while hand.channel is not None:
+                await self._news.wait()
+        _kill(hand)
 
     async def _listen_to(self, hand: _Hand, channel: Channel) -> None:
-        hand.channel, hand.config, hand.limits, hand.confirmed, hand.owed = channel, None, {}, 0, 0
-        hand.key_limits = {}
+        hand.channel, hand.config, hand.limits, hand.key_limits, hand.sockets = channel, None, {}, {}, []
+        hand.told = hand.confirmed = hand.owed = 0
         async with trio.open_nursery() as nursery:
             nursery.start_soon(channel.deliver)
             self._tell(hand, self._fleet())
-            if self._is_ending:
+            if self._is_over(hand):
                 channel.send(messages.Drain())
             while (message := await channel.receive()) is not None:
                 match message:
                     case Done(serial):
                         hand.confirmed = serial
+                        if serial < self._version:
+                            self._tell(hand, self._fleet())
                     case Said(serial, answer):
                         hand.owed -= 1
                         if serial in hand.answers:
@@ -159,12 +221,14 @@ class Crew:
     async def _watch_forker(self, on_lost: Callable[[], None]) -> None:
         while (event := await self._forker.next_event()) is not None:
             if isinstance(event, Forked):
-                self._hands[event.slot].pid = event.pid
-            elif event.status or not self._is_ending:
+                for hand in self._hands:
+                    if hand.number == event.slot + 1:
+                        hand.pid = event.pid
+            elif event.status or not (self._is_ending or event.pid in self._dismissed):
                 how = signal.Signals(-event.status).name if event.status < 0 else f"status {event.status}"
-                print(f"relay: worker {event.pid} ended with {how}", file=sys.stderr, flush=True)
+                say(f"relay: worker {event.pid} ended with {how}", Priority.ERROR)
         if not self._is_ending:
-            print("relay: the process that workers are forked from is gone; draining", file=sys.stderr, flush=True)
+            say("relay: the process that workers are forked from is gone; draining", Priority.ERROR)
             on_lost()
 
     def drain(self) -> None:
@@ -180,9 +244,7 @@ class Crew:
     def kill(self) -> None:
         """Ends those that do not end."""
         for hand in self._hands:
-            if hand.channel is not None and hand.pid is not None:
-                with suppress(ProcessLookupError):
-                    os.kill(hand.pid, signal.SIGKILL)
+            _kill(hand)
 
     # -- telling
 
@@ -190,9 +252,15 @@ class Crew:
         """Who is in the fleet, or up, has changed: the workers are told."""
         self._has_changed.set()
 
-    def call(self, key: str, body: bytes) -> None:
-        """A decoder has called back: whoever waits for `key` is among the workers."""
-        self._send_all(messages.Call(key, body))
+    def call(self, number: int, key: str, body: bytes) -> bool:
+        """A decoder has called a worker back; False: too much waits already for that one to read."""
+        channel = next((hand.channel for hand in self._hands if hand.number == number), None)
+        if channel is None:
+            return True  # who waited for it died with the worker
+        if channel.unsent_bytes + len(body) > MOST_UNSENT_BYTES:
+            return False
+        channel.send(messages.Call(key, body))
+        return True
 
     async def settle(self) -> None:
         """Waits until all workers know of the changes so far. Raises ValueError where one does not answer."""
@@ -211,42 +279,39 @@ class Crew:
             self._version += 1
             pools = self._fleet()
             for hand in self._hands:
-                if hand.channel is not None:
+                if hand.channel is not None and hand.confirmed == hand.told:  # else when it has confirmed
                     self._tell(hand, pools)
             await trio.sleep(TELL_S)
 
     def _tell(self, hand: _Hand, pools: list[PoolMembers]) -> None:
         assert hand.channel is not None
+        sockets = self._listeners.numbered
+        if not self._is_over(hand) and hand.sockets != [*sockets]:
+            added = [number for number in sockets if number not in hand.sockets]
+            hand.channel.send(messages.Listen([*sockets], added), [sockets[number].fileno() for number in added])
+            hand.sockets = [*sockets]
         limits = dict(self._limits.fds)
         new = [number for number, fd in limits.items() if hand.limits.get(number) != fd]
         for at in range(0, len(new), messages.MOST_FDS):
             numbers = new[at : at + messages.MOST_FDS]
             hand.channel.send(messages.Limits(numbers), [limits[number] for number in numbers])
         hand.limits = limits
-        self._tell_key_limits(hand, hand.channel)
+        for order, fds in self._key_limits.orders(hand.key_limits):
+            hand.channel.send(order, fds)
         config, guard = self._service.config, self._service.guard
         news = None if hand.config is config else (config, guard.credentials)
-        hand.channel.send(messages.Fleet(self._version, pools, news))
-        hand.config = config
-
-    def _tell_key_limits(self, hand: _Hand, channel: Channel) -> None:
-        self._key_limits.settle(self._service.guard.limits)
-        changes = [*self._key_limits.changes(hand.key_limits)]
-        gone = [limit for limit, fd in changes if fd is None]
-        if gone:
-            channel.send(messages.KeyLimits(gone, are_gone=True))
-        new = [(limit, fd) for limit, fd in changes if fd is not None]
-        for at in range(0, len(new), messages.MOST_FDS):
-            some = new[at : at + messages.MOST_FDS]
-            channel.send(messages.KeyLimits([limit for limit, _ in some], are_gone=False), [fd for _, fd in some])
+        workers = [each.number - 1 for each in self._hands]
+        hand.channel.send(messages.Fleet(self._version, pools, news, workers))
+        hand.config, hand.told = config, self._version
 
     def _fleet(self) -> list[PoolMembers]:
-        """The fleet as it is now."""
+        """The fleet as it is now, and its limits as they are to be."""
         pools = [self._members(pool) for pool in self._service.fleet.pools]
         subjects = {(pool.name, "", "") for pool in pools}
         subjects |= {(pool.name, member.role, member.config.url) for pool in pools for member in pool.members}
         for number in self._numbers.keep(subjects):
             self._limits.drop(number)
+        self._key_limits.settle(self._service.guard.limits)
         return pools
 
     def _members(self, pool: Pool) -> PoolMembers:
@@ -275,7 +340,7 @@ class Crew:
         """The number of a pool or an engine, and whether it has a limit over all workers."""
         number = self._numbers.of(subject)
         if number is None:
-            print(f"relay: more than {MOST_NUMBERS} engines; the limit of {subject} is each worker's", file=sys.stderr)
+            say(f"relay: more than {MOST_NUMBERS} engines; the limit of {subject} is each worker's", Priority.WARNING)
             return None, False
         if most:
             self._limits.set(number, most)
@@ -319,3 +384,9 @@ class Crew:
         """Something has happened that somebody may wait for."""
         self._news.set()
         self._news = trio.Event()
+
+
+def _kill(hand: _Hand) -> None:
+    if hand.channel is not None and hand.pid is not None:
+        with suppress(ProcessLookupError):
+            os.kill(hand.pid, signal.SIGKILL)

@@ -7,21 +7,24 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 import msgspec
 import trio
 
-from relay.config import Config
+from relay.config import Config, LogConfig
 from relay.core.status import ExchangeStatus, Status
 from relay.core.timeline import Record
 from relay.daemon import messages
 from relay.daemon.forker import name_process
 from relay.daemon.key_limits import impose
+from relay.daemon.listeners import Listeners
 from relay.daemon.messages import Channel, Done, Member, Order, PoolMembers, Said
 from relay.daemon.records import RecordWriter
 from relay.daemon.scoreboard import Scoreboard, Slot
 from relay.daemon.worker import Worker, record_sink
+from relay.net.callbacks import url_of_worker
 from relay.net.fleet import Pool
 from relay.net.group import Group
 from relay.net.guard import Guard
@@ -35,7 +38,6 @@ _encode: Final = msgspec.msgpack.Encoder().encode
 def work(
     config: Config,
     guard: Guard,
-    listeners: list[socket.socket],
     scoreboard: Scoreboard,
     beat_s: float,
     number: int,
@@ -43,26 +45,22 @@ def work(
 ) -> int:
     """A worker's process: its exit status. `number` is that of its slot, `sock` leads to the control process."""
     name_process(f"relay worker {number + 1}")
-    trio.run(_work, config, guard, listeners, scoreboard, beat_s, number, sock)
+    trio.run(_work, config, guard, scoreboard, beat_s, number, sock)
     return 0
 
 
 async def _work(
     config: Config,
     guard: Guard,
-    listeners: list[socket.socket],
     scoreboard: Scoreboard,
     beat_s: float,
     number: int,
     sock: socket.socket,
 ) -> None:
-    slot = scoreboard.slots[number]
-    others = [other.loads for other in scoreboard.slots if other is not slot]
     writer = RecordWriter(sys.stdout.fileno())
-    shares = Shares(slot.loads, slot.held, others)
-    worker = Follower(config, guard, listeners, record_sink(config, writer), slot, shares, Channel(sock))
+    worker = Follower(config, guard, partial(record_sink, writer), scoreboard, number, Channel(sock))
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(_beat, slot, beat_s)
+        nursery.start_soon(_beat, scoreboard.slot(number), beat_s)
         nursery.start_soon(writer.run)
         await nursery.start(worker.run)
         gc.collect()
@@ -85,14 +83,17 @@ class Follower(Worker):
         self,
         config: Config,
         guard: Guard,
-        listeners: list[socket.socket],
-        write_record: Callable[[Record], None] | None,
-        slot: Slot,
-        shares: Shares,
+        record_sink: Callable[[LogConfig], Callable[[Record], None] | None],
+        scoreboard: Scoreboard,
+        number: int,
         channel: Channel,
     ) -> None:
-        super().__init__(config, listeners, write_record, board=slot.board, guard=guard)
-        self._shares = shares
+        slot = scoreboard.slot(number)
+        super().__init__(config, Listeners(), record_sink, board=slot.board, guard=guard)
+        self._scoreboard = scoreboard
+        self._number = number
+        self._shares = Shares(slot.loads, slot.held)
+        self._sockets: dict[int, socket.socket] = {}  # those to accept at, by number
         self._channel = channel
         self._permits: dict[int, Permits] = {}
         self._background: trio.Nursery | None = None
@@ -120,6 +121,13 @@ class Follower(Worker):
             case messages.Fleet():
                 self._take_on(order)
                 self._channel.send(Done(order.serial))
+            case messages.Listen(numbers, new):
+                known = self._sockets | {each: socket.socket(fileno=self._channel.fds.popleft()) for each in new}
+                for each in known.keys() - {*numbers}:
+                    if known[each] not in self._accepts:
+                        known[each].close()
+                self._sockets = {each: known[each] for each in numbers}
+                self.listeners = Listeners(self._sockets.values())
             case messages.Limits(numbers):
                 for number in numbers:
                     self._limit(number, self._channel.fds.popleft())
@@ -153,16 +161,18 @@ class Follower(Worker):
     def _take_on(self, order: messages.Fleet) -> None:
         """Makes the fleet what the control process says it is; what is under way goes on."""
         if order.config is not None:
-            self.config, credentials = order.config
-            self.service.reconfigure(self.config, Guard(self.config.auth, credentials))
-            self.service.fleet.reconfigure(self.config)
-            self.budget.limit = self.config.limits.max_buffered_bytes
+            config, credentials = order.config
+            self.take_on(config)
+            self.service.reconfigure(config, Guard(config.auth, credentials))
+            self.service.fleet.reconfigure(config)
+        self._shares.others = [self._scoreboard.slot(each).loads for each in order.workers if each != self._number]
         told = {pool.name: pool for pool in order.pools}
         for pool in self.service.fleet.pools:
             self._settle_pool(pool, told[pool.name])
+        self.accept_anew()
 
     def _settle_pool(self, pool: Pool, told: PoolMembers) -> None:
-        pool.callback_url = told.callback_url
+        pool.callback_url = url_of_worker(told.callback_url, self._number + 1)
         pool.number = told.number or 0
         pool.shares = None if told.number is None else self._shares
         pool.permits = self._permits_for(told.number, told.is_limited, pool.advance)

@@ -15,7 +15,7 @@ import select
 import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Final
 
@@ -23,7 +23,6 @@ import msgspec
 import trio
 
 _BYTES: Final = 256
-_CLOSE: Final = b"close"
 #: Signals that a terminal sends to all processes: the control process alone decides what they mean.
 _IGNORED: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -50,13 +49,13 @@ class Forker:
     """The control process's handle on it. Make it before trio runs.
 
     `work` is a worker: it gets the number of its slot and its end of a socket pair, and answers its exit status.
+    Neither it nor the helper has the sockets `not_inherited`: what a worker listens on it is told.
     """
 
     def __init__(
         self,
         work: Callable[[int, socket.socket], int],
-        listeners: list[socket.socket],
-        admin_listener: socket.socket | None = None,
+        not_inherited: Iterable[socket.socket] = (),
     ) -> None:
         self._sock, helper = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         # What is there now is there for good; moving it around would only unshare its pages.
@@ -65,9 +64,9 @@ class Forker:
         self.pid = os.fork()
         if not self.pid:
             self._sock.close()
-            if admin_listener is not None:
-                admin_listener.close()  # it is the control process's alone
-            _leave(lambda: _serve(helper, work, listeners))
+            for sock in not_inherited:
+                sock.close()
+            _leave(lambda: _serve(helper, work))
         helper.close()
         self._sock.setblocking(False)
 
@@ -80,11 +79,6 @@ class Forker:
         with its:
             socket.send_fds(self._sock, [slot.to_bytes(2, "big")], [its.fileno()])
         return mine
-
-    def close_listeners(self) -> None:
-        """No more workers begin, and the helper lets go of the listening sockets."""
-        with suppress(OSError):  # it is gone, and they with it
-            self._sock.send(_CLOSE)
 
     async def next_event(self) -> Forked | Ended | None:
         """What has happened; None if the helper itself is gone."""
@@ -124,7 +118,7 @@ def _leave(work: Callable[[], int]) -> None:
         os._exit(status)
 
 
-def _serve(sock: socket.socket, work: Callable[[int, socket.socket], int], listeners: list[socket.socket]) -> int:
+def _serve(sock: socket.socket, work: Callable[[int, socket.socket], int]) -> int:
     """The helper: forks and reaps until the control process is gone, and the last worker after it."""
     name_process("relay forker")
     for number in _IGNORED:
@@ -147,10 +141,6 @@ def _serve(sock: socket.socket, work: Callable[[int, socket.socket], int], liste
                 data = b""
             if not data:
                 return _wait_for_all()
-            if data == _CLOSE:
-                for listener in listeners:
-                    listener.close()
-                continue
             slot = int.from_bytes(data, "big")
             pid = os.fork()
             if not pid:

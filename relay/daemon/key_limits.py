@@ -5,7 +5,6 @@ from __future__ import annotations
 import array
 import fcntl
 import os
-import sys
 import termios
 import time
 from collections.abc import Iterator, Mapping
@@ -15,10 +14,12 @@ from typing import Final
 import trio
 
 from relay.config import KeyLimitsConfig
+from relay.daemon import messages
 from relay.daemon.limits import Limits
-from relay.daemon.messages import KeyLimit
+from relay.daemon.messages import MOST_FDS, KeyLimit
 from relay.daemon.scoreboard import KEY_NUMBERS, Numbers, Scoreboard, Subject
 from relay.net.keyring import Keyring, Tokens
+from relay.net.notices import Priority, say
 from relay.net.shares import Cells, Semaphore
 
 #: How often buckets are filled, seconds: the finest that ``Retry-After`` can tell of.
@@ -109,7 +110,7 @@ class KeyLimits:
         for name, most in wanted.items():
             place = self._numbers.of(_subject(name))
             if place is None:
-                print(f"relay: too many limits of keys; max_in_flight of {name} does not hold", file=sys.stderr)
+                say(f"relay: too many limits of keys; max_in_flight of {name} does not hold", Priority.WARNING)
             else:
                 self._places.set(place, most)
 
@@ -133,6 +134,17 @@ class KeyLimits:
             if told.get(limit) != fd:
                 told[limit] = fd
                 yield limit, fd
+
+    def orders(self, told: dict[KeyLimit, int]) -> Iterator[tuple[messages.KeyLimits, list[int]]]:
+        """What a worker is to be sent of its `changes`, with the descriptors beside it."""
+        changes = [*self.changes(told)]
+        gone = [limit for limit, fd in changes if fd is None]
+        if gone:
+            yield messages.KeyLimits(gone, are_gone=True), []
+        new = [(limit, fd) for limit, fd in changes if fd is not None]
+        for at in range(0, len(new), MOST_FDS):
+            some = new[at : at + MOST_FDS]
+            yield messages.KeyLimits([limit for limit, _ in some], are_gone=False), [fd for _, fd in some]
 
     def give_back(self, held: Mapping[int, int]) -> None:
         """The places of a worker that is gone, by number, are free again."""
@@ -172,7 +184,7 @@ class OwnKeyLimits(KeyLimits):
         scoreboard = Scoreboard(1)
         super().__init__(scoreboard)
         self._keys = keys
-        self._held = scoreboard.slots[0].held
+        self._held = scoreboard.slot(0).held
         self._imposed: dict[KeyLimit, int] = {}
 
     def settle(self, wanted: Mapping[str, KeyLimitsConfig]) -> None:

@@ -57,6 +57,14 @@ class Fleet(msgspec.Struct, frozen=True, tag=True):
     serial: int
     pools: list[PoolMembers]
     config: tuple[Config, Credentials] | None  #: None: as before
+    workers: list[int]  #: their slots
+
+
+class Listen(msgspec.Struct, frozen=True, tag=True):
+    """Accept at these sockets, and at no others. In force with the next `Fleet`."""
+
+    numbers: list[int]  #: for each its number, which stays while it is open
+    new: list[int]  #: of them those not known yet, a descriptor for each
 
 
 class Limits(msgspec.Struct, frozen=True, tag=True):
@@ -93,7 +101,7 @@ class AskExchanges(msgspec.Struct, frozen=True, tag=True):
 
 
 class Call(msgspec.Struct, frozen=True, tag=True):
-    """A decoder has called back; of interest to the worker that waits for `key`."""
+    """A decoder has called back this worker; the message is for who waits for `key`."""
 
     key: str
     body: bytes
@@ -120,7 +128,7 @@ class Said(msgspec.Struct, frozen=True, tag=True):
     answer: bytes
 
 
-Order = Fleet | Limits | KeyLimits | AskStatus | AskExchanges | Call | Drain | Cut
+Order = Fleet | Listen | Limits | KeyLimits | AskStatus | AskExchanges | Call | Drain | Cut
 Reply = Done | Said
 Message = Order | Reply
 
@@ -133,6 +141,7 @@ class Channel:
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
+        self.unsent_bytes = 0
         self.fds: deque[int] = deque()  #: received, and not yet taken by whom they are for
         self._received = bytearray()
         self._unsent: deque[tuple[memoryview, Sequence[int]]] = deque()
@@ -140,11 +149,12 @@ class Channel:
         sock.setblocking(False)
 
     def __repr__(self) -> str:
-        return f"<Channel {self.sock.fileno()} unsent={len(self._unsent)}>"
+        return f"<Channel {self.sock.fileno()} unsent={self.unsent_bytes}>"
 
     def send(self, message: Message, fds: Sequence[int] = ()) -> None:
         """Sends a message, as soon as the other end takes it."""
         data = encode(message)
+        self.unsent_bytes += _HEAD_BYTES + len(data)
         kept = [os.dup(fd) for fd in fds]  # the caller's may be closed by then
         self._unsent.append((memoryview(len(data).to_bytes(_HEAD_BYTES, "big") + data), kept))
         self._wake.set()
@@ -163,6 +173,7 @@ class Channel:
                     continue
                 except OSError:
                     return
+                self.unsent_bytes -= sent
                 for fd in fds:
                     os.close(fd)
                 if sent == len(data):

@@ -1,15 +1,16 @@
-"""Reading the configuration again while the daemon runs: all of it is right, or nothing changes."""
+"""Reading the configuration again while the daemon runs: all of it is right, or nothing changes.
+
+What is read takes effect in the processes that run. Fresh ones for the new configuration while old ones drain, as nginx
+has them, would cost each idle connection, each engine's health and the balancing by one load for all, for as long as a
+generation drains; and nothing in the configuration needs them: the number of workers and the listeners change in place.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final
 
 from relay.config import Config, ConfigError
 from relay.net.guard import Guard, GuardError
-
-#: Tables that a reload leaves as they are.
-_FIXED: Final = ("listen", "admin", "log")
 
 
 def read_again(load_config: Callable[[], Config] | None) -> tuple[Config, Guard]:
@@ -25,9 +26,8 @@ def read_again(load_config: Callable[[], Config] | None) -> tuple[Config, Guard]
         raise ValueError("; ".join(problem.line(exc.source) for problem in exc.problems)) from None
 
 
-def what_came_of(config: Config, before: Config) -> str:
-    """What is told of a reload."""
-    fixed = [f"[{name}]" for name in _FIXED if getattr(config, name) != getattr(before, name)]
-    if config.daemon.workers != before.daemon.workers:
-        fixed.append("daemon.workers")
-    return f"yes, but a restart is needed for: {', '.join(fixed)}" if fixed else "yes"
+def what_came_of(config: Config, started_with: Config, *, left: tuple[str, ...] = ()) -> str:
+    """What is told of a reload; `left` are keys that this daemon could not take on."""
+    if config.admin.address != started_with.admin.address:
+        left = ("admin.address", *left)
+    return f"yes, but a restart is needed for: {', '.join(left)}" if left else "yes"

@@ -65,14 +65,21 @@ class Slot:
 
 
 class Scoreboard:
-    """All slots. Make it before the first fork."""
+    """All slots, with `room` for so many. Make it before the first fork."""
 
-    def __init__(self, workers: int) -> None:
-        memory = memoryview(mmap(-1, workers * _SLOT_BYTES))
-        self.slots = [Slot(memory[at * _SLOT_BYTES : (at + 1) * _SLOT_BYTES]) for at in range(workers)]
+    def __init__(self, room: int) -> None:
+        self.room = room
+        self.slots: list[Slot] = []  #: those that have been asked for; nothing looks into the others' pages
+        self._memory = memoryview(mmap(-1, room * _SLOT_BYTES))
 
     def __repr__(self) -> str:
         return f"<Scoreboard {self.slots!r}>"
+
+    def slot(self, at: int) -> Slot:
+        """A slot by its number, from 0."""
+        for number in range(len(self.slots), at + 1):
+            self.slots.append(Slot(self._memory[number * _SLOT_BYTES : (number + 1) * _SLOT_BYTES]))
+        return self.slots[at]
 
     def is_clear(self, number: int) -> bool:
         """Whether nobody has anything outstanding under a number."""

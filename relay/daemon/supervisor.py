@@ -11,10 +11,7 @@ be told to anybody, shared or added up.
 
 from __future__ import annotations
 
-import os
 import signal
-import socket
-import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from functools import partial
@@ -24,64 +21,48 @@ import trio
 
 from relay.config import Config
 from relay.daemon import follower, systemd, worker
-from relay.daemon.crew import Crew
-from relay.daemon.exposure import warn_if_exposed
+from relay.daemon.crew import GRACE_S, Crew
+from relay.daemon.exposure import exposures, warn_of
 from relay.daemon.forker import Forker
+from relay.daemon.listeners import Listeners, StartError, open_listeners
 from relay.daemon.reload import read_again, what_came_of
 from relay.daemon.scoreboard import Scoreboard
 from relay.net.admin import Admin
+from relay.net.callbacks import Callbacks
 from relay.net.guard import Guard, GuardError
+from relay.net.notices import Priority, say
 from relay.net.pump import Pump
 from relay.net.roster import Roster
 from relay.net.service import Service
 
 #: How often a worker shows that its event loop turns, seconds; more often where systemd wants to know sooner.
 BEAT_S: Final = 1.0
-#: What workers get beyond ``drain_s`` before they are ended from outside.
-GRACE_S: Final = 5.0
+#: Workers that a reload may come to, those that drain included; at least twice as many as there are at the start.
+ROOM: Final = 64
 
 
 def run(config: Config, load_config: Callable[[], Config] | None = None) -> int:
     """Runs the daemon until SIGTERM or SIGINT; the process's exit status. `load_config` reads it again: SIGHUP."""
-    count = count_of(config)
+    count = worker.count_of(config)
     if count == 1:
         return worker.run(config, load_config)
     try:
         guard = Guard.read(config.auth)
-        listeners, admin_listener = worker.open_listeners(config)
-    except (GuardError, worker.StartError) as exc:
-        print(f"relay: {exc}", file=sys.stderr)
+        listeners, admin = open_listeners(config)
+    except (GuardError, StartError) as exc:
+        say(f"relay: {exc}", Priority.ERROR)
         return 1
-    warn_if_exposed(listeners, guard)
+    warn_of(exposures(listeners.sockets, guard))
     worker.raise_descriptor_limit()
-    scoreboard = Scoreboard(count)
+    scoreboard = Scoreboard(max(ROOM, 2 * count))
     limit_s = systemd.watchdog_s()
     beat_s = BEAT_S if limit_s is None else min(BEAT_S, limit_s / 8)
-    forker = Forker(partial(follower.work, config, guard, listeners, scoreboard, beat_s), listeners, admin_listener)
+    forker = Forker(partial(follower.work, config, guard, scoreboard, beat_s), [*listeners.sockets, *admin.sockets])
     try:
-        supervisor = Supervisor(config, guard, listeners, admin_listener, load_config, scoreboard, forker)
+        supervisor = Supervisor(config, guard, listeners, admin, load_config, scoreboard, forker)
         return trio.run(supervisor.run)
     finally:
         forker.close()
-
-
-def count_of(config: Config) -> int:
-    """How many workers there are to be; "auto": one for each CPU the daemon may use."""
-    workers = config.daemon.workers
-    return len(os.sched_getaffinity(0)) if workers == "auto" else workers
-
-
-class _Callbacks(dict[str, Callable[[bytes], None]]):
-    """Whom decoders call back, in place of a worker's own table: all workers, of which one waits for the key."""
-
-    def __init__(self, crew: Crew) -> None:
-        self._crew = crew
-
-    def __contains__(self, key: object) -> bool:
-        return True
-
-    def __missing__(self, key: str) -> Callable[[bytes], None]:
-        return partial(self._crew.call, key)
 
 
 class Supervisor:
@@ -91,8 +72,8 @@ class Supervisor:
         self,
         config: Config,
         guard: Guard,
-        listeners: list[socket.socket],
-        admin_listener: socket.socket | None,
+        listeners: Listeners,
+        admin: Listeners,
         load_config: Callable[[], Config] | None,
         scoreboard: Scoreboard,
         forker: Forker,
@@ -100,13 +81,14 @@ class Supervisor:
         self._started_with = config
         self._load_config = load_config
         self._listeners = listeners
-        self._admin_listener = admin_listener
+        self._admin = admin
         self._forker = forker
         self._status = 0
         self._drain = trio.Event()
         self.service = Service(config, Pump(), None, guard=guard)
-        self.crew = Crew(self.service, scoreboard, forker)
-        self.service.callbacks = _Callbacks(self.crew)
+        self.crew = Crew(self.service, scoreboard, forker, listeners)
+        self._callbacks = Callbacks(self.service, self.crew.call)
+        self._reloading = trio.Lock()
         self.roster = Roster(self.service, self.crew.fleet_changed)
 
     def __repr__(self) -> str:
@@ -114,16 +96,24 @@ class Supervisor:
 
     async def run(self) -> int:
         """Supervises until all workers have been told to end and have; the exit status."""
+        try:
+            await self._run()
+        finally:
+            self._listeners.close()
+            self._admin.close()
+        return self._status
+
+    async def _run(self) -> None:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._obey, signals)
                 nursery.start_soon(self._end)
-                await worker.serve_callbacks(self.service, nursery)
-                if self._admin_listener is not None:
-                    side = Admin(self.service, self.roster, self.reload, self.crew)
-                    nursery.start_soon(side.serve, self._admin_listener)
+                self._callbacks.nursery = nursery
+                self._callbacks.take_on(await self._callbacks.prepare(self.service.config))
+                for listener in self._admin.sockets:
+                    nursery.start_soon(Admin(self.service, self.roster, self.reload, self.crew).serve, listener)
                 await nursery.start(self.roster.run)
-                nursery.start_soon(self.crew.run, self._lose)
+                nursery.start_soon(self.crew.run, worker.count_of(self.service.config), self._lose)
                 await self.crew.begun()
                 if self.service.is_ready:
                     self._announce()
@@ -131,13 +121,11 @@ class Supervisor:
                     nursery.start_soon(self._feed_watchdog, limit_s)
                 await self.crew.ended.wait()
                 nursery.cancel_scope.cancel()
-        return self._status
 
     def _announce(self) -> None:
-        urls = [worker.url_of(listener) for listener in self._listeners]
-        for url in urls:
-            print(f"relay: listening on {url}", file=sys.stderr, flush=True)
-        systemd.ready(f"serving on {', '.join(urls)}")
+        for url in self._listeners.urls:
+            say(f"relay: listening on {url}")
+        systemd.ready(f"serving on {', '.join(self._listeners.urls)}")
 
     async def _feed_watchdog(self, limit_s: float) -> None:
         """Signs of life, as long as each worker's event loop gives some; else systemd is to begin anew."""
@@ -159,21 +147,37 @@ class Supervisor:
     async def _reload_for_systemd(self) -> None:
         systemd.reloading("reading the configuration")
         try:
-            said = f"reloaded: {self.reload()}"
+            said = f"reloaded: {await self.reload()}"
             await self.crew.settle()
         except ValueError as problem:
             said = f"not reloaded: {problem}"
-        print(f"relay: {said}", file=sys.stderr, flush=True)
+        say(f"relay: {said}", Priority.NOTICE)
         systemd.ready(said)
 
-    def reload(self) -> str:
+    async def reload(self) -> str:
         """Takes on what the configuration file says now; what came of it. Raises ValueError: nothing changed.
 
         The workers are told of it in a moment: `Crew.settle`.
         """
-        config, guard = read_again(self._load_config)
-        self.roster.reconfigure(config, guard)
-        return what_came_of(config, self._started_with)
+        async with self._reloading:
+            config, guard = read_again(self._load_config)
+            count = worker.count_of(config)
+            if count > (most := self.crew.most_workers()):
+                raise ValueError(f"daemon.workers: {count} are too many; allowed without a restart: {most} at present")
+            known = exposures(self._listeners.sockets, self.service.guard)
+            prepared = await self._callbacks.prepare(config)
+            try:
+                gone = self._listeners.change(config.listen.addresses)
+            except StartError as exc:
+                prepared.close()
+                raise ValueError(str(exc)) from None
+            for listener in gone:
+                listener.close()
+            self.roster.reconfigure(config, guard)
+            self._callbacks.take_on(prepared)
+            self.crew.resize(count)
+            warn_of(exposures(self._listeners.sockets, guard) - known)
+            return what_came_of(config, self._started_with)
 
     def stop(self) -> None:
         """Begins to drain."""
@@ -190,10 +194,10 @@ class Supervisor:
     async def _end(self) -> None:
         """Once it drains: lets go of the listeners when the workers do, and ends those that hang."""
         await self._drain.wait()
-        daemon = self.service.config.daemon
-        await trio.sleep(daemon.ready_delay_s)
-        self._forker.close_listeners()
-        for listener in self._listeners:
-            listener.close()
-        await trio.sleep(daemon.drain_s + worker.CUT_S + GRACE_S)
-        self.crew.kill()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(worker.tell_of_drain, self.crew.count_in_flight)
+            daemon = self.service.config.daemon
+            await trio.sleep(daemon.ready_delay_s)
+            self._listeners.close()
+            await trio.sleep(daemon.drain_s + worker.CUT_S + GRACE_S)
+            self.crew.kill()

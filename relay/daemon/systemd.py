@@ -1,4 +1,4 @@
-"""systemd's conversations with a daemon: sockets it passes, states it is told, lines it logs.
+"""systemd's conversations with a daemon: sockets it passes, and states it is told.
 
 sd_listen_fds(3), sd_notify(3), sd_watchdog_enabled(3) and sd-daemon(3) are a few lines each on the environment, and the
 ready-made libraries are dormant or need systemd's headers. Outside of systemd all of it does nothing.
@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
-import sys
 import time
-from enum import IntEnum
 from typing import NamedTuple
 
 #: Passed descriptors begin here; below are standard input, output and error.
@@ -18,8 +16,6 @@ _FIRST_FD = 3
 
 #: Seconds a notification may wait for room in systemd's queue: its senders must not stop when it does.
 _SEND_LIMIT_S = 0.5
-
-_STDERR = 2
 
 
 class PassedSocket(NamedTuple):
@@ -35,15 +31,6 @@ class PassedListeners(NamedTuple):
     http: list[int]
     https: list[int]
     admin: list[int]
-
-
-class Priority(IntEnum):
-    """syslog(3)'s levels, as far as the relay has something to say."""
-
-    ERROR = 3
-    WARNING = 4
-    NOTICE = 5
-    INFO = 6
 
 
 def notify(*lines: str) -> bool:
@@ -79,17 +66,13 @@ def stopping(status: str) -> bool:
     return notify("STOPPING=1", _status(status))
 
 
-def show_status(status: str) -> bool:
-    """A new status, while the state stays."""
-    return notify(_status(status))
+def draining(left: int, seconds: float) -> bool:
+    """The drain goes on: so many streams are `left`, and the stop may take `seconds` more from now.
 
-
-def extend_timeout(seconds: float) -> bool:
-    """Ask for `seconds` from now for the start, the reload or the stop that is going on.
-
-    Counts once ``TimeoutStopSec=`` or its like is used up, and has to be repeated before each extension ends.
+    Counts once ``TimeoutStopSec=`` is used up, and has to be repeated before each extension ends (sd_notify(3)).
     """
-    return notify(f"EXTEND_TIMEOUT_USEC={_microseconds(seconds)}")
+    streams = "1 stream" if left == 1 else f"{left} streams"
+    return notify(f"EXTEND_TIMEOUT_USEC={_microseconds(seconds)}", _status(f"draining, {streams} left"))
 
 
 def feed_watchdog() -> bool:
@@ -124,18 +107,6 @@ def passed_listeners() -> PassedListeners:
     for passed in listen_fds():
         {"https": found.https, "admin": found.admin}.get(passed.name, found.http).append(passed.fd)
     return found
-
-
-def say(text: str, priority: Priority = Priority.INFO) -> None:
-    """Write `text` on standard error; to the journal, each line with its priority (``SyslogLevelPrefix=``)."""
-    mark = f"<{priority:d}>" if _goes_to_journal(_STDERR) else ""
-    print("\n".join(mark + line for line in text.splitlines()), file=sys.stderr, flush=True)
-
-
-def _goes_to_journal(fd: int) -> bool:
-    """Whether systemd has connected a descriptor to the journal, and nobody redirected it (``$JOURNAL_STREAM``)."""
-    found = os.fstat(fd)
-    return os.environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
 
 
 def _status(text: str) -> str:

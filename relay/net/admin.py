@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-import sys
 import time
 from collections.abc import Awaitable, Callable, Iterable
 from http import HTTPStatus
@@ -23,6 +22,7 @@ from relay.core.loose import UNDECODABLE
 from relay.core.status import ExchangeStatus, PoolStatus, Series, Status
 from relay.net import sockets
 from relay.net.metrics_text import CONTENT_TYPE, Processes, metrics_text
+from relay.net.notices import say_fault
 from relay.net.report import Crew, exchanges_of, status_of
 from relay.net.roster import Roster, RosterError
 from relay.net.service import Service, local_answer
@@ -69,7 +69,9 @@ class _Instances(msgspec.Struct):
 class Admin:
     """Answers on one listener."""
 
-    def __init__(self, service: Service, roster: Roster, reload: Callable[[], str], crew: Crew | None = None) -> None:
+    def __init__(
+        self, service: Service, roster: Roster, reload: Callable[[], Awaitable[str]], crew: Crew | None = None
+    ) -> None:
         self._service = service
         self._roster = roster
         self._reload = reload  #: reads the configuration again, and says what came of it; raises ValueError
@@ -104,8 +106,7 @@ class Admin:
             except (OSError, _Gone):
                 return
             except Exception as exc:  # a fault of ours: this connection ends, the daemon does not
-                print(f"relay: internal error: {exc!r}", file=sys.stderr, flush=True)
-                sys.excepthook(type(exc), exc, exc.__traceback__)
+                say_fault(exc)
 
     async def _answer_on(self, sock: socket.socket) -> tuple[bytes, Answer]:
         """The method of the request that comes, and the answer to it. Raises _Gone, OSError."""
@@ -243,7 +244,7 @@ class Admin:
         raise RosterError(f"no pool has instances of type {wanted.type}")
 
     async def _reloaded(self, _: bytes) -> Answer:
-        said = self._reload()
+        said = await self._reload()
         await self._crew.settle()
         return _json({"reloaded": said})
 

@@ -7,7 +7,6 @@ probe that fails for that reason would be a lie.
 from __future__ import annotations
 
 import random
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -26,6 +25,7 @@ from relay.net.fetch import fetch, transport_of
 from relay.net.fleet import Pool
 from relay.net.group import Group
 from relay.net.guard import Guard
+from relay.net.notices import Priority, say
 from relay.net.pool import Upstream
 from relay.net.service import Service
 
@@ -182,8 +182,10 @@ class Roster:
                 was_up = upstream.health.is_up
                 upstream.health.on_probe(is_well, time.monotonic())
                 if was_up != upstream.health.is_up:
-                    word = "is up" if upstream.health.is_up else f"is down: {upstream.last_error}"
-                    print(f"relay: {upstream.config.url} {word}", file=sys.stderr, flush=True)
+                    if upstream.health.is_up:
+                        say(f"relay: {upstream.config.url} is up")
+                    else:
+                        say(f"relay: {upstream.config.url} is down: {upstream.last_error}", Priority.WARNING)
                     self._on_change()
                 group.refresh(upstream)
                 self._note_probed()
@@ -237,7 +239,7 @@ class Roster:
             try:
                 found = await trio.socket.getaddrinfo(config.host, config.port, type=trio.socket.SOCK_STREAM)
             except OSError as exc:
-                print(f"relay: {url} does not resolve: {exc.strerror}", file=sys.stderr, flush=True)
+                say(f"relay: {url} does not resolve: {exc.strerror}", Priority.WARNING)
             else:
                 wanted = [config.at(ip) for ip in {str(each[4][0]) for each in found}]
                 before, mine = mine, _settle(pool.groups[role], mine, wanted)

@@ -92,14 +92,14 @@ class Permits(Semaphore):
 class Shares:
     """A worker's part in what is shared."""
 
-    def __init__(self, loads: Cells, held: Cells, others: Sequence[Cells]) -> None:
+    def __init__(self, loads: Cells, held: Cells, others: Sequence[Cells] = ()) -> None:
         self.held = held
         self._loads = loads
-        self._others = others  # their loads
+        self.others = others  #: their loads
         self._used = 0  # cells that stand for something
 
     def __repr__(self) -> str:
-        return f"<Shares used={self._used} others={len(self._others)}>"
+        return f"<Shares used={self._used} others={len(self.others)}>"
 
     def set_load(self, number: int, load: float) -> None:
         """Shows the others what this worker has at an engine, in streams, or waiting for a pool."""
@@ -109,9 +109,11 @@ class Shares:
 
     def load_of_others(self, number: int) -> float:
         """What all others together have at one."""
-        return math.fsum(cells[number] for cells in self._others)
+        return math.fsum(cells[number] for cells in self.others)
 
     def loads_of_others(self) -> list[float]:
         """What all others together have at each engine, by its number."""
-        rows = [[*cells[: self._used]] for cells in self._others]
-        return rows[0] if len(rows) == 1 else [*map(math.fsum, zip(*rows, strict=True))]
+        rows = [[*cells[: self._used]] for cells in self.others]
+        if len(rows) == 1:
+            return rows[0]
+        return [*map(math.fsum, zip(*rows, strict=True))] if rows else [0.0] * self._used

@@ -20,6 +20,7 @@ class Workers:
 
     def __init__(self) -> None:
         self.scoreboard = Scoreboard(2)
+        self.scoreboard.slot(1)
         self.limits = KeyLimits(self.scoreboard)
         self.keyrings = [Keyring(Board(slot.board)) for slot in self.scoreboard.slots]
         self.told: list[dict[KeyLimit, int]] = [{}, {}]

@@ -17,12 +17,16 @@ from relay.address import parse_upstream
 from relay.config import Config, DaemonConfig, PoolConfig, PriceConfig
 from relay.core import metrics
 from relay.core.board import Board, total
-from relay.daemon import messages, supervisor
+from relay.daemon import messages, worker
+from relay.daemon.crew import MOST_UNSENT_BYTES, TELL_S, Crew
 from relay.daemon.forker import Ended, Forked, Forker
 from relay.daemon.limits import Limits
+from relay.daemon.listeners import Listeners
 from relay.daemon.messages import Channel, Done, Said
 from relay.daemon.scoreboard import MOST_NUMBERS, Numbers, Scoreboard
 from relay.net.guard import Credentials
+from relay.net.pump import Pump
+from relay.net.service import Service
 from relay.net.shares import Permits, Shares
 
 # -- how many
@@ -31,18 +35,24 @@ from relay.net.shares import Permits, Shares
 def test_auto_is_one_for_each_core_the_daemon_may_use() -> None:
     script = (
         "import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])\n"
-        "from relay.config import Config; from relay.daemon import supervisor; print(supervisor.count_of(Config()))"
+        "from relay.config import Config; from relay.daemon import worker; print(worker.count_of(Config()))"
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
     assert result.stdout == "1\n"
-    assert supervisor.count_of(Config(daemon=DaemonConfig(workers=3))) == 3
+    assert worker.count_of(Config(daemon=DaemonConfig(workers=3))) == 3
 
 
 # -- what is shared
 
 
+def scoreboard_of(workers: int) -> Scoreboard:
+    scoreboard = Scoreboard(workers)
+    scoreboard.slot(workers - 1)
+    return scoreboard
+
+
 def test_a_child_writes_what_its_parent_reads() -> None:
-    scoreboard = Scoreboard(2)
+    scoreboard = scoreboard_of(2)
     pid = os.fork()
     if not pid:
         Board(scoreboard.slots[1].board).counter(metrics.FRAMES).add(7)
@@ -54,7 +64,7 @@ def test_a_child_writes_what_its_parent_reads() -> None:
 
 
 def test_a_worker_that_is_gone_leaves_its_counts_and_nothing_else() -> None:
-    slot = Scoreboard(1).slots[0]
+    slot = scoreboard_of(1).slots[0]
     board = Board(slot.board)
     board.counter(metrics.FRAMES).add(7)
     board.gauge(metrics.IN_FLIGHT, "default").set(3)
@@ -68,7 +78,7 @@ def test_a_worker_that_is_gone_leaves_its_counts_and_nothing_else() -> None:
 
 
 def test_loads_of_others_are_added_up() -> None:
-    slots = Scoreboard(3).slots
+    slots = scoreboard_of(3).slots
     shares = [Shares(slot.loads, slot.held, [each.loads for each in slots if each is not slot]) for slot in slots]
     for share, load in zip(shares, (1.0, 2.0, 4.0), strict=True):
         share.set_load(1, load)
@@ -77,7 +87,7 @@ def test_loads_of_others_are_added_up() -> None:
 
 
 def test_a_number_is_given_anew_when_nobody_uses_it() -> None:
-    scoreboard = Scoreboard(2)
+    scoreboard = scoreboard_of(2)
     numbers = Numbers(scoreboard)
     first, second = numbers.of(("a", "", "")), numbers.of(("b", "", ""))
     assert (first, second, numbers.of(("a", "", ""))) == (0, 1, 0)
@@ -89,7 +99,7 @@ def test_a_number_is_given_anew_when_nobody_uses_it() -> None:
 
 
 def test_numbers_run_out() -> None:
-    numbers = Numbers(Scoreboard(1))
+    numbers = Numbers(scoreboard_of(1))
     assert None not in [numbers.of((str(at), "", "")) for at in range(MOST_NUMBERS)]
     assert numbers.of(("one more", "", "")) is None
 
@@ -101,7 +111,7 @@ class Limited:
     """A limit, and two workers that are bound by it."""
 
     def __init__(self, most: int) -> None:
-        self.scoreboard = Scoreboard(2)
+        self.scoreboard = scoreboard_of(2)
         self.limits = Limits()
         self.limits.set(0, most)
         self.workers = [Permits(os.dup(self.limits.fds[0]), 0, slot.held) for slot in self.scoreboard.slots]
@@ -190,7 +200,10 @@ async def test_messages_arrive_whole_and_in_order() -> None:
         Done(1),
         Said(2, b"x" * 3_000_000),
         messages.Fleet(
-            3, [messages.PoolMembers("default", 0, True, "", [])], (config, Credentials({b"\0" * 32: "alice"}, b"key"))
+            3,
+            [messages.PoolMembers("default", 0, True, "", [])],
+            (config, Credentials({b"\0" * 32: "alice"}, b"key")),
+            [0],
         ),
         messages.Drain(),
     ]
@@ -234,7 +247,7 @@ async def test_workers_are_forked_reaped_and_forked_again() -> None:
         sock.send(b"%d" % slot)
         return len(sock.recv(10))
 
-    forker = Forker(work, [])
+    forker = Forker(work)
     try:
         with trio.fail_after(10):
             first = forker.fork(3)
@@ -254,3 +267,65 @@ async def test_workers_are_forked_reaped_and_forked_again() -> None:
                 assert await forker.next_event() == Ended(second.pid, -signal.SIGKILL)
     finally:
         forker.close()
+
+
+# -- all together
+
+
+class Unforked:
+    """In a forker's place: workers that exist as the ends of their channels only."""
+
+    pid = 0
+
+    def __init__(self) -> None:
+        self.ends: dict[int, socket.socket] = {}
+
+    def fork(self, slot: int) -> socket.socket:
+        mine, self.ends[slot] = socket.socketpair()
+        return mine
+
+    async def next_event(self) -> None:
+        await trio.sleep_forever()
+
+
+async def test_what_waits_for_a_worker_that_does_not_read_is_bounded(nursery: trio.Nursery) -> None:
+    forker = Unforked()
+    config = Config(pools=(PoolConfig(upstreams=(parse_upstream("http://a:1"),)),))
+    crew = Crew(Service(config, Pump(), None), Scoreboard(2), forker, Listeners())  # type: ignore[arg-type]
+    nursery.start_soon(crew.run, 2, lambda: None)
+    await trio.testing.wait_all_tasks_blocked()
+    with forker.ends[0], forker.ends[1]:
+        reader = Channel(forker.ends[1])
+        assert isinstance(await reader.receive(), messages.Fleet)
+        body = bytes(1_000_000)
+        taken = 0
+        while crew.call(1, "key", body):
+            taken += 1
+        assert MOST_UNSENT_BYTES - 2 * len(body) < taken * len(body) <= MOST_UNSENT_BYTES
+        assert crew.call(2, "key", body)  # one that does not read is no other's affair
+        assert await reader.receive() == messages.Call("key", body)
+        assert crew.call(3, "key", body)  # gone, and with it who waited
+        nursery.cancel_scope.cancel()
+
+
+async def test_changes_are_told_one_at_a_time(nursery: trio.Nursery) -> None:
+    forker = Unforked()
+    config = Config(pools=(PoolConfig(upstreams=(parse_upstream("http://a:1"),)),))
+    crew = Crew(Service(config, Pump(), None), Scoreboard(1), forker, Listeners())  # type: ignore[arg-type]
+    nursery.start_soon(crew.run, 1, lambda: None)
+    await trio.testing.wait_all_tasks_blocked()
+    with forker.ends[0]:
+        worker = Channel(forker.ends[0])
+        nursery.start_soon(worker.deliver)
+        first = await worker.receive()
+        assert isinstance(first, messages.Fleet)
+        for _ in range(3):
+            crew.fleet_changed()
+            await trio.testing.wait_all_tasks_blocked(2 * TELL_S)
+        worker.send(Done(first.serial))
+        last = await worker.receive()
+        assert isinstance(last, messages.Fleet)
+        assert last.serial > first.serial + 2  # those between are nobody's concern any more
+        worker.send(Done(last.serial))
+        await crew.settle()
+        nursery.cancel_scope.cancel()

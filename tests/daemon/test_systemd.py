@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from relay.daemon import systemd
-from relay.daemon.systemd import Priority, listen_fds, notify
+from relay.daemon.systemd import listen_fds, notify
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -76,10 +76,9 @@ def test_a_full_queue_does_not_stop_the_daemon(
     [
         (lambda: systemd.ready("2 workers"), b"READY=1\nSTATUS=2 workers"),
         (lambda: systemd.stopping("draining"), b"STOPPING=1\nSTATUS=draining"),
-        (lambda: systemd.show_status("7 in flight"), b"STATUS=7 in flight"),
-        (lambda: systemd.show_status("a\nREADY=1\r\nb"), b"STATUS=a READY=1 b"),
-        (lambda: systemd.extend_timeout(12.5), b"EXTEND_TIMEOUT_USEC=12500000"),
-        (lambda: systemd.extend_timeout(0.1 + 0.2), b"EXTEND_TIMEOUT_USEC=300000"),
+        (lambda: systemd.stopping("a\nREADY=1\r\nb"), b"STOPPING=1\nSTATUS=a READY=1 b"),
+        (lambda: systemd.draining(12, 12.5), b"EXTEND_TIMEOUT_USEC=12500000\nSTATUS=draining, 12 streams left"),
+        (lambda: systemd.draining(1, 0.1 + 0.2), b"EXTEND_TIMEOUT_USEC=300000\nSTATUS=draining, 1 stream left"),
         (systemd.feed_watchdog, b"WATCHDOG=1"),
     ],
 )
@@ -200,31 +199,3 @@ def test_listeners_by_name(
 ) -> None:
     monkeypatch.setattr(systemd, "listen_fds", lambda: [systemd.PassedSocket(*one) for one in passed])
     assert systemd.passed_listeners() == expected
-
-
-# -- the journal
-
-
-def journal_stream(fd: int) -> str:
-    found = os.fstat(fd)
-    return f"{found.st_dev}:{found.st_ino}"
-
-
-def test_lines_for_the_journal_have_their_priority(
-    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("JOURNAL_STREAM", journal_stream(2))
-    systemd.say("relay: listening")
-    systemd.say("Traceback:\n  line 1\n\nError\n", Priority.ERROR)
-    systemd.say("relay: slow", Priority.WARNING)
-    assert capfd.readouterr().err == "<6>relay: listening\n<3>Traceback:\n<3>  line 1\n<3>\n<3>Error\n<4>relay: slow\n"
-
-
-@pytest.mark.parametrize("stream", [None, "", "0:0", "stdout"])
-def test_lines_for_people_have_none(
-    stream: str | None, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Standard error may have been redirected while standard output still goes to the journal."""
-    set_variables(monkeypatch, JOURNAL_STREAM=journal_stream(1) if stream == "stdout" else stream)
-    systemd.say("relay: listening", Priority.WARNING)
-    assert capfd.readouterr().err == "relay: listening\n"

@@ -20,6 +20,7 @@ from relay.address import UpstreamConfig, parse_upstream
 from relay.config import Config, HealthConfig, LogConfig, PoolConfig
 from relay.core.health import CONSECUTIVE_FAILURES
 from relay.core.status import Status
+from relay.daemon.listeners import Listeners
 from relay.daemon.worker import Worker
 from relay.net.pool import Upstream
 from relay_bench.engine import Engine
@@ -129,7 +130,7 @@ class RunningFleet(RunningRelay):
     def __init__(self, config: Config, load_config: Callable[[], Config] | None = None) -> None:
         listener, admin = (socket.create_server(("127.0.0.1", 0), backlog=512) for _ in range(2))
         super().__init__(config, listener)
-        self.worker = Worker(config, [listener], self._write, admin, load_config)
+        self.worker = Worker(config, Listeners([listener]), lambda _: self._write, Listeners([admin]), load_config)
         self.admin_port: int = admin.getsockname()[1]
 
     async def admin(self, method: str, path: str, body: Any = b"") -> Answer:

@@ -144,10 +144,10 @@ async def test_what_takes_a_restart_is_named_every_time(config_file: ConfigFile)
     async with fakes("a") as (engine,):
         config_file.pools(("chat", engine.url))
         async with running_fleet(*config_file.load().pools, load_config=config_file.load) as relay:
-            config_file.pools(("chat", engine.url), extra="[admin]\naddress = 'off'\n[listen]\naddresses = ['a:1']\n")
+            config_file.pools(("chat", engine.url), extra="[admin]\naddress = 'off'\n[daemon]\nworkers = 3\n")
             for _ in range(2):
                 got = await relay.admin("POST", "/-/reload")
-                assert got.json() == {"reloaded": "yes, but a restart is needed for: [listen], [admin]"}
+                assert got.json() == {"reloaded": "yes, but a restart is needed for: admin.address, daemon.workers"}
 
 
 async def test_reloads_end_and_begin_probing(config_file: ConfigFile) -> None:

@@ -13,7 +13,7 @@ import trio
 from relay.address import Address
 from relay.config import AuthConfig
 from relay.core.auth import keys_line
-from relay.daemon.exposure import warn_if_exposed
+from relay.daemon.exposure import exposures, warn_of
 from relay.net.guard import Credentials, Guard
 from tests.e2e.harness import ASKS, GOOD_ANSWER, ask, request
 from tests.e2e.test_workers import configuration, two_workers
@@ -96,7 +96,7 @@ def test_a_listener_in_public_is_told_of_in_one_line(
     guard = Guard(AuthConfig(), Credentials({b"\0" * 32: "alice"} if has_keys else None))
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.create_server((address, 0), family=family) as listener:
-        warn_if_exposed([listener], guard)
+        warn_of(exposures([listener], guard))
         told = capsys.readouterr().err
         assert warning in told
         assert told.count("\n") == bool(warning)

@@ -16,6 +16,7 @@ from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import trio
 
 from relay.core.auth import keys_line
@@ -365,20 +366,31 @@ class LayerwiseEngines:
         await stream.send_all(GOOD_ANSWER)
 
 
-async def test_a_decoders_call_reaches_the_worker_that_waits_for_it(nursery: trio.Nursery, tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", [1, 2])
+async def test_a_decoders_call_reaches_the_worker_that_waits_for_it(
+    nursery: trio.Nursery, tmp_path: Path, workers: int
+) -> None:
+    """Also where the pool came with a reload."""
     engines = LayerwiseEngines()
     listeners = [(await trio.open_tcp_listeners(0, host="127.0.0.1"))[0] for _ in range(2)]
     for listener in listeners:
         nursery.start_soon(trio.serve_listeners, engines.serve, [listener])
     prefill, decode = (f"http://127.0.0.1:{listener.socket.getsockname()[1]}" for listener in listeners)
-    pool = (f"prefill = ['{prefill}']", f"decode = ['{decode}']", 'connector = "ascend_layerwise"')
-    path = configuration(tmp_path / "relay.toml", *pool, "[health]", "interval_s = 0")
-    async with two_workers("--config", path) as relay:
-        for pid in relay.workers:
-            with relay.stopped(pid):
-                answer = await ask(relay.port, request())
-                assert (answer.status, answer.end) == (200, "whole")
-    assert [asked["remote_block_ids"] for asked in engines.asked] == [[1, 2], [1, 2]]
+    path = tmp_path / "relay.toml"
+    health = ("[health]", "interval_s = 0")
+    configuration(path, f"upstreams = ['{prefill}']", *health)
+    async with two_workers("--config", str(path), "--workers", str(workers)) as relay:
+        pool = (f"prefill = ['{prefill}']", f"decode = ['{decode}']", 'connector = "ascend_layerwise"')
+        configuration(path, *pool, *health)
+        assert await relay.admin("POST", "/-/reload") == {"reloaded": "yes"}
+        if workers == 1:
+            assert (await ask(relay.port, request())).status == 200
+        else:
+            for pid in relay.workers:
+                with relay.stopped(pid):
+                    answer = await ask(relay.port, request())
+                    assert (answer.status, answer.end) == (200, "whole")
+    assert [asked["remote_block_ids"] for asked in engines.asked] == [[1, 2]] * workers
 
 
 async def test_an_engine_is_picked_by_what_both_have_there(engine: Engine, second_engine: Engine) -> None:

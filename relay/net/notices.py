@@ -1,0 +1,40 @@
+"""Lines for people on standard error, which under systemd is the journal: what happens to the daemon as a whole.
+
+What happens to one exchange is its record's (`relay.core.timeline`), on standard output.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from enum import IntEnum
+
+_STDERR = 2
+
+
+class Priority(IntEnum):
+    """syslog(3)'s levels, as far as the relay has something to say."""
+
+    ERROR = 3
+    WARNING = 4
+    NOTICE = 5
+    INFO = 6
+
+
+def say(text: str, priority: Priority = Priority.INFO) -> None:
+    """Write `text` on standard error; to the journal, each line with its priority (sd-daemon(3))."""
+    mark = f"<{priority:d}>" if _goes_to_journal(_STDERR) else ""
+    print("\n".join(mark + line for line in text.splitlines()), file=sys.stderr, flush=True)
+
+
+def say_fault(exc: BaseException) -> None:
+    """An exception that nobody expected: a fault of the relay's own, which has ended no more than one connection."""
+    trace = "".join(traceback.format_exception(exc))
+    say(f"relay: internal error: {exc!r}\n{trace}", Priority.ERROR)
+
+
+def _goes_to_journal(fd: int) -> bool:
+    """Whether systemd has connected a descriptor to the journal, and nobody redirected it (``$JOURNAL_STREAM``)."""
+    found = os.fstat(fd)
+    return os.environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"

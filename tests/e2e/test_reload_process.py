@@ -1,0 +1,153 @@
+"""What a reload changes of the processes themselves, one or several, while streams go on."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from relay_bench.engine import Engine
+from tests.e2e.children import START_S, Child, child
+from tests.e2e.harness import Answer, Client, request, until
+from tests.e2e.test_reload import admin_of
+from tests.e2e.test_workers import children_of
+
+#: Asks for 22 frames in a second.
+SLOW: dict[str, Any] = {"body": {"max_tokens": 20}, "sim_step_ms": "50"}
+
+
+class Daemon:
+    """A relay that is told by its file alone where to listen, on unix sockets in a directory."""
+
+    def __init__(self, directory: Path, engine: Engine) -> None:
+        self.directory = directory
+        self.admin = admin_of(directory)
+        self._engine = engine
+
+    def write(self, *listen: str, workers: int, log: str = "off") -> None:
+        addresses = [f"unix:{self.directory}/{name}" for name in listen]
+        self.path.write_text(
+            f"[listen]\naddresses = {addresses}\n[admin]\naddress = 'unix:{self.directory}/admin'\n"
+            f"[daemon]\nworkers = {workers}\n[log]\nformat = '{log}'\n[health]\ninterval_s = 0\n"
+            f"[[pool]]\nupstreams = ['{self._engine.url}']\n"
+        )
+
+    @property
+    def path(self) -> Path:
+        return self.directory / "relay.toml"
+
+    @property
+    def files(self) -> set[str]:
+        """The sockets there are."""
+        return {path.name for path in self.directory.iterdir() if path.is_socket()}
+
+    async def reload(self) -> str:
+        answer = await self.admin("POST", "/-/reload")
+        found: dict[str, str] = answer.json()
+        return found.get("reloaded") or found["error"]
+
+    async def connect(self, name: str) -> Client:
+        return Client(await trio.open_unix_socket(f"{self.directory}/{name}"))
+
+    async def ask(self, name: str) -> Answer:
+        async with await self.connect(name) as client:
+            return await client.ask(request())
+
+    @asynccontextmanager
+    async def streams(self, name: str, number: int) -> AsyncIterator[list[Client]]:
+        """Clients with two frames of a stream."""
+        async with AsyncExitStack() as stack:
+            clients = []
+            for _ in range(number):
+                client = await stack.enter_async_context(await self.connect(name))
+                await client.send(request(**SLOW))
+                await client.frames(2)
+                clients.append(client)
+            yield clients
+
+
+@pytest.fixture
+def daemon(tmp_path: Path, engine: Engine) -> Daemon:
+    return Daemon(tmp_path, engine)
+
+
+@contextmanager
+def serving(daemon: Daemon) -> Any:
+    with child(daemon.directory, "relay", "serve", "--config", str(daemon.path)) as process:
+        yield process
+
+
+def workers_of(process: Child) -> list[int]:
+    (forker,) = children_of(process.pid)
+    return children_of(forker)
+
+
+async def assert_whole(clients: list[Client]) -> None:
+    for client in clients:
+        answer = await client.answer()
+        assert (answer.end, len(answer.frames)) == ("whole", 22)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+async def test_listeners_come_and_go_and_streams_stay(daemon: Daemon, workers: int) -> None:
+    daemon.write("a", "b", workers=workers)
+    with serving(daemon) as process:
+        async with daemon.streams("a", 3) as clients:
+            daemon.write("b", "c", workers=workers)
+            assert await daemon.reload() == "yes"
+            assert daemon.files == {"admin", "b", "c"}
+            for name in ("b", "c", "b", "c"):
+                assert (await daemon.ask(name)).status == 200
+            daemon.write("c", "nowhere/d", workers=workers)
+            assert re.fullmatch(
+                r"cannot listen on unix:/\S+/nowhere/d: No such file or directory", await daemon.reload()
+            )
+            assert (await daemon.ask("b")).status == 200
+            await assert_whole(clients)
+        rest = process.stop()
+        assert "Traceback" not in rest
+    assert daemon.files == set()
+
+
+async def test_there_are_as_many_workers_as_the_file_says(daemon: Daemon) -> None:
+    daemon.write("a", workers=2)
+    with serving(daemon) as process:
+        before = set(workers_of(process))
+        async with daemon.streams("a", 8) as clients:
+            daemon.write("a", workers=3)
+            assert await daemon.reload() == "yes"
+            await until(lambda: len(workers_of(process)) == 3, START_S)
+            daemon.write("a", workers=1)
+            assert await daemon.reload() == "yes"
+            await assert_whole(clients)
+        await until(lambda: len(workers_of(process)) == 1, START_S)
+        assert set(workers_of(process)) <= before  # the first stays
+        assert (await daemon.ask("a")).status == 200
+        done = b'relay_requests_total{outcome="--",pool="default",route="chat",status="200"} 9.0\n'
+        assert done in (await daemon.admin("GET", "/metrics")).payload
+        daemon.write("a", workers=1000)
+        assert await daemon.reload() == "daemon.workers: 1000 are too many; allowed without a restart: 64 at present"
+        assert len(workers_of(process)) == 1
+        assert "ended with" not in process.stop()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+async def test_records_take_another_form(daemon: Daemon, workers: int) -> None:
+    daemon.write("a", workers=workers)
+    with serving(daemon) as process:
+        assert (await daemon.ask("a")).status == 200
+        daemon.write("a", workers=workers, log="json")
+        os.kill(process.pid, signal.SIGHUP)
+        assert await trio.to_thread.run_sync(process.line) == "relay: reloaded: yes\n"
+        assert (await daemon.ask("a")).status == 200
+        process.stop()
+        (record,) = process.records()
+    assert record["outcome"] == "--", json.dumps(record)

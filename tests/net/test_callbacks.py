@@ -1,0 +1,106 @@
+"""Where decoders call back: who may, for which worker, and what becomes of a call there is no room for."""
+
+from __future__ import annotations
+
+import json
+import socket
+
+import pytest
+import trio
+
+from relay.address import parse_upstream
+from relay.config import Config, PoolConfig
+from relay.net.callbacks import Callbacks, url_of_worker
+from relay.net.pump import Pump
+from relay.net.service import Service
+from tests.e2e.harness import ask, request
+
+KEY = "0" * 8 + "b" * 24
+
+
+def config_of(*addresses: str, decoder: str = "127.0.0.1") -> Config:
+    """A pool for each callback address; an empty one: its own."""
+    engine = parse_upstream(f"http://{decoder}:9")
+    pools = [
+        PoolConfig(
+            name=f"pool{at}",
+            prefill=(engine,),
+            decode=(engine,),
+            connector="ascend_layerwise",
+            callback_address=address,
+        )
+        for at, address in enumerate(addresses)
+    ]
+    return Config(pools=tuple(pools))
+
+
+class Called:
+    """Callbacks of a configuration, and what is passed on of them."""
+
+    def __init__(self, config: Config, nursery: trio.Nursery) -> None:
+        self.service = Service(config, Pump(), None)
+        self.passed: list[tuple[int, str]] = []
+        self.has_room = True
+        self.callbacks = Callbacks(self.service, self._pass_on)
+        self.callbacks.nursery = nursery
+
+    def _pass_on(self, worker: int, key: str, message: bytes) -> bool:
+        self.passed.append((worker, key))
+        return self.has_room
+
+    async def reload(self, config: Config) -> None:
+        prepared = await self.callbacks.prepare(config)
+        self.service.fleet.reconfigure(config)
+        self.callbacks.take_on(prepared)
+
+    @property
+    def urls(self) -> list[str]:
+        return [pool.callback_url for pool in self.service.fleet.pools]
+
+
+async def call(url: str, key: str = KEY) -> int:
+    """A decoder's call; the status it gets."""
+    authority, _, path = url.removeprefix("http://").partition("/")
+    body = json.dumps({"request_id": f"chatcmpl-{key}-0"}).encode()
+    return (await ask(int(authority.rpartition(":")[2]), request(f"/{path}", body))).status
+
+
+async def test_a_call_is_for_the_worker_of_its_url(nursery: trio.Nursery) -> None:
+    called = Called(config_of(""), nursery)
+    await called.reload(config_of(""))
+    (url,) = called.urls
+    assert [await call(each) for each in (url, url_of_worker(url, 7), f"{url}/x", f"{url}/12345")] == [
+        200,
+        200,
+        404,
+        404,
+    ]
+    assert [worker for worker, _ in called.passed] == [0, 7]
+    called.has_room = False
+    assert await call(url) == 503
+    nursery.cancel_scope.cancel()
+
+
+async def test_only_decoders_may_call(nursery: trio.Nursery) -> None:
+    called = Called(config_of("127.0.0.1:0", decoder="127.0.0.9"), nursery)
+    await called.reload(config_of("127.0.0.1:0", decoder="127.0.0.9"))
+    assert await call(called.urls[0]) == 403
+    assert called.passed == []
+    nursery.cancel_scope.cancel()
+
+
+async def test_a_reload_opens_what_is_new_and_keeps_what_stays(nursery: trio.Nursery) -> None:
+    called = Called(config_of(), nursery)
+    await called.reload(config_of())
+    await called.reload(config_of("", ""))
+    one, two = called.urls
+    assert one == two  # of a listener's own address one is enough
+    await called.reload(config_of("", "127.0.0.1:0"))
+    assert called.urls[0] == one
+    await called.reload(config_of("127.0.0.1:0"))
+    assert await call(one) == 200  # decoders that were asked before know no better
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(ValueError, match=f"^cannot listen on {address} for decoders: Address already in use$"):
+            await called.reload(config_of(address))
+    nursery.cancel_scope.cancel()
