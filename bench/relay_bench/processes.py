@@ -62,10 +62,10 @@ def free_port() -> int:
         return port
 
 
-def pss_bytes(pid: int) -> int:
-    """Proportional memory of the family: a page that so many processes share counts by its part for each."""
+def pss_bytes(pid: int, *, alone: bool = False) -> int:
+    """Proportional memory of the family, or of one process `alone`: a shared page counts by its part for each."""
     total = 0
-    for one in family(pid):
+    for one in [pid] if alone else family(pid):
         try:
             found = re.search(r"^Pss: +(\d+) kB", Path(f"/proc/{one}/smaps_rollup").read_text(), re.MULTILINE)
         except OSError:

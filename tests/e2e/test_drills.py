@@ -86,6 +86,18 @@ def test_engines_that_are_never_taken_out() -> None:
     } <= set(trio.run(rolling.drill, scene, plan).broken)
 
 
+def test_streams_are_held_at_once(capsysbinary: pytest.CaptureFixture[bytes]) -> None:
+    status, report = kept(capsysbinary, "streams")
+    assert (status, report.broken) == (0, [])
+    assert len(report.promises) == 8
+
+
+def test_streams_that_are_refused(capsysbinary: pytest.CaptureFixture[bytes]) -> None:
+    status, report = kept(capsysbinary, "streams", "--streams", "40", "--set", "pool.max_in_flight=30")
+    assert status == 1
+    assert "no frame is lost, and none torn" in report.broken
+
+
 def test_affinity_finds_what_was_said(capsysbinary: pytest.CaptureFixture[bytes]) -> None:
     status, report = kept(capsysbinary, "affinity")
     assert (status, report.broken) == (0, [])

@@ -10,7 +10,7 @@ import msgspec
 import trio
 from rich.console import Console
 
-from relay_bench.drill import abuse, affinity, hangups, kill, rolling, soak, split
+from relay_bench.drill import abuse, affinity, hangups, kill, rolling, soak, split, streams
 from relay_bench.drill.report import DrillError, Report, rendered
 from relay_bench.drill.stage import Scene
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 #: The drills, and what each is.
 DRILLS: Final[dict[str, Any]] = {
     "kill": kill, "hangups": hangups, "rolling": rolling, "affinity": affinity, "split": split,
-    "soak": soak, "abuse": abuse,
+    "soak": soak, "abuse": abuse, "streams": streams,
 }  # fmt: skip
 _KEPT, _BROKEN, _NOT_HELD = 0, 1, 2
 
@@ -35,6 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not hasattr(plan, "minutes") or not chosen.minutes > 0:
             parser.error("--minutes: more than 0, and of soak alone")
         plan = msgspec.structs.replace(plan, minutes=chosen.minutes)
+    if chosen.streams is not None:
+        if chosen.name != "streams":
+            parser.error("--streams is for the drill of that name")
+        plan = msgspec.structs.replace(plan, streams=chosen.streams)
     scene = Scene(settings=dict(chosen.set))
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     report: Report | None = None
@@ -59,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("name", choices=DRILLS, metavar="NAME", help=", ".join(DRILLS))
     parser.add_argument("--quick", action="store_true", help="a small one, to see that it works")
+    parser.add_argument("--streams", type=int, metavar="N", help="of the drill streams, at once (10,000)")
     parser.add_argument("--seed", type=int, default=0, help="of all that is drawn (%(default)s)")
     parser.add_argument("--minutes", type=float, help="how long soak takes (60)")
     parser.add_argument(
