@@ -146,12 +146,13 @@ class Supervisor:
 
     async def _reload_for_systemd(self) -> None:
         systemd.reloading("reading the configuration")
+        priority = Priority.NOTICE
         try:
             said = f"reloaded: {await self.reload()}"
             await self.crew.settle()
         except ValueError as problem:
-            said = f"not reloaded: {problem}"
-        say(f"relay: {said}", Priority.NOTICE)
+            said, priority = f"not reloaded: {problem}", Priority.ERROR
+        say(f"relay: {said}", priority)
         systemd.ready(said)
 
     async def reload(self) -> str:

@@ -128,11 +128,12 @@ async def _obey(worker: Worker, signals: AsyncIterator[int], nursery: trio.Nurse
     async for number in signals:
         if number == signal.SIGHUP:
             systemd.reloading("reading the configuration")
+            priority = Priority.NOTICE
             try:
                 said = f"reloaded: {await worker.reload()}"
             except ValueError as problem:
-                said = f"not reloaded: {problem}"
-            say(f"relay: {said}", Priority.NOTICE)
+                said, priority = f"not reloaded: {problem}", Priority.ERROR
+            say(f"relay: {said}", priority)
             systemd.ready(said)
         elif not worker.service.is_ready:
             worker.cut()
