@@ -93,7 +93,7 @@ class DaemonConfig(Table, frozen=True):
 
     #: Processes that carry traffic; "auto": one for each core the daemon may use (``CPUAffinity=``).
     workers: Workers = "auto"
-    #: Seconds for open streams after SIGTERM; below systemd's stop limit of 90 s, 0 cuts them at once.
+    #: Seconds for open streams after SIGTERM; below the stop limit of most supervisors, 0 cuts them at once.
     drain_s: Delay = 30.0
     #: Seconds that readiness says 503 before accepting stops; 0, as only a load balancer that polls it needs more.
     ready_delay_s: Delay = 0.0
