@@ -20,8 +20,8 @@ from relay.core.metrics import IN_FLIGHT
 from relay.core.status import ExchangeStatus, Status
 from relay.daemon import messages, worker
 from relay.daemon.forker import Forked, Forker
-from relay.daemon.key_limits import KeyLimits
-from relay.daemon.limits import Limits
+from relay.daemon.key_limits import Bucket, KeyLimits
+from relay.daemon.limits import Limit, Limits
 from relay.daemon.listeners import Listeners
 from relay.daemon.messages import Channel, Done, KeyLimit, Member, Message, PoolMembers, Said
 from relay.daemon.scoreboard import MOST_NUMBERS, Numbers, Scoreboard, Slot
@@ -59,8 +59,8 @@ class _Hand:
         self.pid: int | None = None
         self.channel: Channel | None = None  #: None: it is gone
         self.config: Config | None = None  #: what it was told last
-        self.limits: dict[int, int] = {}  #: likewise, descriptors by number
-        self.key_limits: dict[KeyLimit, int] = {}
+        self.limits: dict[int, Limit] = {}  #: likewise, by number
+        self.key_limits: dict[KeyLimit, Limit | Bucket] = {}
         self.sockets: list[int] = []  #: likewise, listening ones by number
         self.told = 0  #: the last change it was told of
         self.confirmed = 0  #: the last it has taken on
@@ -290,11 +290,11 @@ class Crew:
             added = [number for number in sockets if number not in hand.sockets]
             hand.channel.send(messages.Listen([*sockets], added), [sockets[number].fileno() for number in added])
             hand.sockets = [*sockets]
-        limits = dict(self._limits.fds)
-        new = [number for number, fd in limits.items() if hand.limits.get(number) != fd]
+        limits = dict(self._limits.by_number)
+        new = [number for number, limit in limits.items() if hand.limits.get(number) is not limit]
         for at in range(0, len(new), messages.MOST_FDS):
             numbers = new[at : at + messages.MOST_FDS]
-            hand.channel.send(messages.Limits(numbers), [limits[number] for number in numbers])
+            hand.channel.send(messages.Limits(numbers), [limits[number].fd for number in numbers])
         hand.limits = limits
         for order, fds in self._key_limits.orders(hand.key_limits):
             hand.channel.send(order, fds)

@@ -15,7 +15,7 @@ import trio
 
 from relay.config import KeyLimitsConfig
 from relay.daemon import messages
-from relay.daemon.limits import Limits
+from relay.daemon.limits import Limit, Limits
 from relay.daemon.messages import MOST_FDS, KeyLimit
 from relay.daemon.scoreboard import KEY_NUMBERS, Numbers, Scoreboard, Subject
 from relay.net.keyring import Keyring, Tokens
@@ -124,18 +124,18 @@ class KeyLimits:
             else:
                 self._buckets[name] = Bucket(per_minute, now)
 
-    def changes(self, told: dict[KeyLimit, int]) -> Iterator[tuple[KeyLimit, int | None]]:
+    def changes(self, told: dict[KeyLimit, Limit | Bucket]) -> Iterator[tuple[KeyLimit, int | None]]:
         """Limits that are new since `told`, each with its descriptor, or gone (None); `told` is brought up to date."""
-        now = dict(self._descriptors())
+        now = dict(self._all())
         for limit in told.keys() - now.keys():
             del told[limit]
             yield limit, None
-        for limit, fd in now.items():
-            if told.get(limit) != fd:
-                told[limit] = fd
-                yield limit, fd
+        for limit, source in now.items():
+            if told.get(limit) is not source:
+                told[limit] = source
+                yield limit, source.fd
 
-    def orders(self, told: dict[KeyLimit, int]) -> Iterator[tuple[messages.KeyLimits, list[int]]]:
+    def orders(self, told: dict[KeyLimit, Limit | Bucket]) -> Iterator[tuple[messages.KeyLimits, list[int]]]:
         """What a worker is to be sent of its `changes`, with the descriptors beside it."""
         changes = [*self.changes(told)]
         gone = [limit for limit, fd in changes if fd is None]
@@ -160,12 +160,11 @@ class KeyLimits:
                 for bucket in self._buckets.values():
                     bucket.refill(now)
 
-    def _descriptors(self) -> Iterator[tuple[KeyLimit, int]]:
-        fds = self._places.fds
+    def _all(self) -> Iterator[tuple[KeyLimit, Limit | Bucket]]:
         for (_, _, name), number in self._numbers:
-            yield KeyLimit(name, "max_in_flight", number), fds[number]
+            yield KeyLimit(name, "max_in_flight", number), self._places.by_number[number]
         for name, bucket in self._buckets.items():
-            yield KeyLimit(name, "requests_per_minute", 0), bucket.fd
+            yield KeyLimit(name, "requests_per_minute", 0), bucket
 
 
 def impose(keys: Keyring, limit: KeyLimit, fd: int | None, held: Cells) -> None:
@@ -185,7 +184,7 @@ class OwnKeyLimits(KeyLimits):
         super().__init__(scoreboard)
         self._keys = keys
         self._held = scoreboard.slot(0).held
-        self._imposed: dict[KeyLimit, int] = {}
+        self._imposed: dict[KeyLimit, Limit | Bucket] = {}
 
     def settle(self, wanted: Mapping[str, KeyLimitsConfig]) -> None:
         """From now on these are the limits, by key."""

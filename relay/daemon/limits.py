@@ -11,12 +11,17 @@ from collections.abc import Mapping
 import trio
 
 
-class _Semaphore:
+class Limit:
+    """One limit's permits. Each is another, even where it has the number and the descriptor of one that is gone."""
+
     def __init__(self, most: int) -> None:
         self.most = most  #: permits there should be
         self.issued = most  #: permits there are, free or held
         self.fd = os.eventfd(most, os.EFD_SEMAPHORE | os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.is_shrinking = False
+
+    def __repr__(self) -> str:
+        return f"<Limit {self.most} issued={self.issued}>"
 
     def grow(self) -> None:
         if self.most > self.issued:
@@ -38,44 +43,39 @@ class Limits:
     """All of them, by number."""
 
     def __init__(self) -> None:
-        self._semaphores: dict[int, _Semaphore] = {}
+        self.by_number: dict[int, Limit] = {}
         self.nursery: trio.Nursery | None = None  #: where permits that are too many are waited for
 
     def __repr__(self) -> str:
-        return f"<Limits {len(self._semaphores)}>"
-
-    @property
-    def fds(self) -> Mapping[int, int]:
-        """The semaphores' descriptors."""
-        return {number: semaphore.fd for number, semaphore in self._semaphores.items()}
+        return f"<Limits {len(self.by_number)}>"
 
     def set(self, number: int, most: int) -> None:
         """From now on there are so many permits."""
-        semaphore = self._semaphores.get(number)
-        if semaphore is None:
-            self._semaphores[number] = _Semaphore(most)
+        limit = self.by_number.get(number)
+        if limit is None:
+            self.by_number[number] = Limit(most)
             return
-        semaphore.most = most
-        semaphore.grow()
-        if not semaphore.shrink() and not semaphore.is_shrinking and self.nursery is not None:
-            semaphore.is_shrinking = True
-            self.nursery.start_soon(self._shrink, semaphore)
+        limit.most = most
+        limit.grow()
+        if not limit.shrink() and not limit.is_shrinking and self.nursery is not None:
+            limit.is_shrinking = True
+            self.nursery.start_soon(self._shrink, limit)
 
     def give_back(self, held: Mapping[int, int]) -> None:
         """The permits of a worker that is gone, by number, are free again."""
         for number, count in held.items():
-            if number in self._semaphores:
-                os.eventfd_write(self._semaphores[number].fd, count)
+            if number in self.by_number:
+                os.eventfd_write(self.by_number[number].fd, count)
 
     def drop(self, number: int) -> None:
         """What was limited is gone."""
-        semaphore = self._semaphores.pop(number, None)
-        if semaphore is not None:
-            semaphore.most = semaphore.issued  # nothing to wait for
-            if not semaphore.is_shrinking:
-                os.close(semaphore.fd)
+        limit = self.by_number.pop(number, None)
+        if limit is not None:
+            limit.most = limit.issued  # nothing to wait for
+            if not limit.is_shrinking:
+                os.close(limit.fd)
 
-    async def _shrink(self, semaphore: _Semaphore) -> None:
-        while not semaphore.shrink():
-            await trio.lowlevel.wait_readable(semaphore.fd)
-        semaphore.is_shrinking = False
+    async def _shrink(self, limit: Limit) -> None:
+        while not limit.shrink():
+            await trio.lowlevel.wait_readable(limit.fd)
+        limit.is_shrinking = False

@@ -9,6 +9,7 @@ import pytest
 from relay.config import KeyLimitsConfig
 from relay.core.board import Board
 from relay.daemon.key_limits import Bucket, KeyLimits, impose
+from relay.daemon.limits import Limit
 from relay.daemon.messages import KeyLimit
 from relay.daemon.scoreboard import Scoreboard
 from relay.errors import RateLimited
@@ -23,7 +24,7 @@ class Workers:
         self.scoreboard.slot(1)
         self.limits = KeyLimits(self.scoreboard)
         self.keyrings = [Keyring(Board(slot.board)) for slot in self.scoreboard.slots]
-        self.told: list[dict[KeyLimit, int]] = [{}, {}]
+        self.told: list[dict[KeyLimit, Limit | Bucket]] = [{}, {}]
         self.wanted: dict[str, KeyLimitsConfig] = {}
 
     def limit(self, **wanted: KeyLimitsConfig) -> None:
@@ -81,6 +82,21 @@ def test_a_limit_can_change_and_end_while_requests_are_under_way() -> None:
     workers.limit(alice=KeyLimitsConfig(max_in_flight=1))
     assert workers.enter(0)
     assert workers.enter(1) is None
+
+
+def test_a_limit_that_went_and_came_back_is_told_anew() -> None:
+    """Another in its place may have its number, and its descriptor."""
+    scoreboard = Scoreboard(1)
+    keyring, held = Keyring(Board(scoreboard.slot(0).board)), scoreboard.slots[0].held
+    limits, told = KeyLimits(scoreboard), dict[KeyLimit, Limit | Bucket]()
+    wanted = KeyLimitsConfig(requests_per_minute=1, max_in_flight=1)
+    for config in ({"alice": wanted}, {}, {"alice": wanted}):
+        limits.settle(config)
+        if config:  # in between nobody tells the worker
+            for limit, fd in limits.changes(told):
+                impose(keyring, limit, None if fd is None else os.dup(fd), held)
+            keyring.of("alice").enter(wanted).end()
+    assert [*limits.changes(told)] == []
 
 
 def test_requests_a_minute_are_counted_over_all_workers_and_take_no_place_when_refused() -> None:

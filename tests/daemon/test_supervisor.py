@@ -114,7 +114,7 @@ class Limited:
         self.scoreboard = scoreboard_of(2)
         self.limits = Limits()
         self.limits.set(0, most)
-        self.workers = [Permits(os.dup(self.limits.fds[0]), 0, slot.held) for slot in self.scoreboard.slots]
+        self.workers = [Permits(os.dup(self.limits.by_number[0].fd), 0, slot.held) for slot in self.scoreboard.slots]
 
     def take(self, *workers: int) -> list[bool]:
         """Which of these workers, in this order, get a permit."""
