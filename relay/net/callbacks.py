@@ -2,6 +2,10 @@
 
 A decoder is given a URL that ends in the number of the worker that waits for it, so that a daemon of several, whose
 control process listens here, passes each call on to one of them alone.
+
+A decoder takes any answer for success, whatever its status, and waits for a prefill that nobody is asked for. It calls
+again only where it got none (vllm-ascend, mooncake_layerwise_connector.py, `_access_metaserver`). So a call that may be
+taken the next time is closed without an answer, and one that never will be gets its status, for whoever debugs it.
 """
 
 from __future__ import annotations
@@ -125,6 +129,8 @@ class Callbacks:
             try:
                 connection = h11.Connection(h11.SERVER)
                 status = await self._take_message(connection, sock, peer)
+                if status is None:
+                    return
                 response = h11.Response(status_code=status, headers=[("content-length", "0"), ("connection", "close")])
                 await sockets.send_all(sock, connection.send(response) or b"")
             except (OSError, h11.ProtocolError):
@@ -132,8 +138,8 @@ class Callbacks:
             except Exception as exc:  # a fault of ours: this call fails, the worker goes on
                 say_fault(exc)
 
-    async def _take_message(self, connection: h11.Connection, sock: socket.socket, peer: str) -> int:
-        """Reads one call, and passes its message on to whom it is for; answers its status."""
+    async def _take_message(self, connection: h11.Connection, sock: socket.socket, peer: str) -> int | None:
+        """Reads one call, passes its message on to whom it is for; answers its status, None: it is to come again."""
         worker: int | None = None
         body = bytearray()
         while not isinstance(event := connection.next_event(), h11.EndOfMessage):
@@ -154,7 +160,7 @@ class Callbacks:
         message = bytes(body)
         keys = {pool.connector.callback_key(message) for pool in self._pools()} - {None}
         has_room = all(self._pass_on(worker or 0, key, message) for key in keys if key is not None)
-        return 200 if has_room else 503  # 200 also for nobody: the decoder has no reason to call again
+        return 200 if has_room else None  # 200 also for nobody: calling again would not help
 
     def _pools(self) -> Iterator[Pool]:
         return (pool for pool in self._service.fleet.pools if pool.is_split and pool.connector.calls_back)

@@ -13,7 +13,7 @@ from relay.config import Config, PoolConfig
 from relay.net.callbacks import Callbacks, url_of_worker
 from relay.net.pump import Pump
 from relay.net.service import Service
-from tests.e2e.harness import ask, request
+from tests.e2e.harness import Client, ask, request
 
 KEY = "0" * 8 + "b" * 24
 
@@ -58,11 +58,19 @@ class Called:
         return [pool.callback_url for pool in self.service.fleet.pools]
 
 
+def port_of(url: str) -> int:
+    return int(url.removeprefix("http://").partition("/")[0].rpartition(":")[2])
+
+
+def message(url: str, key: str = KEY) -> bytes:
+    """What a decoder sends there."""
+    path = url.removeprefix("http://").partition("/")[2]
+    return request(f"/{path}", json.dumps({"request_id": f"chatcmpl-{key}-0"}).encode())
+
+
 async def call(url: str, key: str = KEY) -> int:
     """A decoder's call; the status it gets."""
-    authority, _, path = url.removeprefix("http://").partition("/")
-    body = json.dumps({"request_id": f"chatcmpl-{key}-0"}).encode()
-    return (await ask(int(authority.rpartition(":")[2]), request(f"/{path}", body))).status
+    return (await ask(port_of(url), message(url, key))).status
 
 
 async def test_a_call_is_for_the_worker_of_its_url(nursery: trio.Nursery) -> None:
@@ -76,8 +84,20 @@ async def test_a_call_is_for_the_worker_of_its_url(nursery: trio.Nursery) -> Non
         404,
     ]
     assert [worker for worker, _ in called.passed] == [0, 7]
+    nursery.cancel_scope.cancel()
+
+
+async def test_a_call_there_is_no_room_for_gets_no_answer(nursery: trio.Nursery) -> None:
+    """A decoder takes any answer for a success, and calls again where it got none."""
+    called = Called(config_of(""), nursery)
+    await called.reload(config_of(""))
+    (url,) = called.urls
     called.has_room = False
-    assert await call(url) == 503
+    async with await Client.connect(port_of(url)) as decoder:
+        await decoder.send(message(url))
+        assert await decoder.is_closed()
+    called.has_room = True
+    assert await call(url) == 200
     nursery.cancel_scope.cancel()
 
 

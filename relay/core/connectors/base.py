@@ -141,8 +141,9 @@ class DecodeFirst(msgspec.Struct, frozen=True):
     """Decode; the decoder calls back; then prefill.
 
     The callback is recognised by its `key` (`Connector.callback_key`), and is answered 200 at once: the decoder takes
-    any answer for a success, and calls again, up to three times, only where it got none. So a second callback is
-    answered and dropped, and a prefiller's failure must end the decode leg, which would wait for it without end.
+    any answer for a success, and calls again, up to three times, only where it got none. So what cannot be taken
+    now is closed without one, a second callback is answered and dropped, and a prefiller's failure must end the decode
+    leg, which would wait for it without end.
     """
 
     decode: Leg
