@@ -98,6 +98,9 @@ class Follower(Worker):
         self._permits: dict[int, Permits] = {}
         self._background: trio.Nursery | None = None
 
+    async def open_callbacks(self) -> None:
+        """The control process listens for decoders."""
+
     async def look_after_fleet(self, background: trio.Nursery) -> None:
         """Begins to listen to the control process; comes back when it has told of the fleet."""
         self._background = background

@@ -28,7 +28,7 @@ from relay.daemon.listeners import Listeners, StartError, open_listeners
 from relay.daemon.reload import read_again, what_came_of
 from relay.daemon.scoreboard import Scoreboard
 from relay.net.admin import Admin
-from relay.net.callbacks import Callbacks
+from relay.net.callbacks import Callbacks, ListenError
 from relay.net.guard import Guard, GuardError
 from relay.net.notices import Priority, say
 from relay.net.pump import Pump
@@ -105,11 +105,17 @@ class Supervisor:
 
     async def _run(self) -> None:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+            try:
+                prepared = await self._callbacks.prepare(self.service.config)
+            except ListenError as exc:
+                say(f"relay: {exc}", Priority.ERROR)
+                self._status = 1
+                return
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._obey, signals)
                 nursery.start_soon(self._end)
                 self._callbacks.nursery = nursery
-                self._callbacks.take_on(await self._callbacks.prepare(self.service.config))
+                self._callbacks.take_on(prepared)
                 for listener in self._admin.sockets:
                     nursery.start_soon(Admin(self.service, self.roster, self.reload, self.crew).serve, listener)
                 await nursery.start(self.roster.run)

@@ -64,8 +64,7 @@ def run(config: Config, load_config: Callable[[], Config] | None = None) -> int:
         return 1
     warn_of(exposures(listeners.sockets, guard))
     raise_descriptor_limit()
-    trio.run(_run, config, listeners, admin, load_config, guard)
-    return 0
+    return trio.run(_run, config, listeners, admin, load_config, guard)
 
 
 async def _run(
@@ -74,25 +73,32 @@ async def _run(
     admin: Listeners,
     load_config: Callable[[], Config] | None,
     guard: Guard,
-) -> None:
-    """A worker with what a process has around it: signals, and records on standard output."""
+) -> int:
+    """A worker with what a process has around it: signals, and records on standard output. The exit status."""
+    status = 0
     writer = RecordWriter(sys.stdout.fileno())
     worker = Worker(config, listeners, partial(record_sink, writer), admin, load_config, guard=guard)
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(writer.run)
             nursery.start_soon(_obey, worker, signals, nursery)
-            await nursery.start(worker.run)
-            # What lives as long as the process is not looked at again by the garbage collector.
-            gc.collect()
-            gc.freeze()
-            for url in listeners.urls:
-                say(f"relay: listening on {url}")
-            systemd.ready(f"serving on {', '.join(listeners.urls)}")
-            if (limit_s := systemd.watchdog_s()) is not None:
-                nursery.start_soon(_feed_watchdog, limit_s / 2)
+            try:
+                await nursery.start(worker.run)
+            except callbacks.ListenError as exc:
+                say(f"relay: {exc}", Priority.ERROR)
+                status = 1
+            else:
+                # What lives as long as the process is not looked at again by the garbage collector.
+                gc.collect()
+                gc.freeze()
+                for url in listeners.urls:
+                    say(f"relay: listening on {url}")
+                systemd.ready(f"serving on {', '.join(listeners.urls)}")
+                if (limit_s := systemd.watchdog_s()) is not None:
+                    nursery.start_soon(_feed_watchdog, limit_s / 2)
             await worker.stopped.wait()
             nursery.cancel_scope.cancel()
+    return status
 
 
 def record_sink(writer: RecordWriter, config: LogConfig) -> Callable[[Record], None] | None:
@@ -178,6 +184,7 @@ class Worker:
         self.roster = Roster(self.service)
         self._callbacks = callbacks.Callbacks(self.service, callbacks.deliver(self.service.callbacks))
         self._key_limits: KeyLimits | None = None  #: None: another process keeps them
+        self._prepared = callbacks.Prepared({}, {})
         self._reloading = trio.Lock()
         self.budget = BodyBudget(config.limits.max_buffered_bytes)
         self.connections: set[ClientConnection] = set()
@@ -246,8 +253,9 @@ class Worker:
             self._handlers.cancel_scope.cancel()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Serves, from `task_status.started` on, until stopped and drained."""
+        """Serves, from `task_status.started` on, until stopped and drained. Raises ListenError: it cannot begin."""
         try:
+            await self.open_callbacks()
             with poller.install(self.pump) as is_installed:
                 async with trio.open_nursery() as background:
                     if not is_installed:
@@ -273,6 +281,10 @@ class Worker:
             self.pump.epoll.close()
             self.stopped.set()
 
+    async def open_callbacks(self) -> None:
+        """Listens for decoders. Raises ListenError."""
+        self._prepared = await self._callbacks.prepare(self.config)
+
     async def look_after_fleet(self, background: trio.Nursery) -> None:
         """Begins what keeps the fleet as it should be; comes back when it is fit for requests."""
         for listener in self._admin.sockets:
@@ -281,7 +293,7 @@ class Worker:
         self._key_limits.settle(self.service.guard.limits)
         background.start_soon(self._key_limits.run)
         self._callbacks.nursery = background
-        self._callbacks.take_on(await self._callbacks.prepare(self.config))
+        self._callbacks.take_on(self._prepared)
         await background.start(self.roster.run)
 
     @property

@@ -43,6 +43,10 @@ LAST_CALLS_S: Final = 60.0
 PassOn: TypeAlias = Callable[[int, str, bytes], bool]
 
 
+class ListenError(ValueError):
+    """An address for decoders cannot be listened on; the message says why."""
+
+
 class _Listener(NamedTuple):
     url: str
     scope: trio.CancelScope
@@ -74,7 +78,7 @@ class Callbacks:
         return f"<Callbacks {list(self._listeners)}>"
 
     async def prepare(self, config: Config) -> Prepared:
-        """Opens what `config` wants and is not there. Raises ValueError: an address cannot be listened on."""
+        """Opens what `config` wants and is not there. Raises ListenError."""
         prepared = Prepared({}, {})
         for pool in config.pools:
             if pool.is_split and connector_named(pool.connector).calls_back:
@@ -84,7 +88,7 @@ class Callbacks:
                 prepared.opened[address] = _listen(parse_address(address))
             except OSError as exc:
                 prepared.close()
-                raise ValueError(f"cannot listen on {address} for decoders: {exc.strerror}") from None
+                raise ListenError(f"cannot listen on {address} for decoders: {exc.strerror}") from None
         return prepared
 
     def take_on(self, prepared: Prepared) -> None:

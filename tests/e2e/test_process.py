@@ -11,7 +11,9 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 
+import pytest
 import trio
 
 from relay_bench.engine import Engine
@@ -134,6 +136,22 @@ async def test_a_port_in_use() -> None:
             assert await relay.ended() == 1
     assert relay.stderr == f"relay: cannot listen on 127.0.0.1:{port}: Address already in use\n".encode()
     assert relay.stdout == b""
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+async def test_a_port_for_decoders_in_use(tmp_path: Path, workers: int) -> None:
+    config = tmp_path / "relay.toml"
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        config.write_text(
+            f"[daemon]\nworkers = {workers}\n[[pool]]\nconnector = 'ascend_layerwise'\ncallback_address = '{address}'\n"
+            "prefill = ['http://127.0.0.1:1']\ndecode = ['http://127.0.0.1:1']\n"
+        )
+        async with relay_serve("--config", str(config), listen=f"unix:{tmp_path}/listener") as relay:
+            assert await relay.ended() == 1
+    assert relay.stderr == f"relay: cannot listen on {address} for decoders: Address already in use\n".encode()
+    assert relay.stdout == b""
+    assert not (tmp_path / "listener").exists()
 
 
 async def test_text_records_and_no_reader_of_them(engine: Engine) -> None:
