@@ -171,9 +171,11 @@ class Supervisor:
             count = worker.count_of(config)
             if count > (most := self.crew.most_workers()):
                 raise ValueError(f"daemon.workers: {count} are too many; allowed without a restart: {most} at present")
-            known = exposures(self._listeners.sockets, self.service.guard)
             prepared = await self._callbacks.prepare(config)
             try:
+                if not self.service.is_ready:
+                    raise StartError("the daemon is draining")
+                known = exposures(self._listeners.sockets, self.service.guard)
                 gone = self._listeners.change(config.listen.addresses)
             except StartError as exc:
                 prepared.close()

@@ -211,9 +211,11 @@ class Worker:
         """
         async with self._reloading:
             config, guard = read_again(self._load_config)
-            known = exposures(self.listeners.sockets, self.service.guard)
             prepared = await self._callbacks.prepare(config)
             try:
+                if not self.service.is_ready:
+                    raise StartError("the daemon is draining")
+                known = exposures(self.listeners.sockets, self.service.guard)
                 self.listeners.change(config.listen.addresses)
             except StartError as exc:
                 prepared.close()

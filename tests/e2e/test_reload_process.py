@@ -140,6 +140,34 @@ async def test_there_are_as_many_workers_as_the_file_says(daemon: Daemon) -> Non
 
 
 @pytest.mark.parametrize("workers", [1, 2])
+async def test_a_daemon_that_drains_takes_on_nothing(daemon: Daemon, workers: int) -> None:
+    daemon.write("a", workers=workers)
+    with serving(daemon) as process:
+        async with await daemon.connect("a") as client:
+            await client.send(request(sim_fault="stall-after:2"))
+            await client.frames(2)
+            os.kill(process.pid, signal.SIGTERM)
+            await until(lambda: "a" not in daemon.files, START_S)
+            daemon.write("a", "b", workers=workers)
+            os.kill(process.pid, signal.SIGHUP)
+            assert await trio.to_thread.run_sync(process.line) == "relay: not reloaded: the daemon is draining\n"
+            assert daemon.files == {"admin"}
+            assert process.stop() == ""
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+async def test_a_listener_that_a_reload_opens_in_public_is_told_of(daemon: Daemon, workers: int) -> None:
+    daemon.write("a", workers=workers)
+    with serving(daemon) as process:
+        text = daemon.path.read_text()
+        for _ in range(2):  # told of once
+            daemon.path.write_text(text.replace("addresses = [", "addresses = ['0.0.0.0:0', "))
+            assert await daemon.reload() == "yes"
+        rest = process.stop()
+    assert re.fullmatch(r"relay: warning: 0\.0\.0\.0:\d+ can be reached from outside: anybody may use .*\n", rest)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
 async def test_records_take_another_form(daemon: Daemon, workers: int) -> None:
     daemon.write("a", workers=workers)
     with serving(daemon) as process:
