@@ -170,7 +170,7 @@ EVENT_LOOP_LAG: Final = HistogramFamily(
     "relay_event_loop_lag_seconds", "How late a worker's event loop ran a timer.", bounds=LAG_BOUNDS
 )
 RECORDS_DROPPED: Final = CounterFamily(
-    "relay_records_dropped_total", "Records of exchanges lost because their reader was too slow."
+    "relay_records_dropped_total", "Records of exchanges lost: their reader was too slow or gone, or the disk full."
 )
 METRICS_DROPPED: Final = CounterFamily(
     "relay_metrics_dropped_total", "Look-ups of a series that found its board full, so that what they count is lost."

@@ -59,6 +59,7 @@ async def _work(
 ) -> None:
     writer = RecordWriter(sys.stdout.fileno())
     worker = Follower(config, guard, partial(record_sink, writer), scoreboard, number, Channel(sock))
+    writer.on_drop = worker.service.tally.records_dropped
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_beat, scoreboard.slot(number), beat_s)
         nursery.start_soon(writer.run)

@@ -1,9 +1,9 @@
 """The records' way out: one line per exchange on standard output, which must never hold up a stream.
 
 Standard output may be a pipe nobody reads, a terminal on hold, or the journal's socket. Lines go through a bounded
-buffer, written without blocking; what does not fit is dropped and counted. Standard output's own file description is
-shared with whoever started the relay, so it is not switched to non-blocking: it is opened again where that is possible
-(pipe, terminal), or written with MSG_DONTWAIT (socket). A regular file is simply written.
+buffer, written without blocking; what does not fit, or cannot be written, is dropped and counted. Standard output's own
+file description is shared with whoever started the relay, so it is not switched to non-blocking: it is opened again
+where that is possible (pipe, terminal), or written with MSG_DONTWAIT (socket). A regular file is simply written.
 """
 
 from __future__ import annotations
@@ -31,20 +31,21 @@ class RecordWriter:
     """Takes lines at any time; `run` writes them."""
 
     def __init__(self, fileno: int) -> None:
-        self.dropped = 0  #: lines that found the buffer full
+        self.on_drop: Callable[[int], None] = lambda number: None  #: told of lines that are lost
         self._lines: deque[bytes] = deque()
         self._waiting_bytes = 0
         self._writing = b""  # taken from the lines, and not yet written: survives a cancelled wait
+        self._is_torn = False  # a line was written in part, and its rest is lost unless it is still in `_writing`
         self._wake = trio.Event()
         self._fileno, self._write, self._can_wait = _open_write(fileno)
 
     def __repr__(self) -> str:
-        return f"<RecordWriter waiting={self._waiting_bytes} dropped={self.dropped}>"
+        return f"<RecordWriter waiting={self._waiting_bytes}>"
 
     def put(self, line: bytes) -> None:
         """Queues one line, which ends in a newline."""
         if self._waiting_bytes + len(line) > MAX_WAITING_BYTES:
-            self.dropped += 1
+            self.on_drop(1)
             return
         self._lines.append(line)
         self._waiting_bytes += len(line)
@@ -66,11 +67,13 @@ class RecordWriter:
             self._writing = self._writing or self._take()
             is_full = False
             try:
-                self._writing = self._writing[self._write(self._writing) :]
+                written = self._write(self._writing)
+                self._is_torn = self._writing[written - 1 : written] != b"\n"
+                self._writing = self._writing[written:]
             except BlockingIOError:
                 is_full = True
-            except OSError:  # the reader is gone
-                self.dropped += self._writing.count(b"\n")
+            except OSError:  # the reader is gone, or the disk full
+                self.on_drop(self._writing.count(b"\n") - self._writing.startswith(b"\n"))
                 self._writing = b""
             if is_full:
                 if not self._can_wait:
@@ -78,14 +81,14 @@ class RecordWriter:
                 await trio.lowlevel.wait_writable(self._fileno)
 
     def _take(self) -> bytes:
-        """The next lines, as many as one write takes."""
+        """The next lines, as many as one write takes; behind half a line they begin a new one."""
         taken = [self._lines.popleft()]
         size = len(taken[0])
         while self._lines and size + len(self._lines[0]) <= _WRITE_BYTES:
             taken.append(self._lines.popleft())
             size += len(taken[-1])
         self._waiting_bytes -= size
-        return b"".join(taken)
+        return b"\n" * self._is_torn + b"".join(taken)
 
 
 def _open_write(fileno: int) -> tuple[int, Callable[[bytes], int], bool]:

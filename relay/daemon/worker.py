@@ -78,6 +78,7 @@ async def _run(
     status = 0
     writer = RecordWriter(sys.stdout.fileno())
     worker = Worker(config, listeners, partial(record_sink, writer), admin, load_config, guard=guard)
+    writer.on_drop = worker.service.tally.records_dropped
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(writer.run)

@@ -1,6 +1,7 @@
 """Lines for people on standard error, which under systemd is the journal: what happens to the daemon as a whole.
 
-What happens to one exchange is its record's (`relay.core.timeline`), on standard output.
+What happens to one exchange is its record's (`relay.core.timeline`), on standard output. Standard error may be a file
+on a full disk, or a pipe whose reader has gone: what cannot be said is lost, and who wanted to say it goes on.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from contextlib import suppress
 from enum import IntEnum
 
 _STDERR = 2
@@ -24,8 +26,9 @@ class Priority(IntEnum):
 
 def say(text: str, priority: Priority = Priority.INFO) -> None:
     """Write `text` on standard error; to the journal, each line with its priority (sd-daemon(3))."""
-    mark = f"<{priority:d}>" if _goes_to_journal(_STDERR) else ""
-    print("\n".join(mark + line for line in text.splitlines()), file=sys.stderr, flush=True)
+    with suppress(OSError):
+        mark = f"<{priority:d}>" if _goes_to_journal(_STDERR) else ""
+        print("\n".join(mark + line for line in text.splitlines()), file=sys.stderr, flush=True)
 
 
 def say_fault(exc: BaseException) -> None:

@@ -60,6 +60,10 @@ class Tally:
         """A handle whose client had left was freed, or could not be."""
         self.board.counter(metrics.KV_DRAINS, metrics.DRAIN_RESULTS[not is_done]).add()
 
+    def records_dropped(self, number: int) -> None:
+        """So many records could not be written."""
+        self.board.counter(metrics.RECORDS_DROPPED).add(number)
+
     def refused(self, failure: ExchangeError, bytes_out: int) -> None:
         """A request that never became an exchange: it could not be read, or was not let in; its answer's bytes."""
         self._bytes_out.add(bytes_out)
