@@ -14,6 +14,7 @@ from relay.core.request import Route
 from relay.errors import (
     ClientGone,
     ExchangeError,
+    OutOfResources,
     Phase,
     UpstreamDisconnected,
     UpstreamProtocolError,
@@ -77,7 +78,7 @@ class Delivery:
             await self._pump(relay)
         finally:
             exchange.frames = relay.finder.frames
-            reply.is_torn = relay.is_unaligned or bool(pair.unsent) or pair.stop is Stop.FAULT
+            reply.is_torn = relay.is_unaligned or bool(pair.unsent) or pair.stop in (Stop.FAULT, Stop.SHORTAGE)
         if relay.editor is not None and relay.editor.failure is not None:
             raise relay.editor.failure
         return answer.is_reusable and not relay.has_excess
@@ -193,6 +194,8 @@ def _failure_of(stop: Stop, relay: FrameRelay, idle_s: float) -> ExchangeError:
     """What a stream that the pump gave back unfinished died of."""
     if stop is Stop.CLIENT_GONE:
         return ClientGone("the client closed its connection", phase=Phase.DATA)
+    if stop is Stop.SHORTAGE:
+        return OutOfResources("the relay ran out of memory for sockets; try again", phase=Phase.DATA)
     if stop is Stop.FAULT:
         return ExchangeError("the relay failed; its standard error says how", phase=Phase.DATA)
     if stop is Stop.UPSTREAM_IDLE:

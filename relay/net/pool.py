@@ -7,7 +7,6 @@ import os
 import socket
 import time
 from collections import deque
-from contextlib import suppress
 from typing import Final
 
 import h11
@@ -18,14 +17,14 @@ from relay.address import UpstreamConfig
 from relay.core.balance import Seat
 from relay.core.connectors.base import Endpoint
 from relay.core.health import Health
-from relay.errors import OutOfResources, Phase, UpstreamTimeout, UpstreamUnreachable
+from relay.errors import Phase, UpstreamTimeout, UpstreamUnreachable
 from relay.net import sockets
 from relay.net.pump import Pump
 from relay.net.shares import Permits, Shares
 from relay.net.source import Source
 
-#: What says that this process is short of something, not that the engine cannot be reached.
-_OWN_SHORTAGES: Final = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
+#: How long until a unix socket whose backlog is full is tried again: unlike TCP, the kernel does not do so by itself.
+RETRY_S: Final = 0.02
 #: Idle connections kept per upstream at most; more are closed when they come back.
 MOST_IDLE = 1024
 
@@ -145,7 +144,7 @@ class Upstream:
     async def dial(self, connect_s: float) -> UpstreamConnection:
         """A new connection within `connect_s` seconds (0: no limit).
 
-        Raises UpstreamUnreachable, or UpstreamTimeout where nobody answered.
+        Raises UpstreamUnreachable, UpstreamTimeout where nobody answered, or OutOfResources.
         """
         try:
             with trio.fail_after(connect_s or float("inf")):
@@ -154,11 +153,8 @@ class Upstream:
             message = f"no connection to {self.config.url} within connect_s = {connect_s:g} s"
             raise UpstreamTimeout(message, phase=Phase.CONNECT) from None
         except OSError as exc:
-            if exc.errno in _OWN_SHORTAGES:
-                message = f"the relay cannot open another connection: {exc.strerror}; try again"
-                raise OutOfResources(message, phase=Phase.CONNECT, retry_after_s=1) from None
             message = f"cannot connect to {self.config.url}: {exc.strerror or exc}"
-            raise UpstreamUnreachable(message, phase=Phase.CONNECT) from None
+            raise sockets.shortage(exc, Phase.CONNECT) or UpstreamUnreachable(message, phase=Phase.CONNECT) from None
         return UpstreamConnection(self, sock)
 
     async def _connect(self) -> socket.socket:
@@ -180,11 +176,11 @@ async def _connect_to(family: int, address: object) -> socket.socket:
     try:
         sock.setblocking(False)
         sockets.set_no_delay(sock)
-        with suppress(BlockingIOError):
-            sock.connect(address)  # type: ignore[arg-type]
-            return sock
-        await trio.lowlevel.wait_writable(sock)
-        error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        while (error := sock.connect_ex(address)) == errno.EAGAIN:  # type: ignore[arg-type]  # noqa: ASYNC110
+            await trio.sleep(RETRY_S)
+        if error == errno.EINPROGRESS:
+            await trio.lowlevel.wait_writable(sock)
+            error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if error:
             raise OSError(error, os.strerror(error))
     except BaseException:

@@ -18,7 +18,6 @@ from __future__ import annotations
 import select
 import socket
 import time
-import traceback
 from collections.abc import Callable
 from enum import Enum
 from typing import Final
@@ -27,7 +26,9 @@ import trio
 
 from relay.core.frames import FrameRelay, Pieces
 from relay.core.histogram import Histogram
+from relay.net.sockets import SHORTAGES
 from relay.net.source import ARRIVALS, ENDS, Source
+from relay.net.stderr import say_fault
 
 #: Bytes taken off an engine's socket at once; the most that one pair can hold up the others with.
 RECEIVE_BYTES: Final = 65536
@@ -48,6 +49,7 @@ class Stop(Enum):
     UPSTREAM_CLOSED = "the engine closed its connection before the end of its body"
     UPSTREAM_RESET = "the engine's connection broke"
     UPSTREAM_MALFORMED = "the engine's body breaks its framing (`FrameRelay.decoder.error`)"
+    SHORTAGE = "the kernel has no memory for what was to be sent or received; the last read is lost"
     FAULT = "the relay itself failed; what of the last read went out is not known"
     UPSTREAM_IDLE = "nothing came from the engine for `between_tokens_s`"
 
@@ -210,8 +212,8 @@ class Pump:
                 else:
                     try:
                         self._serve(source.streams, source, flags, now)
-                    except Exception:  # a fault of ours ends this stream, not the others
-                        traceback.print_exc()
+                    except Exception as exc:  # a fault of ours ends this stream, not the others
+                        say_fault(exc)
                         self._out.clear()
                         if source.streams is not None:
                             self._give_back(source.streams, Stop.FAULT)
@@ -276,8 +278,8 @@ class Pump:
             received = upstream.sock.recv_into(self._buffer)
         except BlockingIOError:
             return
-        except OSError:
-            self._give_back(pair, Stop.UPSTREAM_RESET)
+        except OSError as exc:
+            self._give_back(pair, Stop.SHORTAGE if exc.errno in SHORTAGES else Stop.UPSTREAM_RESET)
             return
         upstream.took(received, RECEIVE_BYTES)
         finder = relay.finder
@@ -329,8 +331,8 @@ class Pump:
                 sent = pair.sendmsg(out)
         except BlockingIOError:
             sent = 0
-        except OSError:
-            return Stop.CLIENT_GONE
+        except OSError as exc:
+            return Stop.SHORTAGE if exc.errno in SHORTAGES else Stop.CLIENT_GONE
         pair.bytes_out += sent
         if sent == size:
             return None

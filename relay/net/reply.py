@@ -15,7 +15,7 @@ from relay.core.auth import CHALLENGE
 from relay.core.frames import COMMENT, COMMENT_CHUNK
 from relay.core.request import Route, route_of
 from relay.core.timeline import Timeline, make_record, server_timing
-from relay.errors import ClientGone, ClientStalled, ExchangeError, Phase, UpstreamAnswered
+from relay.errors import ClientGone, ClientStalled, ExchangeError, OutOfResources, Phase, UpstreamAnswered
 from relay.net import sockets
 from relay.net.downstream import ClientConnection, Request
 from relay.net.service import Service
@@ -81,7 +81,7 @@ class Reply:
     async def send(self, data: bytes) -> None:
         """Sends to the client, within ``client_stall_s`` for each piece its socket takes.
 
-        Raises ClientGone or ClientStalled.
+        Raises ClientGone, ClientStalled or OutOfResources.
         """
         phase = Phase.HEAD if self.status is None else Phase.DATA
         stall_s = self.service.config.timeouts.client_stall_s or float("inf")
@@ -92,8 +92,9 @@ class Reply:
                 sent = self.client.sock.send(view)
             except BlockingIOError:
                 sent = 0
-            except OSError:
-                raise ClientGone("the client closed its connection", phase=phase) from None
+            except OSError as exc:
+                failure = ClientGone("the client closed its connection", phase=phase)
+                raise sockets.shortage(exc, phase) or failure from None
             self.bytes_out += sent
             view = view[sent:]
             if view:
@@ -121,8 +122,10 @@ class Reply:
             sent = self.client.sock.send(data)
         except BlockingIOError:
             sent = 0
-        except OSError:
-            return False
+        except OSError as exc:
+            if exc.errno not in sockets.SHORTAGES:
+                return False
+            sent = 0
         self.bytes_out += sent
         self._unsent = data[sent:]
         return True
@@ -152,7 +155,7 @@ class Reply:
         self.keep_alive = self.is_early = False
         if isinstance(failure, ClientGone):
             return
-        with suppress(ClientGone):
+        with suppress(ClientGone, OutOfResources):
             if self.status is None and isinstance(failure, UpstreamAnswered):
                 await self.pass_on(failure.status, failure.fields, failure.body)
             elif self.status is None:

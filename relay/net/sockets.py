@@ -7,12 +7,26 @@ somewhere on every path (they do: for the next request, and for the engine's ans
 
 from __future__ import annotations
 
+import errno
 import socket
+from typing import Final
 
 import trio
 
+from relay.errors import OutOfResources, Phase
+
 #: Bytes asked of a socket at once where no shared buffer is at hand.
 READ_BYTES = 65536
+#: What says that this process, or its machine, is short of something, and nothing of the peer.
+SHORTAGES: Final = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
+
+
+def shortage(error: OSError, phase: Phase) -> OutOfResources | None:
+    """The failure of an exchange where `error` is a shortage of the relay's; None where its cause is the peer."""
+    if error.errno not in SHORTAGES:
+        return None
+    message = f"the relay is short of resources: {error.strerror}; try again"
+    return OutOfResources(message, phase=phase, retry_after_s=1)
 
 
 async def receive(sock: socket.socket) -> bytes:

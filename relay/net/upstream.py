@@ -15,6 +15,7 @@ import h11
 from relay.core import headers
 from relay.core.framing import BodyDecoder, BodyKind, Buffer, FramingError, decoder_for, response_body_kind
 from relay.errors import Phase, UpstreamDisconnected, UpstreamProtocolError
+from relay.net import sockets
 from relay.net.pool import UpstreamConnection
 from relay.net.sockets import READ_BYTES
 
@@ -83,7 +84,7 @@ async def ask(
 ) -> tuple[Answer, list[h11.InformationalResponse]]:
     """Sends a request and waits for the head of the final answer; also the interim ones that came before it.
 
-    Raises ConnectionDied, UpstreamDisconnected or UpstreamProtocolError. Limits are the caller's.
+    Raises ConnectionDied, UpstreamDisconnected, UpstreamProtocolError or OutOfResources. Limits are the caller's.
     """
     is_sent = await _send(pair, connection, head, body)
     await pair.wait_upstream()  # no engine has answered by now, so trying first would fail
@@ -172,7 +173,7 @@ def _announces_body(fields: headers.Headers) -> bool:
 
 
 async def receive(pair: Waits, connection: UpstreamConnection) -> bytes:
-    """The next bytes from the engine; empty at its end. Raises UpstreamDisconnected (phase H)."""
+    """The next bytes from the engine; empty at its end. Raises UpstreamDisconnected or OutOfResources (phase H)."""
     source = connection.source
     while True:
         try:
@@ -185,7 +186,8 @@ async def receive(pair: Waits, connection: UpstreamConnection) -> bytes:
                 source.has_news = False
             await pair.wait_upstream()
         except OSError as exc:
-            raise UpstreamDisconnected(f"the engine's connection broke: {exc.strerror}", phase=Phase.HEAD) from None
+            failure = UpstreamDisconnected(f"the engine's connection broke: {exc.strerror}", phase=Phase.HEAD)
+            raise sockets.shortage(exc, Phase.HEAD) or failure from None
 
 
 async def _send(pair: Waits, connection: UpstreamConnection, head: bytes, body: Buffer) -> bool:
@@ -204,5 +206,6 @@ async def _send(pair: Waits, connection: UpstreamConnection, head: bytes, body: 
             except OSError as exc:
                 if exc.errno in (errno.EPIPE, errno.ECONNRESET):
                     return False  # an answer may have come before; reading tells
-                raise UpstreamDisconnected(f"sending to the engine failed: {exc.strerror}", phase=Phase.HEAD) from None
+                failure = UpstreamDisconnected(f"sending to the engine failed: {exc.strerror}", phase=Phase.HEAD)
+                raise sockets.shortage(exc, Phase.HEAD) or failure from None
     return True

@@ -413,7 +413,7 @@ class Stage:
         assert [upstream.outstanding for upstream in service.fleet.upstreams] == [0] * len(self.engines)
         assert not any(self.held)
         assert worker.budget.used == 0
-        assert repr(pump).startswith("<Pump pairs=0 upstreams=0 ")
+        assert repr(pump).startswith("<Pump pairs=0 streaming=0 ")
         assert not pump.commented
         await until(lambda: open_descriptors() == descriptors)
 
