@@ -1,7 +1,7 @@
 """Server-sent events as a client sees them: behind the relay the same as directly (WHATWG HTML §9.2.5, §9.2.6).
 
-Any bytes, in any chunks, in any reads. What the relay changes on purpose is held here to be that and nothing else: a last
-frame without its blank line is completed, comments are put in, a usage frame is left out.
+Any bytes, in any chunks, in any reads. What the relay changes on purpose is held here to be that and nothing else: a
+last frame without its blank line is completed, comments are put in, a usage frame is left out.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ PARTS: Final = [
     b"\n", b"\r", b"\r\n", b"\n\n", b"\r\r", b"\r\n\r\n", b"\n\r\n", b"\r\n\n",
     b"data", b"data:", b"data: ", b"data:  two spaces", b'data: {"choices":[]}', b"data: [DONE]", b"data : no field",
     b"event: e", b"event", b"event:", b"id: 7", b"id", b"id: a\0b", b"id:", b"retry: 10", b"retry: -1", b"retry: x",
-    b":", b": comment", b":data: x", b"Data: x", b"field", b"x:y", b"\0", b"\xef\xbb\xbf", b"\xe2\x82", b"\xac", b"\xff",
-    "\u2028\u2029\u0085\x0b\x0c".encode(), b"data: \xe2\x82\xac", b"0\r\n\r\n",
+    b":", b": comment", b":data: x", b"Data: x", b"field", b"x:y", b"\0", b"\xef\xbb\xbf", b"\xe2\x82", b"\xac",
+    b"\xff", "\u2028\u2029\u0085\x0b\x0c".encode(), b"data: \xe2\x82\xac", b"0\r\n\r\n",
 ]  # fmt: skip
 BODIES: Final = st.lists(st.sampled_from(PARTS), max_size=24).map(b"".join)
 SIZES: Final = st.lists(st.integers(1, 30), max_size=30)
@@ -206,7 +206,8 @@ const {createParser} = require('eventsource-parser')
 const lines = require('fs').readFileSync(0, 'utf8').trim().split('\\n')
 const parse = (pieces) => {
   const seen = []
-  const parser = createParser({onEvent: (e) => seen.push([e.event || '', e.data, e.id || '']), onRetry: (r) => seen.push(r)})
+  const onEvent = (e) => seen.push([e.event || '', e.data, e.id || ''])
+  const parser = createParser({onEvent, onRetry: (r) => seen.push(r)})
   const decoder = new TextDecoder('utf-8', {ignoreBOM: true})
   for (const piece of pieces) parser.feed(decoder.decode(Buffer.from(piece, 'base64'), {stream: true}))
   return seen

@@ -31,7 +31,7 @@ const tell = what => fetch('/seen/' + encodeURIComponent(what), {method: 'POST'}
 const source = new EventSource(relay)
 source.onmessage = e => { tell('source-' + e.data); if (e.data == '[DONE]') { source.close(); stream() } }
 const stream = async () => {
-  const answer = await fetch(relay, {method: 'POST', headers: {'content-type': 'application/json'}, 
+  const answer = await fetch(relay, {method: 'POST', headers: {'content-type': 'application/json'},
     body: '{"stream":true}'})
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader()
   for (let text = ''; ;) {

@@ -16,7 +16,9 @@ from typing import Final, Literal, TypeAlias, get_args
 import pytest
 import trio
 
+from relay.config import StreamConfig
 from relay.net import poller
+from relay.net import pump as pump_module
 from relay.net.exchange import Exchange
 from relay_bench.engine import Engine
 from tests.conftest import RunningRelay, running_relay
@@ -223,6 +225,25 @@ async def test_an_exchange(engine: Engine, scenario: Scenario, how: How, when: W
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # a large frame is more than goes out at once
     async with running_relay(engine.url, listener=listener) as relay:
         assert await interrupt_everywhere(relay, EngineView(engine.stats), scenario, how, when) >= scenario.waits
+
+
+#: Answers that change on their way, or are spoken to before they begin.
+CHANGED: Final = {
+    "forced": (StreamConfig(force_stream=True), request(body={"stream": False, "max_tokens": 3}, sim_step_ms="1")),
+    "usage hidden": (StreamConfig(include_usage="always"), STREAM),
+    "comments first": (StreamConfig(keepalive_comment_s=0.002), request(body={"max_tokens": 3}, sim_ttft_ms="20")),
+}
+
+
+@pytest.mark.parametrize("when", get_args(When))
+@pytest.mark.parametrize("how", get_args(How))
+@pytest.mark.parametrize(("stream", "data"), CHANGED.values(), ids=CHANGED)
+async def test_an_exchange_that_changes_its_answer(
+    engine: Engine, stream: StreamConfig, data: bytes, how: How, when: When, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pump_module, "SWEEP_S", 0.002)  # so often are comments looked for
+    async with running_relay(engine.url, stream=stream) as relay:
+        assert await interrupt_everywhere(relay, EngineView(engine.stats), Scenario(data), how, when) >= 3
 
 
 class Attempts:

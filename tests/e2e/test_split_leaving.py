@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import socket
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
+from functools import partial
 from typing import Any, Final, get_args
 
 import pytest
@@ -17,11 +18,12 @@ from relay.core.request import Route
 from relay.net import drains as drains_module
 from relay.net.drains import Drains
 from relay_bench.engine import Engine, EngineConfig, serve_engine
-from tests.core.test_connectors_peers import one_token, raw_params
+from tests.core.test_connectors_peers import ids_of, one_token, raw_params
 from tests.e2e.fleet import RunningFleet, answer, running_fleet
 from tests.e2e.harness import Client, ask, request, until
-from tests.e2e.pairs import HANDLE, PREFILLED, Asked, Pair, Silence, says, sent, split_pair
+from tests.e2e.pairs import DECODED, HANDLE, PREFILLED, Asked, Half, Pair, Silence, says, sent, split_pair
 from tests.e2e.test_cancellation import EngineView, How, Scenario, When, interrupt_everywhere
+from tests.e2e.test_split import call
 
 KEEPS: Final = {"drain_kv": False}
 
@@ -233,3 +235,59 @@ async def test_interrupted_at_each_wait(
         assert drains.failed == 0
         handles = stand.prefiller.ledger.handles
         assert (bool(handles.given), handles.held) == (connector == "nixl", set())
+
+
+class CallingBack:
+    """A decoder that calls back, as vllm-ascend's does, and answers once pushed to; and its prefiller."""
+
+    def __init__(self) -> None:
+        self.prefill = Half(self._prefill)
+        self.decode = Half(self._decode)
+        self._is_pushed = trio.Event()
+        self._connections = 0
+
+    def stats(self) -> dict[str, int]:
+        return {"connections_open": self._connections, "running": 0, "queued": 0}
+
+    async def _decode(self, asked: Asked, stream: trio.SocketStream) -> None:
+        is_pushed = self._is_pushed = trio.Event()
+        body = asked.json()
+        (inner,) = ids_of(Route.CHAT, asked.leg, body)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._watch, stream, nursery.cancel_scope)
+            await call(body["kv_transfer_params"]["metaserver"], b'{"request_id":"%b"}' % inner.encode())
+            await is_pushed.wait()
+            nursery.cancel_scope.cancel()
+        if is_pushed.is_set():
+            await stream.send_all(DECODED)
+
+    async def _watch(self, stream: trio.SocketStream, scope: trio.CancelScope) -> None:
+        with suppress(trio.BrokenResourceError):
+            await stream.receive_some()
+        scope.cancel()
+
+    async def _prefill(self, asked: Asked, stream: trio.SocketStream) -> None:
+        self._is_pushed.set()
+        await stream.send_all(PREFILLED)
+
+    async def serve(self, half: Half, stream: trio.SocketStream) -> None:
+        self._connections += 1
+        try:
+            await half.serve(stream)
+        finally:
+            self._connections -= 1
+
+
+@pytest.mark.parametrize("when", get_args(When))
+@pytest.mark.parametrize("how", get_args(How))
+async def test_a_decoder_that_calls_back_interrupted_at_each_wait(nursery: trio.Nursery, how: How, when: When) -> None:
+    both = CallingBack()
+    roles: dict[str, Any] = {}
+    for role, half in (("prefill", both.prefill), ("decode", both.decode)):
+        listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        nursery.start_soon(trio.serve_listeners, partial(both.serve, half), listeners)
+        roles[role] = (parse_upstream(f"http://127.0.0.1:{listeners[0].socket.getsockname()[1]}"),)
+    async with running_fleet(PoolConfig(connector="ascend_layerwise", **roles)) as relay:
+        assert await interrupt_everywhere(relay, EngineView(both.stats), Scenario(request()), how, when) >= 3
+        assert not relay.worker.service.callbacks
+    nursery.cancel_scope.cancel()
