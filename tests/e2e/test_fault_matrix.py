@@ -273,6 +273,7 @@ async def until_left(stream: trio.SocketStream) -> None:
 async def reset(stream: trio.SocketStream) -> None:
     stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     stream.socket.close()
+    await trio.lowlevel.checkpoint()
 
 
 async def half_close(stream: trio.SocketStream) -> None:
