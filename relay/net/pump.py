@@ -26,9 +26,9 @@ import trio
 
 from relay.core.frames import FrameRelay, Pieces
 from relay.core.histogram import Histogram
+from relay.net.notices import say_fault
 from relay.net.sockets import SHORTAGES
 from relay.net.source import ARRIVALS, ENDS, Source
-from relay.net.stderr import say_fault
 
 #: Bytes taken off an engine's socket at once; the most that one pair can hold up the others with.
 RECEIVE_BYTES: Final = 65536

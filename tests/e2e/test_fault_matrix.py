@@ -436,7 +436,7 @@ async def stage(mode: str, **timeouts: float) -> AsyncIterator[Stage]:
             "stream": StreamConfig(force_stream=mode == "forced"),
         }
         async with running_fleet(pool, **tables) as stand.relay:
-            stand.relay.worker.listeners[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SMALL_BUFFER)
+            stand.relay.worker.listeners.sockets[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SMALL_BUFFER)
             with stand.limited(nursery):
                 yield stand
         nursery.cancel_scope.cancel()

@@ -295,7 +295,7 @@ async def test_what_cannot_be_said_ends_nothing(engine: Engine, monkeypatch: pyt
     accept, failures = socket.socket.accept, [OSError(errno.EMFILE, "Too many open files")]
 
     def fail_once(self: socket.socket) -> Any:
-        if failures and self is relay.worker.listeners[0]:
+        if failures and self is relay.worker.listeners.sockets[0]:
             raise failures.pop()
         return accept(self)
 
