@@ -70,12 +70,16 @@ class Site:
             name = "source" if method == "GET" else "fetch"
             head = f"HTTP/1.1 200 OK\r\n{allowed}content-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
             await stream.send_all(head.encode())
-            for token in [*map(str, range(TOKENS)), "[DONE]"]:
-                frame = f"data: {token}\n\n".encode()
-                await stream.send_all(b"%x\r\n%b\r\n" % (len(frame), frame))
-                seen = f"{name}-{token}".replace("[", "%5B").replace("]", "%5D")
+            for token in map(str, range(TOKENS)):
+                await stream.send_all(chunk(token))
+                seen = f"{name}-{token}"
                 await until(lambda seen=seen: seen in self.seen, BROWSER_S)  # type: ignore[misc]
-            await stream.send_all(b"0\r\n\r\n")
+            await stream.send_all(chunk("[DONE]") + b"0\r\n\r\n")  # in one: the page closes its source at once
+
+
+def chunk(token: str) -> bytes:
+    frame = f"data: {token}\n\n".encode()
+    return b"%x\r\n%b\r\n" % (len(frame), frame)
 
 
 async def requests(stream: trio.SocketStream) -> AsyncIterator[tuple[str, str]]:
