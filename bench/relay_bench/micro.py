@@ -2,8 +2,8 @@
 
 The pure parts are timed on one frame of 210 bytes, as vLLM sends it, in a chunk of its own: the best of several rounds
 in nanoseconds, since a round can only be disturbed upwards. Memory is what tracemalloc sees: bytes still held per frame
-after many of them, which must be none, and the most that is held at any moment on the way, which is what one read
-costs. The running relay is measured by `relay_bench.micro_process`.
+after many of them, which must be none but for an answer that is being collected, and the most that is held at any
+moment on the way, which is what one read costs. The running relay is measured by `relay_bench.micro_process`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import msgspec
 
 import relay
+from relay.core.aggregate import Collector, aggregator_for
 from relay.core.dialect import Meter
+from relay.core.editor import UsageEditor
 from relay.core.frames import FrameRelay, Pieces
 from relay.core.framing import ChunkDecoder
 from relay.core.request import Route
@@ -38,6 +40,7 @@ FRAME_BYTES: Final = 210
 READ_BYTES: Final = 65536
 
 _MAX_FRAME_BYTES: Final = 1_048_576
+_MAX_ANSWER_BYTES: Final = 1 << 40
 
 
 class PureCost(msgspec.Struct, frozen=True):
@@ -126,11 +129,12 @@ def _ordinary() -> Part:
     return Part(work)
 
 
-def _relay(frames_per_read: int) -> Part:
+def _relay(frames_per_read: int, *, hides_usage: bool = False) -> Part:
     buffer = bytearray(chunk_of(frame_of()) * frames_per_read)
     view, stop = memoryview(buffer), len(buffer)
     meter = Meter(Route.CHAT)
-    streamed = FrameRelay(ChunkDecoder(), meter, is_chunked=True, max_frame_bytes=_MAX_FRAME_BYTES)
+    editor = UsageEditor(hides_usage=True) if hides_usage else None
+    streamed = FrameRelay(ChunkDecoder(), meter, is_chunked=True, max_frame_bytes=_MAX_FRAME_BYTES, editor=editor)
     out: Pieces = []
 
     def work(reads: int) -> None:
@@ -143,13 +147,50 @@ def _relay(frames_per_read: int) -> Part:
     return Part(work, frames_per_read)
 
 
+def _unmetered() -> Part:
+    """What a relay has to do with a frame that wants to know nothing of it: where its chunk and where it itself end."""
+    chunk = bytearray(chunk_of(frame_of()))
+    decoder, finder, stop = ChunkDecoder(), FrameFinder(), len(chunk)
+
+    def work(reads: int) -> None:
+        before = finder.frames
+        for _ in range(reads):
+            position = 0
+            while position < stop:
+                begin, end, position = decoder.next(chunk, position, stop)
+                if begin < end:
+                    finder.feed(chunk, begin, end)
+        assert finder.frames - before == reads
+
+    return Part(work)
+
+
+def _collect() -> Part:
+    """One JSON body made of a stream; what is held is the answer."""
+    frames_per_read = READ_BYTES // len(chunk_of(frame_of()))
+    data = chunk_of(frame_of()) * frames_per_read
+    aggregator = aggregator_for(Route.CHAT, max_bytes=_MAX_ANSWER_BYTES)
+    collector = Collector(ChunkDecoder(), Meter(Route.CHAT), aggregator)
+
+    def work(reads: int) -> None:
+        before = collector.finder.frames
+        for _ in range(reads):
+            collector.feed(data)
+        assert collector.finder.frames - before == reads * frames_per_read
+
+    return Part(work, frames_per_read)
+
+
 PARTS: Final[dict[str, Callable[[], Part]]] = {
     "framing: ChunkDecoder.next": _framing,
     "sse: FrameFinder.feed": _sse,
     "dialect: Meter.inspect": _inspect,
     "dialect: Meter.take": _ordinary,
+    "framing and sse, metering nothing": _unmetered,
     "frames: FrameRelay.feed, one frame a read": lambda: _relay(1),
+    "frames: the same, hiding usage": lambda: _relay(1, hides_usage=True),
     "frames: FrameRelay.feed, 64 KiB a read": lambda: _relay(READ_BYTES // len(chunk_of(frame_of()))),
+    "aggregate: Collector.feed, 64 KiB a read": _collect,
 }
 
 

@@ -28,8 +28,12 @@ def test_a_part_does_its_work_and_holds_nothing_of_it(name: str) -> None:
     part = micro.PARTS[name]()
     part.work(3)  # it asserts its own count
     held, peak = micro._memory(micro.PARTS[name], 2_000)
-    assert held < 1
-    assert peak < 8_192
+    if name.startswith("aggregate"):  # it keeps the answer: the text of each frame, six bytes
+        assert held < 40
+        assert peak < 1 << 19
+    else:
+        assert held < 1
+        assert peak < 8_192
 
 
 def test_the_pure_half_prints_a_table_and_writes_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
