@@ -90,7 +90,7 @@ def read_peers(folder: Path) -> dict[str, Peer]:
         except (ValueError, msgspec.ValidationError) as error:
             raise ValueError(f"{file}: {error}") from None
     if not found:
-        raise ValueError(f"{folder}: no definitions of peers; they are in bench/peers of a checkout (--definitions)")
+        raise ValueError(f"{folder}: no definitions of peers; in the clone: --definitions bench/peers")
     return found
 
 
