@@ -290,11 +290,14 @@ def _summary(config: Config) -> Iterator[str]:
         yield f"listen on {address.url}"
     yield f"admin on {config.admin.address.url}" if config.admin.address else "admin off"
     for pool in config.pools:
-        yield f"pool {pool.name}: {', '.join(pool.models) or 'every model'}; {pool.balance} over"
-        for upstream in (*pool.upstreams, *pool.prefill, *pool.decode):
-            weight = f", weight {upstream.weight}" if upstream.weight != 1 else ""
-            most = f", at most {upstream.max_in_flight} in flight" if upstream.max_in_flight else ""
-            yield f"  {upstream.url}{weight}{most}"
+        split = f"split, {pool.connector}, " if pool.is_split else ""
+        yield f"pool {pool.name}: {', '.join(pool.models) or 'every model'}; {split}{pool.balance} over"
+        for role in ("serve", "prefill", "decode"):
+            for upstream in pool.upstreams_of(role):
+                which = f"{role} " if pool.is_split else ""
+                weight = f", weight {upstream.weight}" if upstream.weight != 1 else ""
+                most = f", at most {upstream.max_in_flight} in flight" if upstream.max_in_flight else ""
+                yield f"  {which}{upstream.url}{weight}{most}"
         if pool.max_in_flight:
             yield f"  at most {pool.max_in_flight} in flight"
         if pool.max_queue:

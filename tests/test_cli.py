@@ -248,6 +248,16 @@ def test_check_says_what_the_file_would_do(file: Callable[[str], str], capsys: p
     ]
 
 
+def test_check_tells_the_halves_of_a_split_pool(file: Callable[[str], str], capsys: pytest.CaptureFixture[str]) -> None:
+    path = file('[[pool]]\nprefill = ["http://a:1"]\ndecode = ["http://b:2"]\nconnector = "mooncake"')
+    assert main(["check", "--config", path]) == 0
+    assert capsys.readouterr().out.splitlines()[3:6] == [
+        "  pool default: every model; split, mooncake, least_outstanding over",
+        "    prefill http://a:1",
+        "    decode http://b:2",
+    ]
+
+
 def test_check_reports_every_problem(file: Callable[[str], str], capsys: pytest.CaptureFixture[str]) -> None:
     path = file("[other]\n[[pool]]\nupstreams = []\n[limits]\nmax_connections = 0")
     assert main(["check", "--config", path]) == 2
