@@ -74,7 +74,7 @@ def check_visible(*paths: Path) -> None:
                     raise InstallError(
                         f"{seen} is under {directory}, which the service cannot see (ProtectHome=, PrivateTmp=); "
                         "install relay elsewhere, with a Python that is elsewhere: "
-                        "/usr/bin/python3 -m venv /opt/relay, or pipx install --global"
+                        "/usr/bin/python3 -m venv /opt/relay"
                     )
 
 
