@@ -20,7 +20,7 @@ VERBS: Final = {
     "sweep": ("relay_bench.sweep", "load over rates or concurrencies: the knee, or the highest that meets --goodput"),
     "doctor": ("relay_bench.doctor.command", "is this path fit for streaming? names what is not, and what mends it"),
     "report": ("relay_bench.report.command", "result files as one self-contained HTML page"),
-    "drill": ("relay_bench.drill.command", "a relay's promises for bad days, tried: kill, hangups, rolling, affinity"),
+    "drill": ("relay_bench.drill.command", "a relay's promises for bad days, tried: kill, hangups, soak and others"),
     "micro": ("relay_bench.micro", "micro-benchmarks of the relay's pure parts"),
 }
 
