@@ -213,5 +213,5 @@ def _host(text: str) -> str:
 
 def _port(text: str) -> int:
     if not (text.isascii() and text.isdigit() and len(text) <= 5 and int(text) <= 65535):
-        raise ValueError("has no valid port; allowed: 0 to 65535")
+        raise ValueError("has no valid port; allowed: up to 65535")
     return int(text)
