@@ -498,4 +498,4 @@ def test_check_reads_the_keys(file: Callable[[str], str], tmp_path: Path, capsys
     assert f"{keys}:1:" in capsys.readouterr().err
     keys.unlink()
     assert main(["check", "--config", path]) == 2
-    assert "cannot be read" in capsys.readouterr().err
+    assert capsys.readouterr().err == f"{keys}: cannot be read: No such file or directory (auth.keys_file)\n"

@@ -57,13 +57,13 @@ class Guard:
         names = upstream_key = None
         if config.keys_file:
             try:
-                names = parse_keys(_read(config.keys_file)).names
+                names = parse_keys(_read(config.keys_file, "auth.keys_file")).names
             except KeysError as error:
                 lines = [f"{config.keys_file}:{problem.line}: {problem.message}" for problem in error.problems]
                 raise GuardError("\n".join(lines)) from None
         if config.upstream_key_file:
             try:
-                upstream_key = parse_upstream_key(_read(config.upstream_key_file))
+                upstream_key = parse_upstream_key(_read(config.upstream_key_file, "auth.upstream_key_file"))
             except ValueError as error:
                 raise GuardError(f"{config.upstream_key_file}: {error}") from None
         guard = cls(config, Credentials(names, upstream_key))
@@ -91,8 +91,8 @@ def _limits_of(config: AuthConfig, names: Collection[str]) -> Iterator[tuple[str
             yield name, found
 
 
-def _read(path: str) -> bytes:
+def _read(path: str, setting: str) -> bytes:
     try:
         return Path(path).read_bytes()
     except OSError as error:
-        raise GuardError(f"{path}: cannot be read: {error.strerror}") from None
+        raise GuardError(f"{path}: cannot be read: {error.strerror} ({setting})") from None
