@@ -27,10 +27,11 @@ def main(name: str) -> int:
         print(f"relay key new: {name!r} is {error}", file=sys.stderr)
         return _WRONG_USAGE
     key = new_key()
+    where = ":\n" if sys.stdout.isatty() else " went to standard output."
     print(
         f"The key of {name}, shown once and stored nowhere; clients send it as `Authorization: Bearer KEY`:\n\n"
         f"    {key}\n\n"
-        "The line for the file that auth.keys_file names:\n",
+        f"The line for the file that auth.keys_file names{where}",
         file=sys.stderr,
         flush=True,
     )
