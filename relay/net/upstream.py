@@ -31,7 +31,7 @@ _REQUEST: Final = h11.Request(method=b"GET", target=b"/", headers=[(b"host", b"-
 _END: Final = h11.EndOfMessage()
 _INTERIM: Final = (b"HTTP/1.1 1", b"HTTP/1.0 1")
 _HEAD_END: Final = b"\r\n\r\n"
-#: Of each engine, so many heads are known by their bytes, up to this size: streams' differ in their date alone.
+#: Of each engine, so many final heads are known by their bytes, up to this size: streams' differ in their date alone.
 _REMEMBERED_HEADS: Final = 16
 _REMEMBERED_BYTES: Final = 2048
 
@@ -107,7 +107,8 @@ async def ask(
         answer = Answer(method, event, rest, is_request_sent=is_sent)
     except (h11.RemoteProtocolError, FramingError) as exc:
         raise UpstreamProtocolError(f"the engine's answer is not HTTP/1.1: {exc}", phase=Phase.HEAD) from None
-    if not interim and len(_HEAD_END) < size <= _REMEMBERED_BYTES and data[size:] == rest:
+    is_all = not data.startswith(_INTERIM) and data[size:] == rest  # the first head is the answer's, and came whole
+    if is_all and len(_HEAD_END) < size <= _REMEMBERED_BYTES:
         if len(heads) >= _REMEMBERED_HEADS:
             heads.clear()
         heads[data[:size]] = event
