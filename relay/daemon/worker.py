@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 #: Connections accepted in a row before other tasks run: a burst of new clients must not delay every stream.
 ACCEPTS_PER_TURN: Final = 16
-#: How long accepting pauses when descriptors or memory have run out.
+#: How long accepting pauses when descriptors or memory have run out, or all connections there may be are busy.
 ACCEPT_PAUSE_S: Final = 0.1
 #: Seconds between two complaints that accepting fails.
 COMPLAINT_S: Final = 10.0
@@ -315,7 +315,8 @@ class Worker:
             await trio.lowlevel.wait_readable(listener)
             while self._is_full:  # and somebody waits
                 make_room(self.connections)
-                await self._departure.wait()
+                with trio.move_on_after(ACCEPT_PAUSE_S):
+                    await self._departure.wait()
             for _ in range(ACCEPTS_PER_TURN):
                 if self._is_full:
                     break

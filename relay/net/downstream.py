@@ -6,7 +6,7 @@ answered in order. Answers are written by the exchange, head and body, as their 
 
 from __future__ import annotations
 
-import heapq
+import itertools
 import math
 import socket
 import time
@@ -137,8 +137,11 @@ class ClientConnection:
 
     @property
     def has_unread(self) -> bool:
-        """Whether the client has sent bytes nobody has read: closing now would reset, and could lose an answer."""
-        if self._buffer:
+        """Whether the client has sent bytes nobody has read: closing now would reset, and could lose an answer.
+
+        An empty line is none of these: no request may ever follow.
+        """
+        if not _EMPTY_LINE.startswith(self._buffer):
             return True
         try:
             return bool(self.sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
@@ -329,8 +332,8 @@ def make_room(connections: Collection[ClientConnection]) -> None:
     Else whoever opens connections and says nothing keeps all others out for ``client_idle_s``. nginx does the same
     (``ngx_drain_connections``).
     """
-    waiting = (client for client in connections if client.is_waiting)
-    number = max(1, len(connections) // _ROOM_SHARE)
-    for client in heapq.nsmallest(number, waiting, key=lambda client: client.source.limit_at_ns):
-        if not client.has_unread:  # else its next request is there already
-            client.stop_waiting()
+    waiting = [client for client in connections if client.is_waiting]
+    waiting.sort(key=lambda client: client.source.limit_at_ns)
+    idle = (client for client in waiting if not client.has_unread)  # else its next request is there already
+    for client in itertools.islice(idle, max(1, len(connections) // _ROOM_SHARE)):
+        client.stop_waiting()

@@ -651,6 +651,31 @@ async def test_who_idles_longest_makes_room_for_who_comes(engine: Engine) -> Non
         await busy.frames(20)
 
 
+async def test_who_was_busy_when_somebody_came_makes_room_once_idle(engine: Engine) -> None:
+    async with (
+        running_relay(engine.url, limits=LimitsConfig(max_connections=1)) as relay,
+        await Client.connect(relay.port) as first,
+        await Client.connect(relay.port) as second,
+    ):
+        await first.send(request(body={"max_tokens": 50}, sim_step_ms="10"))
+        await first.frames(1)
+        await second.send(request())
+        assert (await first.answer()).end == "whole"
+        assert (await second.answer()).status == 200
+        assert await first.is_closed()
+
+
+@pytest.mark.parametrize("said", [b"\r", b"\r\n"])
+async def test_an_empty_line_does_not_keep_a_place(engine: Engine, said: bytes) -> None:
+    async with (
+        running_relay(engine.url, limits=LimitsConfig(max_connections=1)) as relay,
+        await Client.connect(relay.port) as first,
+    ):
+        await first.send(said)
+        await until(lambda: [bytes(client._buffer) for client in relay.worker.connections] == [said])
+        assert (await ask(relay.port, request())).status == 200
+
+
 async def test_many_streams_at_once(engine: Engine) -> None:
     good = await ask(engine.port, request(x_request_id="same"))
     payloads: list[bytes] = []
