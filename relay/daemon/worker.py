@@ -324,6 +324,7 @@ class Worker:
                     sock, peer = listener.accept()
                     sock.setblocking(False)
                     sockets.set_no_delay(sock)
+                    source = self.pump.add(sock)
                 except BlockingIOError:
                     break
                 except ConnectionAbortedError:
@@ -335,9 +336,7 @@ class Worker:
                     break
                 address = peer[0] if isinstance(peer, tuple) else "unix"
                 config, admit = self.config, self.service.admit
-                client = ClientConnection(
-                    self.pump.add(sock), address, config.timeouts, config.limits, self.budget, admit
-                )
+                client = ClientConnection(source, address, config.timeouts, config.limits, self.budget, admit)
                 self.connections.add(client)
                 handlers.start_soon(self._serve, client)
             await trio.lowlevel.checkpoint()

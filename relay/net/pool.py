@@ -41,9 +41,12 @@ class UpstreamConnection:
         self.idle_since = 0.0
 
     def under(self, pump: Pump) -> Source:
-        """Itself, as the pump sees it from now on."""
+        """Itself, as the pump sees it from now on. Raises OutOfResources."""
         if self.source is None:
-            self.source = pump.add(self.sock)
+            try:
+                self.source = pump.add(self.sock)
+            except OSError as exc:
+                raise sockets.shortage(exc, Phase.CONNECT) or exc from None
         return self.source
 
     def is_silent(self) -> bool:

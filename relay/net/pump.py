@@ -173,9 +173,17 @@ class Pump:
     # -- which sockets are under the pump
 
     def add(self, sock: socket.socket) -> Source:
-        """Puts a socket under the pump; it is closed by `Source.close`."""
-        source = self._sources[sock.fileno()] = Source(self, sock)
-        self.epoll.register(source.fileno, ARRIVALS)
+        """Puts a socket under the pump; it is closed by `Source.close`.
+
+        Raises OSError where the kernel watches no more (epoll_ctl(2): ENOMEM, ENOSPC): then it is closed.
+        """
+        source = Source(self, sock)
+        try:
+            self.epoll.register(source.fileno, ARRIVALS)
+        except OSError:
+            sock.close()
+            raise
+        self._sources[source.fileno] = source
         return source
 
     def forget(self, source: Source) -> None:

@@ -18,7 +18,7 @@ from relay.errors import OutOfResources, Phase
 #: Bytes asked of a socket at once where no shared buffer is at hand.
 READ_BYTES = 65536
 #: What says that this process, or its machine, is short of something, and nothing of the peer.
-SHORTAGES: Final = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
+SHORTAGES: Final = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.ENOSPC)
 
 
 def shortage(error: OSError, phase: Phase) -> OutOfResources | None:

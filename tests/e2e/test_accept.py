@@ -5,10 +5,12 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import select
 import signal
 import socket
 from contextlib import AsyncExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -127,3 +129,36 @@ async def test_accepting_survives(engine: Engine, number: int, capsys: pytest.Ca
         assert (await ask(relay.port, request())).status == 200
         assert not listener.failures
     assert ("cannot accept" in capsys.readouterr().err) == (number != errno.ECONNABORTED)
+
+
+class FullEpoll:
+    """Takes sockets as it is told, and then all."""
+
+    def __init__(self, real: select.epoll, number: int, *takes: bool) -> None:
+        self._real = real
+        self._number = number
+        self._takes = [*takes]
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._real, name)
+
+    def register(self, fd: int, events: int) -> None:
+        if self._takes and not self._takes.pop(0):
+            raise OSError(self._number, os.strerror(self._number))
+        self._real.register(fd, events)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.ENOMEM], ids=errno.errorcode.get)
+async def test_an_epoll_that_takes_no_more_costs_connections_and_not_the_worker(
+    engine: Engine, number: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """epoll_ctl(2): there is no memory, or /proc/sys/fs/epoll/max_user_watches is reached."""
+    async with running_relay(engine.url) as relay:
+        pump: Any = relay.worker.pump
+        pump.epoll = FullEpoll(pump.epoll, number, False, True, False)
+        async with await Client.connect(relay.port) as client:
+            assert await client.is_closed()
+        assert "cannot accept" in capsys.readouterr().err
+        refused = await ask(relay.port, request())  # its engine's connection is the second that is not taken
+        assert (refused.status, "short of resources" in refused.error["message"]) == (503, True)
+        assert (await ask(relay.port, request())).status == 200
