@@ -215,6 +215,7 @@ class Crew:
                             hand.answers[serial] = answer
                 self._announce()
             nursery.cancel_scope.cancel()
+        channel.close()
         hand.channel = hand.pid = None
         self._announce()
 

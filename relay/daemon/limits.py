@@ -23,6 +23,9 @@ class Limit:
     def __repr__(self) -> str:
         return f"<Limit {self.most} issued={self.issued}>"
 
+    def __del__(self) -> None:
+        os.close(self.fd)  # when also nobody waits for its permits any more
+
     def grow(self) -> None:
         if self.most > self.issued:
             os.eventfd_write(self.fd, self.most - self.issued)
@@ -72,8 +75,6 @@ class Limits:
         limit = self.by_number.pop(number, None)
         if limit is not None:
             limit.most = limit.issued  # nothing to wait for
-            if not limit.is_shrinking:
-                os.close(limit.fd)
 
     async def _shrink(self, limit: Limit) -> None:
         while not limit.shrink():

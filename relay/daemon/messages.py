@@ -181,6 +181,13 @@ class Channel:
                 else:
                     self._unsent[0] = data[sent:], ()
 
+    def close(self) -> None:
+        """Closes what has not been sent and what has not been taken; the socket is its owner's."""
+        for fd in [*self.fds, *(fd for _, fds in self._unsent for fd in fds)]:
+            os.close(fd)
+        self.fds.clear()
+        self._unsent.clear()
+
     async def receive(self) -> Message | None:
         """The next message; None when the other end is gone."""
         while (message := self._take()) is None:

@@ -38,11 +38,12 @@ class Tokens:
         return f"<Tokens fd={self._fd}>"
 
     def take(self) -> bool:
-        """Takes a token, if there is one."""
+        """Takes a token, if there is one; True also where nobody fills it any more, as the limit is gone."""
         try:
-            return bool(os.read(self._fd, 1))
+            os.read(self._fd, 1)
         except BlockingIOError:
             return False
+        return True
 
     def __del__(self) -> None:
         os.close(self._fd)

@@ -168,3 +168,11 @@ def test_a_key_that_is_refused_is_told_when_to_come_again() -> None:
             workers.keyrings[1].of(name).enter(workers.wanted[name])
         assert (refusal.value.status, refusal.value.code, refusal.value.outcome) == (429, "rate_limit_exceeded", "RR")
         assert refusal.value.retry_after_s == retry_after_s
+
+
+def test_a_worker_that_has_not_heard_yet_that_a_limit_is_gone_refuses_nobody() -> None:
+    workers = Workers()
+    workers.limit(alice=KeyLimitsConfig(requests_per_minute=2))
+    assert [workers.enter(0) is not None for _ in range(3)] == [True, True, False]
+    workers.limits.settle({})
+    assert all(workers.enter(0) for _ in range(3))

@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 import trio
+import trio.testing
 
 from relay.address import parse_upstream
 from relay.config import Config, DaemonConfig, PoolConfig, PriceConfig
@@ -176,7 +177,39 @@ async def test_a_limit_grows_at_once_and_shrinks_as_permits_come_back(limited: L
     nursery.cancel_scope.cancel()
 
 
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+async def test_a_limit_that_goes_while_it_shrinks_leaves_no_descriptor(nursery: trio.Nursery) -> None:
+    before = descriptors()
+    limited = Limited(3)
+    limited.limits.nursery = nursery
+    assert limited.take(0, 0, 1) == [True] * 3
+    limited.limits.set(0, 1)
+    await trio.testing.wait_all_tasks_blocked()
+    limited.limits.drop(0)
+    limited.workers.pop().give_back()
+    await trio.testing.wait_all_tasks_blocked()
+    assert len(nursery.child_tasks) == 0
+    limited.workers.clear()
+    assert descriptors() == before
+
+
 # -- what is told
+
+
+async def test_what_a_worker_that_is_gone_was_to_be_sent_is_closed() -> None:
+    before = descriptors()
+    one, other = socket.socketpair()
+    with one:
+        channel = Channel(one)
+        other.close()
+        channel.send(messages.Limits([0, 1]), [0, 1])
+        await channel.deliver()
+        channel.send(messages.Limits([2]), [2])
+        channel.close()
+    assert descriptors() == before
 
 
 @asynccontextmanager
