@@ -209,9 +209,10 @@ async def refuse(service: Service, client: ClientConnection, failure: ExchangeEr
             date=_http_date(),
             request_id=request_id,
         )
+        data = head if request and request.method == b"HEAD" else head + body
         with trio.move_on_after(FAREWELL_S), suppress(OSError):
-            await sockets.send_all(client.sock, head + body)
-            bytes_out = len(head) + len(body)
+            await sockets.send_all(client.sock, data)
+            bytes_out = len(data)
     service.tally.refused(failure, bytes_out)
     if service.write_record is None:
         return

@@ -67,6 +67,13 @@ async def test_what_is_not_open_is_not_there(engine: Engine, auth: AuthConfig, p
         assert (await ask(relay.port, message)).status == 404
 
 
+async def test_a_stranger_who_asks_for_the_head_gets_no_body(engine: Engine, auth: AuthConfig) -> None:
+    async with running_relay(engine.url, auth=auth) as relay, await Client.connect(relay.port) as client:
+        answer = await client.ask(request("/v1/models", method="HEAD"))
+        assert (answer.status, int(answer.headers["content-length"]) > 0) == (401, True)
+        assert await client.is_closed()
+
+
 async def test_load_balancers_need_no_key(engine: Engine, auth: AuthConfig) -> None:
     async with running_relay(engine.url, auth=auth) as relay:
         assert (await ask(relay.port, b"GET /-/ready HTTP/1.1\r\nHost: x\r\n\r\n")).status == 200
