@@ -14,8 +14,9 @@ import h11
 
 from relay.core import headers, strict
 
-#: Longer heads are not kept: that would be memory for each idle connection.
+#: Longer heads, and those of more fields, are not kept: that would be memory for each idle connection, up to 16 KiB.
 REMEMBERED_BYTES: Final = 4096
+REMEMBERED_FIELDS: Final = 48
 
 _LENGTH: Final = re.compile(rb"(?i)\r\ncontent-length:[ \t]*([0-9]{1,19})[ \t]*\r\n")
 _MOST_DIGITS: Final = 19
@@ -85,7 +86,8 @@ class HeadReader:
             if digits.isdigit() and len(digits) <= _MOST_DIGITS and head.endswith(self._after):
                 return last.with_length(digits)
         parsed = RequestHead(head, self._max_head_bytes)
-        place = _LENGTH.search(head) if parsed.length is not None and len(head) <= REMEMBERED_BYTES else None
+        is_small = len(head) <= REMEMBERED_BYTES and len(parsed.fields) <= REMEMBERED_FIELDS
+        place = _LENGTH.search(head) if is_small and parsed.length is not None else None
         if place is not None:
             self._last, self._before, self._after = parsed, head[: place.start(1)], head[place.end(1) :]
         return parsed

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from relay.core.request_head import REMEMBERED_BYTES, HeadReader, RequestHead
+from relay.core.request_head import REMEMBERED_BYTES, REMEMBERED_FIELDS, HeadReader, RequestHead
 from relay.errors import RequestRefused
 
 HEAD: Final = (
@@ -100,4 +100,11 @@ def test_a_head_that_is_answered_from_memory_is_not_that_one() -> None:
 def test_only_heads_of_ordinary_size_are_remembered() -> None:
     reader = HeadReader(65536)
     reader.read(HEAD.replace(b"Bearer k", b"Bearer " + b"k" * REMEMBERED_BYTES))
+    assert reader._last is None
+
+
+def test_heads_of_many_fields_are_not_kept() -> None:
+    """A small field costs thirty times its bytes once it is parsed."""
+    reader = HeadReader(65536)
+    reader.read(HEAD.replace(b"\r\n\r\n", b"\r\na:" * REMEMBERED_FIELDS + b"\r\n\r\n"))
     assert reader._last is None
