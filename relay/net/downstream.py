@@ -6,7 +6,6 @@ answered in order. Answers are written by the exchange, head and body, as their 
 
 from __future__ import annotations
 
-import itertools
 import math
 import socket
 import time
@@ -148,10 +147,12 @@ class ClientConnection:
         except OSError:
             return False
 
-    def stop_waiting(self) -> None:
-        """Ends the connection if it is between two requests: draining."""
-        if self.is_waiting:
-            self.scope.cancel()
+    def stop_waiting(self) -> bool:
+        """Ends the connection, if it is between two requests and nothing of the next has come; whether it does."""
+        if not self.is_waiting or self.has_unread:
+            return False
+        self.scope.cancel()
+        return True
 
     async def next_request(self) -> Request | None:
         """The next request; None when the client is done or has idled too long.
@@ -334,6 +335,8 @@ def make_room(connections: Collection[ClientConnection]) -> None:
     """
     waiting = [client for client in connections if client.is_waiting]
     waiting.sort(key=lambda client: client.source.limit_at_ns)
-    idle = (client for client in waiting if not client.has_unread)  # else its next request is there already
-    for client in itertools.islice(idle, max(1, len(connections) // _ROOM_SHARE)):
-        client.stop_waiting()
+    left = max(1, len(connections) // _ROOM_SHARE)
+    for client in waiting:
+        left -= client.stop_waiting()
+        if not left:
+            break

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from pathlib import Path
 
@@ -663,6 +664,20 @@ async def test_who_was_busy_when_somebody_came_makes_room_once_idle(engine: Engi
         assert (await first.answer()).end == "whole"
         assert (await second.answer()).status == 200
         assert await first.is_closed()
+
+
+async def test_a_request_that_came_just_before_a_drain_is_served(engine: Engine) -> None:
+    async with running_relay(engine.url) as relay, await Client.connect(relay.port) as client:
+        assert (await client.ask(request())).status == 200
+        (connection,) = relay.worker.connections
+        await until(lambda: connection.is_waiting)
+        sock = socket.socket(fileno=os.dup(client.stream.socket.fileno()))
+        with sock:
+            sock.send(request())  # without a turn of the relay's
+        assert not connection.stop_waiting()
+        relay.worker.stop()
+        assert (await client.answer()).status == 200
+        assert await client.is_closed()
 
 
 @pytest.mark.parametrize("said", [b"\r", b"\r\n"])
