@@ -13,12 +13,12 @@ import re
 import msgspec
 
 #: How an engine's URL may look, for messages.
-UPSTREAM_FORMS = "http://HOST:PORT, dns+http://NAME:PORT or unix:/path"
+UPSTREAM_FORMS = "http(s)://HOST:PORT, dns+http(s)://NAME:PORT or unix:/path"
 
 _UNIX_PREFIX = "unix:"
-_HTTP_PREFIX = "http://"
 _DNS_PREFIX = "dns+"
-_HTTP_PORT = 80
+#: Each with the port that it stands for.
+_SCHEMES = {"http": 80, "https": 443}
 
 #: `sun_path` holds 108 bytes with the closing zero (unix(7)).
 _UNIX_PATH_MAX_BYTES = 107
@@ -51,7 +51,11 @@ class Address(msgspec.Struct, frozen=True):
     @property
     def url(self) -> str:
         """The address as log lines and curl have it: ``http://…``, or ``unix:/…``."""
-        return str(self) if self.unix_path is not None else _HTTP_PREFIX + str(self)
+        return self.url_in("http")
+
+    def url_in(self, scheme: str) -> str:
+        """The same where ``https`` is spoken, or any other scheme."""
+        return str(self) if self.unix_path is not None else f"{scheme}://{self}"
 
     @property
     def is_loopback(self) -> bool:
@@ -88,13 +92,22 @@ class UpstreamConfig(msgspec.Struct, frozen=True):
     weight: int = 1  #: its share of the requests, beside the other weights
     max_in_flight: int = 0  #: most exchanges at once; 0: no limit
     is_dns: bool = False
+    is_tls: bool = False  #: ``https``
+    ca: str = ""  #: the file with the certificates that vouch for it; empty: the system's
+    server_name: str = ""  #: whose certificate it has to show; empty: that of `host`
     kv_address: str = ""  #: ``HOST:PORT`` of its key-value sockets (p2p_nccl)
     bootstrap: str = ""  #: URL of its bootstrap server (mooncake)
     bootstrap_port: int = 0  #: port of its bootstrap server (sglang)
 
     def at(self, ip: str) -> UpstreamConfig:
-        """The engine at one of the addresses of a name; it is called by the name all the same."""
-        return msgspec.structs.replace(self, url=f"{_HTTP_PREFIX}{_bracketed(ip)}:{self.port}", host=ip, is_dns=False)
+        """The engine at one of the addresses of a name; it is called, and verified, by the name all the same."""
+        url = f"{_scheme(is_tls=self.is_tls)}://{_bracketed(ip)}:{self.port}"
+        return msgspec.structs.replace(self, url=url, host=ip, is_dns=False, server_name=self.verified_name)
+
+    @property
+    def verified_name(self) -> str:
+        """The name, or address, that the certificate of an ``https`` engine must be for."""
+        return self.server_name or self.host.partition("%")[0]
 
     def is_served_by(self, address: Address) -> bool:
         """Whether a listener at `address` on this machine would answer calls to this upstream."""
@@ -131,32 +144,40 @@ def parse_upstream(text: str) -> UpstreamConfig:
     if text[: len(_DNS_PREFIX)].lower() == _DNS_PREFIX:
         config = parse_upstream(text[len(_DNS_PREFIX) :])
         if config.unix_path is not None or config.is_dns:
-            raise ValueError("has no name to resolve; allowed: dns+http://NAME:PORT")
+            raise ValueError("has no name to resolve; allowed: dns+http(s)://NAME:PORT")
         return msgspec.structs.replace(config, url=_DNS_PREFIX + config.url, is_dns=True)
-    scheme = text[: len(_HTTP_PREFIX)].lower()
-    if scheme != _HTTP_PREFIX:
-        if scheme.startswith("https:"):
-            raise ValueError(f"is https, which this version does not speak; allowed: {UPSTREAM_FORMS}")
+    scheme, found, rest = text.partition("://")
+    scheme = scheme.lower()
+    if not found or scheme not in _SCHEMES:
         raise ValueError(f"is not an engine's URL; allowed: {UPSTREAM_FORMS}")
-    rest = text[len(_HTTP_PREFIX) :]
     end = min((at for at in map(rest.find, "/?#") if at >= 0), default=len(rest))
     host_and_port, path = rest[:end], rest[end:]
     if "@" in host_and_port:
-        raise ValueError("holds a user name or password; allowed: http://HOST:PORT, credentials come with each request")
+        allowed = f"{scheme}://HOST:PORT, credentials come with each request"
+        raise ValueError(f"holds a user name or password; allowed: {allowed}")
     if path not in ("", "/"):
-        raise ValueError(f"has a path, and requests keep their own; write http://{host_and_port} without {path}")
+        raise ValueError(f"has a path, and requests keep their own; write {scheme}://{host_and_port} without {path}")
     host, port = _host_and_port(host_and_port)
     if port is None:
-        port = _HTTP_PORT
+        port = _SCHEMES[scheme]
     elif port == 0:
         raise ValueError("has port 0, which nobody can call; allowed: 1 to 65535")
     host = host.lower()
     # A zone (fe80::1%eth0) has a meaning on this machine only, so it is not sent (RFC 6874 §4).
     name = _bracketed(host.partition("%")[0])
-    authority = name if port == _HTTP_PORT else f"{name}:{port}"
+    authority = name if port == _SCHEMES[scheme] else f"{name}:{port}"
     return UpstreamConfig(
-        url=f"{_HTTP_PREFIX}{_bracketed(host)}:{port}", host=host, port=port, unix_path=None, authority=authority
+        url=f"{scheme}://{_bracketed(host)}:{port}",
+        host=host,
+        port=port,
+        unix_path=None,
+        authority=authority,
+        is_tls=scheme == "https",
     )
+
+
+def _scheme(*, is_tls: bool) -> str:
+    return "https" if is_tls else "http"
 
 
 def _bracketed(host: str) -> str:

@@ -79,12 +79,14 @@ def _status(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> int:
+    from relay.net import tls
     from relay.net.guard import Guard, GuardError
 
     config = settings.load(arguments.config)
     try:
         Guard.read(config.auth)
-    except GuardError as error:
+        tls.read(config)
+    except (GuardError, tls.TlsError) as error:
         print(error, file=sys.stderr)
         return _WRONG_USAGE
     print(f"{arguments.config}: ok")
@@ -146,7 +148,7 @@ def _parser() -> argparse.ArgumentParser:
     flag("--admin", metavar="ADDR", type=_read(settings.AddressOrOff), default=argparse.SUPPRESS,
          help="where /metrics and /-/status are, or off (default 127.0.0.1:8081)")  # fmt: skip
     flag("--upstream", metavar="URL", action="append", type=_read(settings.Upstream),
-         help="an engine: http://HOST:PORT or unix:/path; repeatable")  # fmt: skip
+         help="an engine: http(s)://HOST:PORT or unix:/path; repeatable")  # fmt: skip
     flag("--prefill", metavar="URL", action="append", type=_read(settings.Upstream),
          help="an engine that computes prompts, for disaggregated prefill; repeatable")  # fmt: skip
     flag("--decode", metavar="URL", action="append", type=_read(settings.Upstream),
@@ -287,7 +289,7 @@ def _line(problem: Problem, source: str, arguments: argparse.Namespace) -> str:
 def _summary(config: Config) -> Iterator[str]:
     """What a relay with this configuration would do, for people."""
     for address in config.listen.addresses:
-        yield f"listen on {address.url}"
+        yield f"listen on {address.url_in('http' if config.listen.tls is None else 'https')}"
     yield f"admin on {config.admin.address.url}" if config.admin.address else "admin off"
     for pool in config.pools:
         split = f"split, {pool.connector}, " if pool.is_split else ""
@@ -295,9 +297,11 @@ def _summary(config: Config) -> Iterator[str]:
         for role in ("serve", "prefill", "decode"):
             for upstream in pool.upstreams_of(role):
                 which = f"{role} " if pool.is_split else ""
+                name = f", verified as {upstream.server_name}" if upstream.server_name else ""
+                ca = f", vouched for by {upstream.ca}" if upstream.ca else ""
                 weight = f", weight {upstream.weight}" if upstream.weight != 1 else ""
                 most = f", at most {upstream.max_in_flight} in flight" if upstream.max_in_flight else ""
-                yield f"  {which}{upstream.url}{weight}{most}"
+                yield f"  {which}{upstream.url}{name}{ca}{weight}{most}"
         if pool.max_in_flight:
             yield f"  at most {pool.max_in_flight} in flight"
         if pool.max_queue:

@@ -10,11 +10,12 @@ from typing import Any
 import trio
 from hypothesis import settings
 
-from relay.address import parse_upstream
+from relay.address import UpstreamConfig, parse_upstream
 from relay.config import Config, HealthConfig, LogConfig, PoolConfig
 from relay.core.timeline import Record
 from relay.daemon.listeners import Listeners
 from relay.daemon.worker import Worker
+from relay.net import tls
 
 # How long an example takes says more of the machine than of the code.
 settings.register_profile("relay", deadline=None)
@@ -30,7 +31,7 @@ class RunningRelay:
     def __init__(self, config: Config, listener: socket.socket) -> None:
         self.records: list[Record] = []
         self._written = trio.Event()
-        self.worker = Worker(config, Listeners([listener]), lambda _: self._write)
+        self.worker = Worker(config, Listeners([listener]), lambda _: self._write, tls_context=tls.read(config))
         self.port: int = listener.getsockname()[1] if listener.family == socket.AF_INET else 0
 
     def _write(self, record: Record) -> None:
@@ -52,13 +53,16 @@ class RunningRelay:
 
 @asynccontextmanager
 async def running_relay(
-    *upstreams: str, listener: socket.socket | None = None, models: tuple[str, ...] = (), **tables: Any
+    *upstreams: str | UpstreamConfig, listener: socket.socket | None = None, models: tuple[str, ...] = (), **tables: Any
 ) -> AsyncIterator[RunningRelay]:
     """A relay in front of `upstreams`, on a free port or `listener`; further arguments are configuration tables."""
-    pool = PoolConfig(models=models, upstreams=tuple(parse_upstream(url) for url in upstreams))
+    engines = (parse_upstream(url) if isinstance(url, str) else url for url in upstreams)
+    pool = PoolConfig(models=models, upstreams=tuple(engines))
     tables.setdefault("health", HealthConfig(interval_s=0.0))  # an engine played by the test expects no probes
     config = Config(pools=(pool,), log=LogConfig(format="off"), **tables)
     listener = listener or socket.create_server(("127.0.0.1", 0), backlog=512)
+    if config.listen.tls is not None:
+        listener = tls.TlsListener(fileno=listener.detach())
     relay = RunningRelay(config, listener)
     async with trio.open_nursery() as nursery:
         await nursery.start(relay.worker.run)

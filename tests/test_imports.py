@@ -58,7 +58,8 @@ ROOMS = {
     "relay.demo": Room(_names("")),
     "relay.cli": Room(
         _names(
-            "relay.address relay.config relay.daemon relay.demo relay.install relay.keys relay.net.guard relay.status"
+            "relay.address relay.config relay.daemon relay.demo relay.install relay.keys relay.net.guard relay.net.tls "
+            "relay.status"
         )
     ),
     "relay.__main__": Room(_names("relay.cli")),

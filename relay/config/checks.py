@@ -60,6 +60,7 @@ def _useless_pools(config: Config) -> Iterator[Problem]:
     for at, pool in enumerate(config.pools):
         yield from _roles(pool, f"pool[{at}]")
         yield from _endpoints(pool, f"pool[{at}]")
+        yield from _useless_trust(pool, f"pool[{at}]")
         yield from _repeated(pool.models, f"pool[{at}].models")
         every = (*pool.upstreams, *pool.decode)
         if pool.max_queue and not pool.max_in_flight and not all(one.max_in_flight for one in every):
@@ -98,6 +99,15 @@ def _endpoints(pool: PoolConfig, key: str) -> Iterator[Problem]:
                 raise ValueError("is no address to call; allowed: HOST:PORT with the host that decoders reach")
         except ValueError as problem:
             yield Problem(f"{key}.callback_address", f"{shown(pool.callback_address)} {problem}")
+
+
+def _useless_trust(pool: PoolConfig, key: str) -> Iterator[Problem]:
+    for name in ("upstreams", "prefill", "decode"):
+        for at, upstream in enumerate(getattr(pool, name)):
+            for setting in ("ca", "server_name"):
+                if getattr(upstream, setting) and not upstream.is_tls:
+                    message = f"is of no use to {upstream.url}; allowed: with https://"
+                    yield Problem(f"{key}.{name}[{at}].{setting}", message)
 
 
 def _rival_pools(config: Config) -> Iterator[Problem]:

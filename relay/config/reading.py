@@ -1,7 +1,6 @@
 """Reading settings: a file's tables become structs, and every mistake becomes a line that says what is allowed instead.
 
-This differs from a plain `msgspec.convert` in one way: it finds every mistake, not only the first. A name that the
-interface promises for later versions is refused, never ignored: whoever writes ``listen.tls`` must not get plain text.
+This differs from a plain `msgspec.convert` in one way: it finds every mistake, not only the first.
 """
 
 from __future__ import annotations
@@ -9,6 +8,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
+from types import NoneType
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeVar, get_args, get_origin
 
 import msgspec
@@ -32,11 +32,6 @@ class Problem(NamedTuple):
         """The problem as a person reads it: where it is, what is wrong, what is allowed."""
         return ":".join(filter(None, (source, self.key))) + ": " + self.message
 
-
-#: Names of the interface that later versions take, indices left out.
-_NOT_YET_SUPPORTED = frozenset({
-    "listen.tls", "pool.upstreams.ca", "pool.upstreams.server_name",
-})  # fmt: skip
 
 # Reading: a value goes in; a setting comes out, or `_WRONG` after a line was added to `problems`.
 
@@ -77,6 +72,8 @@ def _read(setting: Any, value: Any, key: str, problems: list[Problem]) -> Any:
             return read_table(plain, value, key, problems)
         problems.append(Problem(key, f"{shown(value)} is not valid; allowed: a table"))
         return _WRONG
+    if _is_optional_table(plain):
+        return _read_whole_table(setting, value, key, problems)
     if plain is UpstreamConfig and isinstance(value, dict):
         return _read_upstream_table(value, key, problems)
     try:
@@ -137,9 +134,19 @@ def _read_upstream_table(table: dict[str, Any], key: str, problems: list[Problem
     return msgspec.structs.replace(own.pop("url"), **own)
 
 
+def _read_whole_table(setting: Any, value: Any, key: str, problems: list[Problem]) -> Any:
+    """A table that may be missing, but not in parts."""
+    struct = get_args(_without_meta(setting))[0]
+    required = {field.encode_name for field in msgspec.structs.fields(struct) if field.required}
+    if not isinstance(value, dict) or not required <= value.keys():
+        problems.append(Problem(key, _not_valid(setting, value)))
+        return _WRONG
+    before = len(problems)
+    settings = _read_settings(struct, value, key, problems)
+    return _WRONG if len(problems) > before else struct(**settings)
+
+
 def _unknown(path: str, name: str, known: list[str]) -> Problem:
-    if re.sub(r"\[\d+\]", "", path) in _NOT_YET_SUPPORTED:
-        return Problem(path, "is not supported by this version; take it out")
     meant = difflib.get_close_matches(name, known, n=1)
     hint = f"; perhaps {meant[0]} is meant" if meant else ""
     return Problem(path, f"is not a known name{hint}; allowed: {', '.join(known)}")
@@ -151,6 +158,11 @@ def _without_meta(setting: Any) -> Any:
 
 def _is_table(setting: Any) -> bool:
     return isinstance(setting, type) and issubclass(setting, Table)
+
+
+def _is_optional_table(setting: Any) -> bool:
+    choices = get_args(setting)
+    return len(choices) == 2 and _is_table(choices[0]) and choices[1] is NoneType
 
 
 def _joined(key: str, name: str) -> str:

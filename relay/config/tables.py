@@ -53,6 +53,8 @@ OnMissing = Annotated[Literal["decode", "error"], Meta(description='"decode" or 
 AddressOrNone = Annotated[str, Meta(pattern=r"^(\S+:\d+)?\Z", description='HOST:PORT, or "" for one of its own')]
 UrlOrNone = Annotated[str, Meta(pattern=r"^(https?://\S+)?\Z", description='http://HOST:PORT, or "" for the default')]
 File = Annotated[str, Meta(description="a file's path")]
+NameOrNone = Annotated[str, Meta(pattern=r"^[A-Za-z0-9._:-]*\Z", description='a name, or "" for the one in the URL')]
+OwnTls = Annotated["TlsConfig | None", Meta(description="{ cert = …, key = … }, both files in PEM")]
 Flag = Annotated[bool, Meta(description="true or false")]
 OwnFlag = Annotated[bool | None, Meta(description="true or false")]
 OwnDelay = Annotated[
@@ -72,11 +74,22 @@ class Table(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """One table of the file."""
 
 
+class TlsConfig(Table, frozen=True):
+    """What a listener shows its clients. Read again with each reload."""
+
+    #: Its certificate, and those between it and a root, in PEM.
+    cert: File
+    #: The certificate's key, in PEM.
+    key: File
+
+
 class ListenConfig(Table, frozen=True):
     """Where clients connect."""
 
     #: Loopback: whoever opens an engine to a network should say so. Ignored where systemd passes sockets.
     addresses: Listeners = (Address("127.0.0.1", 8080),)
+    #: With it all of `addresses` speak https, and of systemd's sockets those named so; none.
+    tls: OwnTls = None
 
 
 class AdminConfig(Table, frozen=True):
@@ -107,6 +120,10 @@ class UpstreamTable(Table, frozen=True):
     weight: Weight = 1
     #: Exchanges at once; none, as for the pool.
     max_in_flight: MostOrNone = 0
+    #: Certificates, in PEM, that vouch for an https engine in the place of the system's.
+    ca: File = ""
+    #: The name that an https engine's certificate must be for; else the URL's host.
+    server_name: NameOrNone = ""
     #: Where a prefiller or decoder of p2p_nccl has its key-value sockets; else vLLM's default port on its host.
     kv_address: AddressOrNone = ""
     #: A mooncake prefiller's bootstrap server; else vLLM's default port on its host.
@@ -157,6 +174,11 @@ class PoolConfig(Table, frozen=True):
     def is_split(self) -> bool:
         """Whether prefill and decode are different engines' work."""
         return bool(self.prefill or self.decode)
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Those that its engines have."""
+        return ("prefill", "decode") if self.is_split else ("serve",)
 
     def upstreams_of(self, role: str) -> tuple[UpstreamConfig, ...]:
         """The engines of a role: ``serve``, ``prefill`` or ``decode``."""

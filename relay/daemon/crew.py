@@ -29,6 +29,7 @@ from relay.net.fleet import Pool
 from relay.net.notices import Priority, say
 from relay.net.pool import Upstream
 from relay.net.service import Service
+from relay.net.tls import TlsListener
 
 #: Seconds before a worker that died is replaced, doubled each time until one has lived for `STEADY_S`. The longest is
 #: below half of the units' WatchdogSec=: a daemon whose workers cannot live is begun anew.
@@ -289,7 +290,8 @@ class Crew:
         sockets = self._listeners.numbered
         if not self._is_over(hand) and hand.sockets != [*sockets]:
             added = [number for number in sockets if number not in hand.sockets]
-            hand.channel.send(messages.Listen([*sockets], added), [sockets[number].fileno() for number in added])
+            secure = [number for number in added if isinstance(sockets[number], TlsListener)]
+            hand.channel.send(messages.Listen([*sockets], added, secure), [sockets[each].fileno() for each in added])
             hand.sockets = [*sockets]
         limits = dict(self._limits.by_number)
         new = [number for number, limit in limits.items() if hand.limits.get(number) is not limit]

@@ -1,4 +1,4 @@
-"""Listeners that others than this machine's users may reach, in clear text."""
+"""Listeners that others than this machine's users may reach, in clear text or without a key."""
 
 from __future__ import annotations
 
@@ -9,14 +9,20 @@ from collections.abc import Iterable
 from relay.address import Address
 from relay.net.guard import Guard
 from relay.net.notices import Priority, say
+from relay.net.tls import TlsListener
 
 
 def exposures(listeners: Iterable[socket.socket], guard: Guard) -> set[str]:
     """A line for each that is on a public address: what it carries can be read on the way, or anybody may ask."""
-    risk = "keys and answers go in clear text" if guard.access else "anybody may use the engines"
-    advice = "listen on loopback behind what ends TLS" + ("" if guard.access else ", and set auth.keys_file")
-    exposed = (listener.getsockname() for listener in listeners if _is_public(listener))
-    return {f"{Address(host, port)} can be reached from outside: {risk}; {advice}" for host, port, *_ in exposed}
+    lines = set()
+    for listener in filter(_is_public, listeners):
+        advice = [] if isinstance(listener, TlsListener) else ["give listen.tls, or listen on loopback behind TLS"]
+        advice += [] if guard.access else ["set auth.keys_file"]
+        risk = "keys and answers go in clear text" if guard.access else "anybody may use the engines"
+        if advice:
+            address = Address(*listener.getsockname()[:2])
+            lines.add(f"{address} can be reached from outside: {risk}; {', and '.join(advice)}")
+    return lines
 
 
 def warn_of(lines: Iterable[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import socket
+import ssl
 import sys
 import time
 from collections.abc import Callable
@@ -24,13 +25,16 @@ from relay.daemon.messages import Channel, Done, Member, Order, PoolMembers, Sai
 from relay.daemon.records import RecordWriter
 from relay.daemon.scoreboard import Scoreboard, Slot
 from relay.daemon.worker import Worker, record_sink
+from relay.net import tls
 from relay.net.callbacks import url_of_worker
 from relay.net.fleet import Pool
 from relay.net.group import Group
 from relay.net.guard import Guard
+from relay.net.notices import Priority, say
 from relay.net.pool import Upstream
 from relay.net.report import exchanges_of, status_of
 from relay.net.shares import Permits, Shares
+from relay.net.tls import TlsListener
 
 _encode: Final = msgspec.msgpack.Encoder().encode
 
@@ -38,6 +42,7 @@ _encode: Final = msgspec.msgpack.Encoder().encode
 def work(
     config: Config,
     guard: Guard,
+    tls_context: ssl.SSLContext | None,
     scoreboard: Scoreboard,
     beat_s: float,
     number: int,
@@ -45,13 +50,14 @@ def work(
 ) -> int:
     """A worker's process: its exit status. `number` is that of its slot, `sock` leads to the control process."""
     name_process(f"relay worker {number + 1}")
-    trio.run(_work, config, guard, scoreboard, beat_s, number, sock)
+    trio.run(_work, config, guard, tls_context, scoreboard, beat_s, number, sock)
     return 0
 
 
 async def _work(
     config: Config,
     guard: Guard,
+    tls_context: ssl.SSLContext | None,
     scoreboard: Scoreboard,
     beat_s: float,
     number: int,
@@ -59,6 +65,7 @@ async def _work(
 ) -> None:
     writer = RecordWriter(sys.stdout.fileno())
     worker = Follower(config, guard, partial(record_sink, writer), scoreboard, number, Channel(sock))
+    worker.tls_context = tls_context  # until it is told of a configuration
     writer.on_drop = worker.service.tally.records_dropped
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_beat, scoreboard.slot(number), beat_s)
@@ -125,8 +132,11 @@ class Follower(Worker):
             case messages.Fleet():
                 self._take_on(order)
                 self._channel.send(Done(order.serial))
-            case messages.Listen(numbers, new):
-                known = self._sockets | {each: socket.socket(fileno=self._channel.fds.popleft()) for each in new}
+            case messages.Listen(numbers, new, secure):
+                fds = self._channel.fds
+                known = self._sockets | {
+                    each: (TlsListener if each in secure else socket.socket)(fileno=fds.popleft()) for each in new
+                }
                 for each in known.keys() - {*numbers}:
                     if known[each] not in self._accepts:
                         known[each].close()
@@ -169,6 +179,10 @@ class Follower(Worker):
             self.take_on(config)
             self.service.reconfigure(config, Guard(config.auth, credentials))
             self.service.fleet.reconfigure(config)
+            try:
+                self.tls_context = tls.read(config) or self.tls_context
+            except tls.TlsError as problem:  # the control process could use it a moment ago
+                say(f"relay: {problem}; what was read before stays in force", Priority.ERROR)
         self._shares.others = [self._scoreboard.slot(each).loads for each in order.workers if each != self._number]
         told = {pool.name: pool for pool in order.pools}
         for pool in self.service.fleet.pools:

@@ -13,6 +13,8 @@ from typing import Final
 from relay.address import Address
 from relay.config import Config
 from relay.daemon import systemd
+from relay.net.notices import Priority, say
+from relay.net.tls import TlsListener
 
 #: Clients waiting to be accepted; the kernel caps it at net.core.somaxconn.
 BACKLOG: Final = 4096
@@ -25,9 +27,9 @@ class StartError(Exception):
 class _Own:
     """A socket that was opened here. A unix socket's file is removed with it, as nginx and HAProxy do."""
 
-    def __init__(self, address: Address) -> None:
+    def __init__(self, address: Address, kind: type[socket.socket]) -> None:
         self.address = address
-        self.sock = _listen(address)
+        self.sock = _listen(address, kind)
         self._file = None if address.unix_path is None else _identity(address.unix_path)
 
     def remove_file(self) -> None:
@@ -40,9 +42,13 @@ class _Own:
 
 
 class Listeners:
-    """Sockets that clients connect to. Those passed by systemd stay whatever the configuration says."""
+    """Sockets that clients connect to. Those passed by systemd stay whatever the configuration says.
 
-    def __init__(self, passed: Iterable[socket.socket] = ()) -> None:
+    `kind` of what is opened here is that of the daemon's start: `TlsListener`, or a plain socket.
+    """
+
+    def __init__(self, passed: Iterable[socket.socket] = (), kind: type[socket.socket] = socket.socket) -> None:
+        self._kind = kind
         self._numbers = itertools.count()
         self._passed = {next(self._numbers): sock for sock in passed}
         self._own: dict[int, _Own] = {}
@@ -79,7 +85,7 @@ class Listeners:
                 kept[number] = left.pop(number)
                 continue
             try:
-                opened.append(_Own(address))
+                opened.append(_Own(address, self._kind))
             except OSError as exc:
                 _close(opened)
                 raise StartError(f"cannot listen on {address}: {exc.strerror}") from None
@@ -97,9 +103,16 @@ class Listeners:
 
 def open_listeners(config: Config) -> tuple[Listeners, Listeners]:
     """The clients' listeners, and the admin side's, of which there is one or none. Raises StartError."""
-    passed = systemd.listen_fds()
-    clients = Listeners(socket.socket(fileno=fd) for fd, name in passed if name != "admin")
-    admin = Listeners(socket.socket(fileno=fd) for fd, name in passed if name == "admin")
+    passed, has_tls = systemd.passed_listeners(), config.listen.tls is not None
+    if passed.https and not has_tls:
+        raise StartError("systemd passes a socket named https; give listen.tls, or disable relay-https.socket")
+    if passed.http and not passed.https and has_tls:
+        say("relay: warning: listen.tls is of no use without a socket named https from systemd", Priority.WARNING)
+    clients = Listeners(
+        [socket.socket(fileno=fd) for fd in passed.http] + [TlsListener(fileno=fd) for fd in passed.https],
+        TlsListener if has_tls else socket.socket,
+    )
+    admin = Listeners(socket.socket(fileno=fd) for fd in passed.admin)
     admin.change(() if config.admin.address is None else (config.admin.address,))
     try:
         clients.change(config.listen.addresses)
@@ -115,9 +128,9 @@ def _close(listeners: Iterable[_Own]) -> None:
         own.sock.close()
 
 
-def _listen(address: Address) -> socket.socket:
+def _listen(address: Address, kind: type[socket.socket]) -> socket.socket:
     family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
-    sock = socket.socket(socket.AF_UNIX if address.unix_path is not None else family, socket.SOCK_STREAM)
+    sock = kind(socket.AF_UNIX if address.unix_path is not None else family, socket.SOCK_STREAM)
     try:
         if address.unix_path is not None:
             _bind_unix(sock, address.unix_path)
@@ -167,4 +180,4 @@ def _url_of(listener: socket.socket) -> str:
     name = listener.getsockname()
     if listener.family == socket.AF_UNIX:
         return f"unix:{name}"
-    return Address(name[0], name[1]).url
+    return Address(name[0], name[1]).url_in("https" if isinstance(listener, TlsListener) else "http")

@@ -65,6 +65,7 @@ class Listen(msgspec.Struct, frozen=True, tag=True):
 
     numbers: list[int]  #: for each its number, which stays while it is open
     new: list[int]  #: of them those not known yet, a descriptor for each
+    secure: list[int]  #: of these, those whose clients speak TLS
 
 
 class Limits(msgspec.Struct, frozen=True, tag=True):

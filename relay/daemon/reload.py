@@ -30,4 +30,6 @@ def what_came_of(config: Config, started_with: Config, *, left: tuple[str, ...] 
     """What is told of a reload; `left` are keys that this daemon could not take on."""
     if config.admin.address != started_with.admin.address:
         left = ("admin.address", *left)
+    if (config.listen.tls is None) != (started_with.listen.tls is None):
+        left = ("listen.tls", *left)
     return f"yes, but a restart is needed for: {', '.join(left)}" if left else "yes"

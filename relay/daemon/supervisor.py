@@ -27,6 +27,7 @@ from relay.daemon.forker import Forker
 from relay.daemon.listeners import Listeners, StartError, open_listeners
 from relay.daemon.reload import read_again, what_came_of
 from relay.daemon.scoreboard import Scoreboard
+from relay.net import tls
 from relay.net.admin import Admin
 from relay.net.callbacks import Callbacks, ListenError
 from relay.net.guard import Guard, GuardError
@@ -47,9 +48,9 @@ def run(config: Config, load_config: Callable[[], Config] | None = None) -> int:
     if count == 1:
         return worker.run(config, load_config)
     try:
-        guard = Guard.read(config.auth)
+        guard, tls_context = Guard.read(config.auth), tls.read(config)
         listeners, admin = open_listeners(config)
-    except (GuardError, StartError) as exc:
+    except (GuardError, StartError, tls.TlsError) as exc:
         say(f"relay: {exc}", Priority.ERROR)
         return 1
     warn_of(exposures(listeners.sockets, guard))
@@ -57,7 +58,8 @@ def run(config: Config, load_config: Callable[[], Config] | None = None) -> int:
     scoreboard = Scoreboard(max(ROOM, 2 * count))
     limit_s = systemd.watchdog_s()
     beat_s = BEAT_S if limit_s is None else min(BEAT_S, limit_s / 8)
-    forker = Forker(partial(follower.work, config, guard, scoreboard, beat_s), [*listeners.sockets, *admin.sockets])
+    work = partial(follower.work, config, guard, tls_context, scoreboard, beat_s)
+    forker = Forker(work, [*listeners.sockets, *admin.sockets])
     try:
         supervisor = Supervisor(config, guard, listeners, admin, load_config, scoreboard, forker)
         return trio.run(supervisor.run)
@@ -168,6 +170,7 @@ class Supervisor:
         """
         async with self._reloading:
             config, guard = read_again(self._load_config)
+            tls.read(config)
             count = worker.count_of(config)
             if count > (most := self.crew.most_workers()):
                 raise ValueError(f"daemon.workers: {count} are too many; allowed without a restart: {most} at present")

@@ -11,6 +11,7 @@ import os
 import resource
 import signal
 import socket
+import ssl
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
@@ -28,7 +29,7 @@ from relay.daemon.listeners import Listeners, StartError, open_listeners
 from relay.daemon.records import RecordWriter
 from relay.daemon.reload import read_again, what_came_of
 from relay.errors import ExchangeError, RequestRefused
-from relay.net import callbacks, poller, sockets
+from relay.net import callbacks, poller, sockets, tls
 from relay.net.admin import Admin
 from relay.net.downstream import LINGER_S, BodyBudget, ClientConnection, make_room
 from relay.net.exchange import Exchange
@@ -38,6 +39,7 @@ from relay.net.pump import Pump
 from relay.net.reply import refuse
 from relay.net.roster import Roster
 from relay.net.service import Service
+from relay.net.tls import TlsListener
 
 if TYPE_CHECKING:
     from relay.core.board import Block
@@ -57,14 +59,14 @@ CUT_S: Final = 3.0
 def run(config: Config, load_config: Callable[[], Config] | None = None) -> int:
     """Runs the daemon until SIGTERM or SIGINT; the process's exit status. `load_config` reads it again: SIGHUP."""
     try:
-        guard = Guard.read(config.auth)
+        guard, tls_context = Guard.read(config.auth), tls.read(config)
         listeners, admin = open_listeners(config)
-    except (GuardError, StartError) as exc:
+    except (GuardError, StartError, tls.TlsError) as exc:
         say(f"relay: {exc}", Priority.ERROR)
         return 1
     warn_of(exposures(listeners.sockets, guard))
     raise_descriptor_limit()
-    return trio.run(_run, config, listeners, admin, load_config, guard)
+    return trio.run(_run, config, listeners, admin, load_config, guard, tls_context)
 
 
 async def _run(
@@ -73,11 +75,13 @@ async def _run(
     admin: Listeners,
     load_config: Callable[[], Config] | None,
     guard: Guard,
+    tls_context: ssl.SSLContext | None,
 ) -> int:
     """A worker with what a process has around it: signals, and records on standard output. The exit status."""
     status = 0
     writer = RecordWriter(sys.stdout.fileno())
-    worker = Worker(config, listeners, partial(record_sink, writer), admin, load_config, guard=guard)
+    sink = partial(record_sink, writer)
+    worker = Worker(config, listeners, sink, admin, load_config, guard=guard, tls_context=tls_context)
     writer.on_drop = worker.service.tally.records_dropped
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
         async with trio.open_nursery() as nursery:
@@ -174,10 +178,12 @@ class Worker:
         load_config: Callable[[], Config] | None = None,
         board: Block | None = None,
         guard: Guard | None = None,
+        tls_context: ssl.SSLContext | None = None,
     ) -> None:
         self.config = self._started_with = config
         self._load_config = load_config
         self.listeners = listeners
+        self.tls_context = tls_context  #: what connections of a `TlsListener` are made from
         self._admin = admin or Listeners()
         self._record_sink = record_sink
         self.pump = Pump()
@@ -212,6 +218,7 @@ class Worker:
         """
         async with self._reloading:
             config, guard = read_again(self._load_config)
+            tls_context = tls.read(config)
             prepared = await self._callbacks.prepare(config)
             try:
                 if not self.service.is_ready:
@@ -222,6 +229,7 @@ class Worker:
                 prepared.close()
                 raise ValueError(str(exc)) from None
             self.take_on(config)
+            self.tls_context = tls_context or self.tls_context
             self.roster.reconfigure(config, guard)
             if self._key_limits is not None:
                 self._key_limits.settle(guard.limits)
@@ -324,6 +332,8 @@ class Worker:
                     sock, peer = listener.accept()
                     sock.setblocking(False)
                     sockets.set_no_delay(sock)
+                    if isinstance(listener, TlsListener) and self.tls_context is not None:
+                        sock = tls.wrap(self.tls_context, sock)
                     source = self.pump.add(sock)
                 except BlockingIOError:
                     break
@@ -354,16 +364,11 @@ class Worker:
         failure: ExchangeError | None = None
         try:
             with client.scope:
-                while not self.service.is_draining:
-                    try:
-                        request = await client.next_request()
-                    except ExchangeError as refusal:
-                        failure = refusal
-                        break
-                    if request is None:
-                        break
-                    if not await Exchange(self.service, client, request).run():
-                        break
+                try:
+                    if await client.begin():
+                        await self._exchange(client)
+                except ExchangeError as refusal:
+                    failure = refusal
             if client.scope.cancelled_caught:
                 failure = client.interruption()
             if failure is not None:
@@ -379,6 +384,13 @@ class Worker:
             self.connections.discard(client)
             self._departure.set()
             self._departure = trio.Event()
+
+    async def _exchange(self, client: ClientConnection) -> None:
+        """One request of a connection after the other. Raises ExchangeError: one that is not served."""
+        while not self.service.is_draining:
+            request = await client.next_request()
+            if request is None or not await Exchange(self.service, client, request).run():
+                return
 
     async def _drain(self, handlers: trio.Nursery) -> None:
         """Waits for the open exchanges, within ``drain_s``; then ends them with an error frame."""

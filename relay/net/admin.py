@@ -26,6 +26,7 @@ from relay.net.notices import say_fault
 from relay.net.report import Crew, exchanges_of, status_of
 from relay.net.roster import Roster, RosterError
 from relay.net.service import Service, local_answer
+from relay.net.tls import client_context
 
 #: How long an admin client may take altogether.
 ADMIN_S: Final = 10.0
@@ -57,6 +58,8 @@ class _Change(msgspec.Struct, forbid_unknown_fields=True):
     url: str
     pool: str = ""
     role: str = "serve"
+    ca: str = ""
+    server_name: str = ""
 
 
 class _Instances(msgspec.Struct):
@@ -206,7 +209,11 @@ class Admin:
 
     async def _add(self, body: bytes) -> Answer:
         change = self._change(body)
-        config = _engine(change.url)
+        config = replace(_engine(change.url), ca=change.ca, server_name=change.server_name)
+        if config.is_tls:
+            client_context(config.ca)  # or it is refused here
+        elif config.ca or config.server_name:
+            raise ValueError(f"ca and server_name are of no use to {config.url}; allowed: with https://")
         self._roster.add(change.pool, change.role, config)
         await self._crew.settle()
         return _json({"added": config.url, "pool": change.pool})

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import math
 import socket
+import ssl
 import time
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from typing import Final, Protocol
 
 import trio
@@ -19,7 +21,7 @@ from relay.core import strict
 from relay.core.framing import ChunkDecoder, decode_into
 from relay.core.request_head import HeadReader, RequestHead
 from relay.errors import ClientGone, ExchangeError, Phase, RequestRefused, RequestTimeout
-from relay.net import sockets
+from relay.net import sockets, tls
 from relay.net.source import Source
 
 #: After an answer to a request not read to its end: how long, and how much, is read and dropped so that the answer is
@@ -119,7 +121,9 @@ class ClientConnection:
         self.limits = limits
         self.refused: Request | None = None  #: what `next_request` has raised for, if its head was right
         self.request_started = 0.0  #: when the current request's first byte came (monotonic clock)
-        self.is_waiting = False  #: between two requests
+        self.is_waiting = False  #: between two requests, or in a TLS handshake
+        self.is_torn = False  #: the last answer did not come to its end
+        self._tls = self.sock if isinstance(self.sock, tls.TlsSocket) else None
         self._budget = budget
         self._held = 0
         self._visit: Visit | None = None
@@ -133,6 +137,11 @@ class ClientConnection:
 
     def __repr__(self) -> str:
         return f"<ClientConnection {self.peer} {'waiting' if self.is_waiting else 'busy'}>"
+
+    @property
+    def scheme(self) -> bytes:
+        """Of the URLs that the client asks for."""
+        return b"http" if self._tls is None else b"https"
 
     @property
     def has_unread(self) -> bool:
@@ -153,6 +162,45 @@ class ClientConnection:
             return False
         self.scope.cancel()
         return True
+
+    async def begin(self) -> bool:
+        """Shakes hands with a client that is to speak TLS, within ``client_head_s``; False where it has left.
+
+        Raises RequestRefused where it speaks plain HTTP, ClientGone where the handshake fails.
+        """
+        self.is_waiting = True
+        self._limit_waits(self.timeouts.client_head_s)
+        try:
+            if self._tls is not None:
+                await self._shake_hands(self._tls)
+        except (ssl.SSLEOFError, trio.TooSlowError):
+            return False
+        except ssl.SSLError as exc:
+            if exc.reason == "HTTP_REQUEST":
+                self._speak_plainly()
+                raise RequestRefused(400, "bad_request", "this port speaks TLS; write https:// in the URL") from None
+            message = f"the TLS handshake failed: {tls.reason_of(exc)}"
+            raise ClientGone(message, phase=Phase.REQUEST) from None
+        except OSError:
+            return False
+        return True
+
+    async def _shake_hands(self, sock: tls.TlsSocket) -> None:
+        while True:
+            try:
+                sock.do_handshake()
+                return
+            except ssl.SSLWantReadError:
+                self.source.has_news = False
+                await self.source.wait_readable(self._limit_now())
+            except ssl.SSLWantWriteError:
+                await self.source.wait_writable(self._limit_now())
+
+    def _speak_plainly(self) -> None:
+        """Has the client understand the answer."""
+        self.source.sock = self.sock = socket.socket(fileno=self.sock.detach())
+        self.sock.setblocking(False)
+        self._tls = None
 
     async def next_request(self) -> Request | None:
         """The next request; None when the client is done or has idled too long.
@@ -208,15 +256,23 @@ class ClientConnection:
     def close(self) -> None:
         """Closes at once."""
         self.release()
+        self._say_goodbye()
         self.source.close()
+
+    def _say_goodbye(self) -> None:
+        """Tells a TLS client that it has got everything; one that has not sees a truncation (RFC 8446 §6.1)."""
+        if self._tls is not None and not self.is_torn:
+            with suppress(OSError, ValueError):  # its own goodbye has not come, nor is it waited for
+                self._tls.unwrap()
 
     async def linger(self) -> None:
         """Says that no more comes, and reads on, so that an answer already sent is not lost to a reset; then `close`.
 
         The caller bounds it by `LINGER_S`.
         """
+        self._say_goodbye()
         try:
-            self.sock.shutdown(socket.SHUT_WR)
+            self.sock.shutdown(socket.SHUT_WR)  # and TLS is over: what comes is dropped as it is
             left = LINGER_BYTES
             while left > 0 and (data := await sockets.receive(self.sock)):
                 left -= len(data)
@@ -228,13 +284,18 @@ class ClientConnection:
         self._limit_s = limit_s
         self._limit_at_ns = None
 
-    async def _more(self) -> bool:
-        """Reads on; False at the client's end. Raises trio.TooSlowError at the end of the phase's time."""
+    def _limit_now(self) -> int:
+        """When the phase ends, whose clock starts at the latest now; 0: never."""
         if self._limit_at_ns is None:
             self._limit_at_ns = time.monotonic_ns() + int(self._limit_s * 1e9) if self._limit_s else 0
+        return self._limit_at_ns
+
+    async def _more(self) -> bool:
+        """Reads on; False at the client's end. Raises trio.TooSlowError at the end of the phase's time."""
         source = self.source
+        limit_at_ns = self._limit_now()
         while True:
-            await source.wait_readable(self._limit_at_ns)
+            await source.wait_readable(limit_at_ns)
             try:
                 data = self.sock.recv(sockets.READ_BYTES)
             except BlockingIOError:

@@ -90,6 +90,7 @@ class Exchange:
             raise
         finally:
             if self.failure is not None:
+                self.client.is_torn = self.reply.is_committed
                 with trio.move_on_after(FAREWELL_S, shield=True):
                     await self.reply.farewell(self.failure)
             if self.config.timeouts.total_s:

@@ -7,27 +7,42 @@ connection serves once: engines close idle ones after 5 s.
 
 from __future__ import annotations
 
+import ssl
+
 import httpx
 import trio
 
+from relay.net import tls
 
-def transport_of(unix_path: str | None = None) -> httpx.AsyncHTTPTransport:
-    """A way to engines: over TCP, or to one at a unix socket. To be closed by `aclose`."""
+
+def transport_of(unix_path: str | None = None, context: ssl.SSLContext | None = None) -> httpx.AsyncHTTPTransport:
+    """A way to engines: over TCP, with TLS if there is a `context`, or to a unix socket. To be closed by `aclose`."""
     limits = httpx.Limits(max_keepalive_connections=0)
-    return httpx.AsyncHTTPTransport(verify=False, trust_env=False, uds=unix_path, limits=limits)
+    return httpx.AsyncHTTPTransport(verify=context or False, trust_env=False, uds=unix_path, limits=limits)
 
 
 async def fetch(
-    transport: httpx.AsyncHTTPTransport, url: str, *, most_bytes: int, host: str | None = None
+    transport: httpx.AsyncHTTPTransport,
+    url: str,
+    *,
+    most_bytes: int,
+    host: str | None = None,
+    server_name: str | None = None,
+    connect_s: float = 0.0,
 ) -> tuple[int, bytes]:
     """Status and body of a GET; of a body over `most_bytes` only somewhat more than that. The caller limits its time.
 
-    `host` is asked for in the place of the URL's. Raises httpx.HTTPError, httpx.InvalidURL or OSError.
+    `host` is asked for in the place of the URL's, and `server_name` is to be on the certificate. `connect_s` limits
+    connecting, and then the handshake. Raises httpx.HTTPError, httpx.InvalidURL or OSError.
     """
     fields = {"accept-encoding": "identity"}
     if host is not None:
         fields["host"] = host
-    answer = await transport.handle_async_request(httpx.Request("GET", url, headers=fields))
+    # Cancelled in a handshake, httpcore leaves the socket to the garbage collector; at its own limit it closes it.
+    extensions: dict[str, object] = {"timeout": {"connect": connect_s or None}}
+    if server_name is not None:
+        extensions["sni_hostname"] = server_name
+    answer = await transport.handle_async_request(httpx.Request("GET", url, headers=fields, extensions=extensions))
     body = bytearray()
     try:
         with trio.CancelScope() as reading:
@@ -38,3 +53,11 @@ async def fetch(
     finally:
         await answer.aclose()
     return answer.status_code, bytes(body)
+
+
+def reason_of(error: Exception) -> str:
+    """What `fetch` failed of. httpx keeps what TLS has to say to itself."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, ssl.SSLError):
+        cause = cause.__cause__ or cause.__context__
+    return tls.reason_of(cause) if cause is not None else str(error) or type(error).__name__

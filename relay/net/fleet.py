@@ -10,7 +10,6 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from typing import Final
 
 import msgspec
 import trio
@@ -26,9 +25,6 @@ from relay.net.group import Ask, Group
 from relay.net.place import Place
 from relay.net.pool import Upstream
 from relay.net.shares import Permits, Shares
-
-#: The roles of a pool, by whether it is split.
-_ROLES: Final = {False: ("serve",), True: ("prefill", "decode")}
 
 
 def _policy(config: PoolConfig, role: str) -> str:
@@ -56,7 +52,7 @@ class Pool:
         self.config = config
         self.name = config.name
         self.session_field = config.session_header.lower().encode("ascii")
-        self.groups = {role: Group(role, _policy(config, role), rules, rng) for role in _ROLES[config.is_split]}
+        self.groups = {role: Group(role, _policy(config, role), rules, rng) for role in config.roles}
         self.connector = connector_named(config.connector)
         self.callback_url = ""  #: where decoders call back, if the connector has them do so
         self.number = 0  #: its cell in what workers share
@@ -77,7 +73,7 @@ class Pool:
             for upstream in self.upstreams:
                 upstream.endpoint = None
         before, self.groups = self.groups, {}
-        for role in _ROLES[config.is_split]:
+        for role in config.roles:
             group = before.pop(role, None)
             if group is None or config.balance != self.config.balance or rules != group.rules:
                 # Another policy has other seats; what is under way is the old ones' load.

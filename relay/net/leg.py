@@ -188,7 +188,7 @@ def head_of(exchange: Exchange, upstream: Upstream, sends: Sends) -> bytes:
         body=len(sends.body) if request.has_body else "none",
         version=request.version,
         client_ip=exchange.client.peer,
-        scheme=b"http",
+        scheme=exchange.client.scheme,
         original_host=request.host,
         request_id=sends.request_id,
         identity=exchange.route is not Route.OTHER,

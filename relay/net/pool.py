@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import ssl
 import time
 from collections import deque
 from typing import Final
@@ -18,7 +19,7 @@ from relay.core.balance import Seat
 from relay.core.connectors.base import Endpoint
 from relay.core.health import Health
 from relay.errors import Phase, UpstreamTimeout, UpstreamUnreachable
-from relay.net import sockets
+from relay.net import sockets, tls
 from relay.net.pump import Pump
 from relay.net.shares import Permits, Shares
 from relay.net.source import Source
@@ -51,8 +52,8 @@ class UpstreamConnection:
 
     def is_silent(self) -> bool:
         """Whether it is open, as far as the kernel has told, and nothing is there to be read."""
-        if self.source is not None:
-            return not self.source.has_news
+        if self.source is not None and not self.source.has_news:
+            return True
         try:
             self.sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
         except BlockingIOError:
@@ -60,6 +61,13 @@ class UpstreamConnection:
         except OSError:
             return False
         return False  # closed, or bytes nobody asked for
+
+    def end_sending(self) -> None:
+        """Hangs up in one direction, so that the engine stops, and what it has sent can still be read.
+
+        TLS is not told: an engine that was would say goodbye too, instead of what it has to say.
+        """
+        socket.socket.shutdown(self.sock, socket.SHUT_WR)
 
     def close(self) -> None:
         """Closes at once: the engine sees its client gone and stops generating."""
@@ -152,13 +160,28 @@ class Upstream:
         try:
             with trio.fail_after(connect_s or float("inf")):
                 sock = await self._connect()
+                if self.config.is_tls:
+                    sock = await self._secure(sock)
         except trio.TooSlowError:
             message = f"no connection to {self.config.url} within connect_s = {connect_s:g} s"
             raise UpstreamTimeout(message, phase=Phase.CONNECT) from None
+        except (tls.TlsError, ssl.SSLError) as exc:
+            reason = exc if isinstance(exc, tls.TlsError) else tls.reason_of(exc)
+            raise UpstreamUnreachable(f"cannot connect to {self.config.url}: {reason}", phase=Phase.CONNECT) from None
         except OSError as exc:
             message = f"cannot connect to {self.config.url}: {exc.strerror or exc}"
             raise sockets.shortage(exc, Phase.CONNECT) or UpstreamUnreachable(message, phase=Phase.CONNECT) from None
         return UpstreamConnection(self, sock)
+
+    async def _secure(self, sock: socket.socket) -> tls.TlsSocket:
+        """TLS over a new connection; the engine has shown a certificate that is good. Raises OSError or TlsError."""
+        try:
+            sock = secure = tls.wrap(tls.client_context(self.config.ca), sock, server_name=self.config.verified_name)
+            await sockets.shake_hands(secure)
+        except BaseException:
+            sock.close()
+            raise
+        return secure
 
     async def _connect(self) -> socket.socket:
         config = self.config

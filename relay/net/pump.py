@@ -28,7 +28,8 @@ from relay.core.frames import FrameRelay, Pieces
 from relay.core.histogram import Histogram
 from relay.net.notices import say_fault
 from relay.net.sockets import SHORTAGES
-from relay.net.source import ARRIVALS, ENDS, Source
+from relay.net.source import ARRIVALS, ENDS, Source, TlsSource
+from relay.net.tls import TlsSocket
 
 #: Bytes taken off an engine's socket at once; the most that one pair can hold up the others with.
 RECEIVE_BYTES: Final = 65536
@@ -177,7 +178,7 @@ class Pump:
 
         Raises OSError where the kernel watches no more (epoll_ctl(2): ENOMEM, ENOSPC): then it is closed.
         """
-        source = Source(self, sock)
+        source = (TlsSource if isinstance(sock, TlsSocket) else Source)(self, sock)
         try:
             self.epoll.register(source.fileno, ARRIVALS)
         except OSError:
@@ -195,7 +196,7 @@ class Pump:
     def open(self, client: Source, on_gone: Callable[[], None]) -> Pair:
         """A pair for one exchange; `on_gone` is called, once and from the pump, when the client hangs up."""
         pair = client.of_client = Pair(self, client, on_gone)
-        if client.is_ending:
+        if client.is_ending or (client.says_goodbye and client.has_news):
             client.report_anew()
         return pair
 
@@ -242,7 +243,9 @@ class Pump:
         if flags & ENDS:
             source.is_ending = True
             if source.of_client is not None:
-                self._client_hung_up(source.of_client, flags)
+                self._look_at_client(source.of_client, flags)
+        elif source.says_goodbye and source.of_client is not None:
+            self._look_at_client(source.of_client, flags)
         if source.wake():
             self._woken = True
 
@@ -356,7 +359,8 @@ class Pump:
             pair.upstream.wake()
             self._woken = True
 
-    def _client_hung_up(self, pair: Pair, flags: int) -> None:
+    def _look_at_client(self, pair: Pair, flags: int) -> None:
+        """Has it hung up?"""
         if not flags & (select.EPOLLERR | select.EPOLLHUP):
             try:
                 if pair.client.sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):

@@ -21,13 +21,14 @@ from relay.config import Config
 from relay.config.endpoints import endpoint_of
 from relay.core.health import next_probe_delay
 from relay.core.loose import UNDECODABLE
-from relay.net.fetch import fetch, transport_of
+from relay.net.fetch import fetch, reason_of, transport_of
 from relay.net.fleet import Pool
 from relay.net.group import Group
 from relay.net.guard import Guard
 from relay.net.notices import Priority, say
 from relay.net.pool import Upstream
 from relay.net.service import Service
+from relay.net.tls import TlsError, client_context
 
 #: Longest time for one probe, seconds; a shorter interval is its limit.
 PROBE_S: Final = 5.0
@@ -70,7 +71,7 @@ class Roster:
         self._unresolved: set[tuple[Pool, str, str]] = set()  # those of them not tried yet
         self._probed = trio.Event()
         self._nursery: trio.Nursery | None = None
-        self._transports: dict[str | None, httpx.AsyncHTTPTransport] = {}  # by unix path
+        self._transports: dict[tuple[str | None, str | None], httpx.AsyncHTTPTransport] = {}  # by unix path and CA
 
     def __repr__(self) -> str:
         return f"<Roster watched={len(self._watched)} names={len(self._names)}>"
@@ -96,7 +97,7 @@ class Roster:
     def add(self, pool: str, role: str, config: UpstreamConfig) -> None:
         """Puts an engine into a running pool. Raises RosterError."""
         if config.is_dns:
-            raise RosterError("a name to resolve belongs into the configuration; give http://HOST:PORT here")
+            raise RosterError("a name to resolve belongs into the configuration; give http(s)://HOST:PORT here")
         group = self._group(pool, role)
         if role != "serve":
             try:
@@ -124,6 +125,7 @@ class Roster:
     def reconfigure(self, config: Config, guard: Guard) -> None:
         """Takes on another configuration; streams in flight go on under the old one."""
         self._service.reconfigure(config, guard)
+        self._transports = {}  # they keep no connections, but what they trusted
         self._service.fleet.reconfigure(config)
         self._on_change()
         self._look_around()
@@ -199,8 +201,8 @@ class Roster:
         try:
             with trio.fail_after(limit_s):
                 status, _ = await self._get(upstream, path, most_bytes=_MOST_PROBE_BYTES)
-        except (httpx.HTTPError, httpx.InvalidURL, OSError) as exc:
-            upstream.last_error = f"probe: {str(exc) or type(exc).__name__}"
+        except (httpx.HTTPError, httpx.InvalidURL, OSError, TlsError) as exc:
+            upstream.last_error = f"probe: {reason_of(exc)}"
             return False
         except trio.TooSlowError:
             upstream.last_error = f"probe: no answer within {limit_s:g} s"
@@ -212,7 +214,7 @@ class Roster:
 
     async def _ask_models(self, upstream: Upstream) -> None:
         """Refreshes an engine's list of models; one that has none to show is asked again with the next probe."""
-        with suppress(httpx.HTTPError, httpx.InvalidURL, OSError, trio.TooSlowError, *UNDECODABLE):
+        with suppress(httpx.HTTPError, httpx.InvalidURL, OSError, TlsError, trio.TooSlowError, *UNDECODABLE):
             with trio.fail_after(PROBE_S):
                 status, body = await self._get(upstream, "/v1/models", most_bytes=_MOST_MODELS_BYTES)
             if 200 <= status <= 299 and len(body) <= _MOST_MODELS_BYTES:
@@ -224,11 +226,20 @@ class Roster:
 
     async def _get(self, upstream: Upstream, path: str, *, most_bytes: int) -> tuple[int, bytes]:
         config = upstream.config
-        transport = self._transports.get(config.unix_path)
+        way = config.unix_path, config.ca if config.is_tls else None
+        transport = self._transports.get(way)
         if transport is None:
-            transport = self._transports[config.unix_path] = transport_of(config.unix_path)
+            context = client_context(config.ca) if config.is_tls else None
+            transport = self._transports[way] = transport_of(config.unix_path, context)
         base = "http://localhost" if config.unix_path is not None else config.url
-        return await fetch(transport, base + path, most_bytes=most_bytes, host=config.authority)
+        return await fetch(
+            transport,
+            base + path,
+            most_bytes=most_bytes,
+            host=config.authority,
+            server_name=config.verified_name if config.is_tls else None,
+            connect_s=self._service.config.timeouts.connect_s,
+        )
 
     # -- names
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import errno
 import socket
+import ssl
 from typing import Final
 
 import trio
 
 from relay.errors import OutOfResources, Phase
+from relay.net.tls import TlsSocket
 
 #: Bytes asked of a socket at once where no shared buffer is at hand.
 READ_BYTES = 65536
@@ -45,6 +47,26 @@ async def send_all(sock: socket.socket, data: bytes | memoryview) -> None:
         try:
             view = view[sock.send(view) :]
         except BlockingIOError:
+            await trio.lowlevel.wait_writable(sock)
+
+
+async def wait_readable(sock: socket.socket) -> None:
+    """Waits until there is something to read, for a socket or for the TLS above it."""
+    if isinstance(sock, TlsSocket) and sock.has_more:
+        await trio.lowlevel.checkpoint()
+    else:
+        await trio.lowlevel.wait_readable(sock)
+
+
+async def shake_hands(sock: TlsSocket) -> None:
+    """Begins to speak TLS; the caller limits the time. Raises OSError: see `relay.net.tls.reason_of`."""
+    while True:
+        try:
+            sock.do_handshake()
+            return
+        except ssl.SSLWantReadError:
+            await trio.lowlevel.wait_readable(sock)
+        except ssl.SSLWantWriteError:
             await trio.lowlevel.wait_writable(sock)
 
 

@@ -18,6 +18,7 @@ import trio
 
 if TYPE_CHECKING:
     from relay.net.pump import Pair, Pump
+    from relay.net.tls import TlsSocket
 
 #: What is reported of a socket; writing only where it is waited for (`Source.wait_writable`).
 ARRIVALS: Final = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET
@@ -31,6 +32,9 @@ class Source:
     __slots__ = (
         "_pump", "_task", "fileno", "has_news", "is_ending", "is_late", "limit_at_ns", "of_client", "sock", "streams",
     )  # fmt: skip
+
+    #: Whether the peer may say that it goes before it does, in what arrives: see `TlsSource`.
+    says_goodbye = False
 
     def __init__(self, pump: Pump, sock: socket.socket) -> None:
         self._pump = pump
@@ -108,3 +112,20 @@ class Source:
         """Closes the socket, which takes it out of the pump."""
         self._pump.forget(self)
         self.sock.close()
+
+
+class TlsSource(Source):
+    """A `TlsSocket` under the pump: OpenSSL may have what the kernel no longer reports."""
+
+    __slots__ = ()
+
+    says_goodbye = True
+    sock: TlsSocket
+
+    def took(self, size: int, asked: int) -> None:
+        """As for any other."""
+        self.has_news = self.is_ending or self.sock.has_more
+
+    def report_anew(self) -> None:
+        """Has something reported, be it only that there is room to write."""
+        self._pump.epoll.modify(self.fileno, ARRIVALS | select.EPOLLOUT)

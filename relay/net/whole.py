@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -12,6 +11,7 @@ from relay.core import headers
 from relay.core.connectors.base import Leg as Sends
 from relay.core.framing import decode_into
 from relay.errors import ExchangeError, Phase, UpstreamDisconnected, UpstreamProtocolError
+from relay.net import sockets
 from relay.net import upstream as wire
 from relay.net.leg import head_of
 
@@ -38,9 +38,10 @@ class _SocketWaits:
     a handle that somebody has to free. So it closes one direction only, and waits up to `last_word_s` for what comes.
     """
 
-    def __init__(self, sock: socket.socket, last_word_s: float) -> None:
+    def __init__(self, connection: UpstreamConnection, last_word_s: float) -> None:
         self.has_hung_up = False
-        self._sock = sock
+        self._connection = connection
+        self._sock = connection.sock
         self._last_word_s = last_word_s
         self._until = 0.0
 
@@ -50,13 +51,13 @@ class _SocketWaits:
             await trio.lowlevel.wait_writable(self._sock)
             return
         try:
-            await trio.lowlevel.wait_readable(self._sock)
+            await sockets.wait_readable(self._sock)
         except trio.Cancelled:  # noqa: ASYNC103 - whoever waits next is told again
             if not self._last_word_s:
                 raise
             self._hang_up()
             with trio.CancelScope(shield=True, deadline=self._until) as patience:
-                await trio.lowlevel.wait_readable(self._sock)
+                await sockets.wait_readable(self._sock)
             if patience.cancelled_caught:
                 raise
 
@@ -65,7 +66,7 @@ class _SocketWaits:
             self.has_hung_up = True
             self._until = trio.current_time() + self._last_word_s
             with suppress(OSError):  # the engine has hung up itself
-                self._sock.shutdown(socket.SHUT_WR)
+                self._connection.end_sending()
 
 
 async def ask_whole(exchange: Exchange, upstream: Upstream, sends: Sends, *, last_word_s: float = 0.0) -> WholeAnswer:
@@ -85,7 +86,7 @@ async def ask_whole(exchange: Exchange, upstream: Upstream, sends: Sends, *, las
 
 
 async def _over(exchange: Exchange, connection: UpstreamConnection, sends: Sends, last_word_s: float) -> WholeAnswer:
-    waits = _SocketWaits(connection.sock, last_word_s)
+    waits = _SocketWaits(connection, last_word_s)
     try:
         return await _ask(exchange, connection, waits, sends)
     except ExchangeError as exc:

@@ -22,6 +22,7 @@ from relay.core.health import CONSECUTIVE_FAILURES
 from relay.core.status import Status
 from relay.daemon.listeners import Listeners
 from relay.daemon.worker import Worker
+from relay.net import tls
 from relay.net.pool import Upstream
 from relay_bench.engine import Engine
 from tests.conftest import RunningRelay
@@ -129,8 +130,11 @@ class RunningFleet(RunningRelay):
 
     def __init__(self, config: Config, load_config: Callable[[], Config] | None = None) -> None:
         listener, admin = (socket.create_server(("127.0.0.1", 0), backlog=512) for _ in range(2))
-        super().__init__(config, listener)
-        self.worker = Worker(config, Listeners([listener]), lambda _: self._write, Listeners([admin]), load_config)
+        self.listener = listener if config.listen.tls is None else tls.TlsListener(fileno=listener.detach())
+        super().__init__(config, self.listener)
+        found, side = Listeners([self.listener]), Listeners([admin])
+        context = tls.read(config)
+        self.worker = Worker(config, found, lambda _: self._write, side, load_config, tls_context=context)
         self.admin_port: int = admin.getsockname()[1]
 
     async def admin(self, method: str, path: str, body: Any = b"") -> Answer:

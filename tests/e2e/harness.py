@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import socket
+import ssl
 import struct
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -27,7 +28,8 @@ ASKS: Final[dict[str, dict[str, Any]]] = {
 }
 PATHS: Final = tuple(ASKS)
 
-#: ``whole``: as long as its framing says. ``fin`` and ``rst``: the connection ended before that.
+#: ``whole``: as long as its framing says. ``fin`` and ``rst``: the connection ended before that. With TLS ``fin`` is an
+#: end with a goodbye, and any other ``rst``.
 End: TypeAlias = Literal["whole", "fin", "rst"]
 
 
@@ -94,13 +96,16 @@ class Answer:
 class Client:
     """A connection to relay or engine."""
 
-    def __init__(self, stream: trio.SocketStream) -> None:
+    def __init__(self, stream: trio.SocketStream, secure: trio.SSLStream[trio.SocketStream] | None = None) -> None:
         self.stream = stream
+        self.secure = secure
+        self._bytes: trio.abc.Stream = secure or stream
         self._buffer = bytearray()
         self._end: End | None = None
 
     @classmethod
-    async def connect(cls, port: int, *, receive_buffer: int = 0) -> Self:
+    async def connect(cls, port: int, *, receive_buffer: int = 0, tls: ssl.SSLContext | None = None) -> Self:
+        """With TLS where there is a context, as to ``localhost``."""
         sock = trio.socket.socket()
         if receive_buffer:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
@@ -109,7 +114,8 @@ class Client:
         except BaseException:
             sock.close()
             raise
-        return cls(trio.SocketStream(sock))
+        stream = trio.SocketStream(sock)
+        return cls(stream, trio.SSLStream(stream, tls, server_hostname="localhost") if tls else None)
 
     async def __aenter__(self) -> Self:
         return self
@@ -128,7 +134,7 @@ class Client:
 
     async def send(self, data: bytes) -> None:
         with trio.fail_after(PATIENCE_S):
-            await self.stream.send_all(data)
+            await self._bytes.send_all(data)
 
     async def ask(self, data: bytes) -> Answer:
         await self.send(data)
@@ -220,7 +226,7 @@ class Client:
 
     async def _more(self) -> bool:
         try:
-            data = await self.stream.receive_some(65536)
+            data = await self._bytes.receive_some(65536)
         except trio.BrokenResourceError:
             self._end = "rst"
             return False

@@ -64,7 +64,7 @@ async def test_the_first_pool_is_meant_where_none_is_named() -> None:
         (b'{"pool":"default"}', "missing required field `url`"),
         (b'{"url":"http://a:1","weight":2}', "unknown field `weight`"),
         (b'{"url":"\xff"}', ""),
-        ({"url": "a:1"}, '"a:1" is not an engine\'s URL; allowed: http://HOST:PORT'),
+        ({"url": "a:1"}, '"a:1" is not an engine\'s URL; allowed: http(s)://HOST:PORT'),
         ({"url": "http://a:1/v1"}, "has a path"),
         ({"url": "http://a:1", "pool": "x"}, "there is no pool x; there are: default"),
         ({"url": "http://a:1", "role": "prefill"}, "pool default has no role prefill; it has: serve"),
@@ -83,7 +83,11 @@ async def test_wrong_changes_change_nothing(method: str, body: Any, said: str) -
     ("method", "url", "said"),
     [
         ("POST", "{engine}", "{engine} is in pool default already"),
-        ("POST", "dns+http://engines:8000", "a name to resolve belongs into the configuration; give http://HOST:PORT"),
+        (
+            "POST",
+            "dns+http://engines:8000",
+            "a name to resolve belongs into the configuration; give http(s)://HOST:PORT",
+        ),
         ("DELETE", "http://127.0.0.1:9", "http://127.0.0.1:9 is not in pool default; in it: {engine}"),
         ("DELETE", "dns+http://engines:8000", "dns+http://engines:8000 is not in pool default"),
     ],

@@ -9,7 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -59,13 +59,34 @@ class Process:
             self.stderr += data
 
 
+#: Starts a command as systemd does: the descriptors of `sys.argv[1]`, named by `sys.argv[2]`, become 3 and up.
+_PASS_SOCKETS = """
+import fcntl, os, sys
+fds = [fcntl.fcntl(int(fd), fcntl.F_DUPFD, 100) for fd in sys.argv[1].split(",")]
+for number, fd in enumerate(fds, 3):
+    os.dup2(fd, number)
+passed = {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": str(len(fds)), "LISTEN_FDNAMES": sys.argv[2]}
+os.execve(sys.argv[3], sys.argv[3:], os.environ | passed)
+"""
+
+
 @asynccontextmanager
-async def relay_serve(*arguments: str, listen: str = "127.0.0.1:0") -> AsyncIterator[Process]:
-    """A running relay; its output is read to the end when the block is left."""
+async def relay_serve(
+    *arguments: str, listen: str = "127.0.0.1:0", passed: Mapping[str, socket.socket] | None = None
+) -> AsyncIterator[Process]:
+    """A running relay, with sockets as systemd passes them; its output is read to the end when the block is left."""
     command = [sys.executable, "-m", "relay", "serve", "--listen", listen, "--admin", "off", *arguments]
+    fds = [sock.fileno() for sock in (passed or {}).values()]
+    if passed:
+        command = [sys.executable, "-c", _PASS_SOCKETS, ",".join(map(str, fds)), ":".join(passed), *command]
     async with trio.open_nursery() as nursery:
         process = await trio.lowlevel.open_process(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ.copy()
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=os.environ.copy(),
+            pass_fds=fds,
         )
         relay = Process(process)
         nursery.start_soon(relay.read_stdout)

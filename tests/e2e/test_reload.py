@@ -118,7 +118,7 @@ async def test_an_invalid_file_changes_nothing(engine: Engine, config_file: Conf
         streams(relay, engine, 1) as clients,
     ):
         before, config = relay.upstreams[engine.url], relay.worker.service.config
-        config_file.pools(("chat", "https://10.0.0.1"), extra="[timeouts]\nconnect_s = -1\n")
+        config_file.pools(("chat", "ftp://10.0.0.1"), extra="[timeouts]\nconnect_s = -1\n")
         got = await relay.admin("POST", "/-/reload")
         assert got.status == 400
         error = got.json()["error"]

@@ -84,8 +84,16 @@ async def test_secrets_stay_where_they_belong(nursery: trio.Nursery, tmp_path: P
     ("address", "has_keys", "warning"),
     [
         ("127.0.0.1", True, ""),
-        ("0.0.0.0", True, "keys and answers go in clear text; listen on loopback behind what ends TLS\n"),
-        ("0.0.0.0", False, "anybody may use the engines; listen on loopback behind what ends TLS, and set auth."),
+        (
+            "0.0.0.0",
+            True,
+            "keys and answers go in clear text; give listen.tls, or listen on loopback behind TLS\n",
+        ),
+        (
+            "0.0.0.0",
+            False,
+            "anybody may use the engines; give listen.tls, or listen on loopback behind TLS, and set auth.",
+        ),
         ("::", True, "keys and answers"),
         ("::1", False, ""),
     ],

@@ -1,0 +1,200 @@
+"""TLS on either side: connections that are used as plain sockets are, and the contexts they are made from.
+
+OpenSSL works on the socket itself (`ssl.SSLSocket`, non-blocking) rather than in memory beside it (`ssl.SSLObject`, as
+trio's `SSLStream` has it): so whoever waits for a descriptor, the pump above all, serves both kinds with the same code.
+A read takes one record after the other until the socket is empty, as a plain read would, so that what arrives later is
+reported; whatever else OpenSSL holds back is told by `TlsSocket.has_more`.
+"""
+
+from __future__ import annotations
+
+import socket
+import ssl
+from collections.abc import Iterable
+from typing import Final
+
+from relay.config import Config, TlsConfig
+
+#: The longest record's payload (RFC 8446 §5.1); a read with less room could leave some of it in OpenSSL.
+RECORD_BYTES: Final = 16_384
+
+
+class TlsError(ValueError):
+    """A file of certificates or keys cannot be used; the message says which, and why."""
+
+
+class TlsListener(socket.socket):
+    """A listening socket whose clients speak TLS."""
+
+
+class TlsSocket(ssl.SSLSocket):
+    """A connection whose methods block, fail and end as a non-blocking plain socket's do.
+
+    Where OpenSSL wants to wait, `BlockingIOError`: for the socket to be readable after a read, writable after a write.
+    (Reads that wait to write, and the reverse, are renegotiation's, which is off; TLS 1.3's changes of keys go out with
+    the next write.) A write that could not be finished must be repeated with the same bytes, more may follow them.
+    ``b""`` is the peer's close_notify; an end without it is an OSError, as whoever cuts a connection can forge it.
+    """
+
+    #: Whether the last read has left something that the kernel may not report again.
+    has_more = False
+    _ahead = b""  # what was peeked at
+    _failure: OSError | None = None  # what the next read is to fail with
+
+    def recv_into(self, buffer: bytearray, nbytes: int | None = None, flags: int = 0) -> int:  # type: ignore[override]
+        """As `socket.recv_into`: what there is, up to the whole buffer, which has room for `RECORD_BYTES` at least."""
+        view, size = memoryview(buffer), 0
+        if self._ahead:
+            size = len(self._ahead)
+            view[:size] = self._ahead
+            self._ahead = b""
+        elif self._failure is not None:
+            raise self._failure
+        self.has_more = True
+        try:
+            while len(view) - size >= RECORD_BYTES:
+                received = super().recv_into(view[size:])
+                if not received:
+                    break  # OpenSSL says so each time
+                size += received
+        except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            self.has_more = False
+            if not size:
+                raise BlockingIOError from None
+        except OSError as error:
+            self._failure = error
+            if not size:
+                raise
+        return size
+
+    def recv(self, buflen: int = RECORD_BYTES, flags: int = 0) -> bytes:
+        """As `socket.recv`, with as much room as `recv_into` needs, or ``MSG_PEEK``; other flags do not matter."""
+        if flags & socket.MSG_PEEK:
+            if not self._ahead:
+                self._ahead = self.recv()
+                self.has_more = True
+            return self._ahead[:buflen]
+        buffer = bytearray(buflen)
+        size = self.recv_into(buffer)
+        return bytes(memoryview(buffer)[:size])
+
+    def send(self, data: bytes | memoryview, flags: int = 0) -> int:  # type: ignore[override]
+        """As `socket.send`."""
+        try:
+            return super().send(data, flags)
+        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            raise BlockingIOError from None
+
+    def sendmsg(self, buffers: Iterable[bytes | memoryview], *_: object) -> int:  # type: ignore[override]
+        """As `socket.sendmsg`, without ancillary data."""
+        return self.send(b"".join(buffers))
+
+
+def wrap(context: ssl.SSLContext, sock: socket.socket, *, server_name: str | None = None) -> TlsSocket:
+    """A connection over `sock`, which it takes over; `server_name`: of the server to verify, None: this is the server.
+
+    The handshake comes next. Raises ConnectionAbortedError where the peer is gone: then it is closed.
+    """
+    try:
+        sock.getpeername()  # `wrap_socket` would find it out too, and lose the descriptor
+        wrapped = context.wrap_socket(
+            sock,
+            server_side=server_name is None,
+            server_hostname=server_name,
+            do_handshake_on_connect=False,
+            suppress_ragged_eofs=False,
+        )
+    except OSError as error:
+        sock.close()
+        raise ConnectionAbortedError(error.errno, error.strerror) from None
+    assert isinstance(wrapped, TlsSocket)
+    return wrapped
+
+
+def reason_of(error: OSError) -> str:
+    """Why a handshake failed, in OpenSSL's words: ``certificate verify failed: certificate has expired``."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"certificate verify failed: {error.verify_message}"
+    if isinstance(error, ssl.SSLEOFError):
+        return "the connection was closed"
+    reason = error.reason if isinstance(error, ssl.SSLError) else None
+    return reason.lower().replace("_", " ") if reason else error.strerror or str(error)
+
+
+# -- contexts
+
+
+def server_context(config: TlsConfig) -> ssl.SSLContext:
+    """What connections of clients are made from. Raises TlsError."""
+    context = _context(ssl.PROTOCOL_TLS_SERVER)
+    for name, path in (("cert", config.cert), ("key", config.key)):
+        _check_readable(f"listen.tls.{name}", path)
+
+    def refuse() -> str:  # else OpenSSL asks the terminal
+        raise TlsError(f"listen.tls.key: {config.key} is encrypted; allowed: a key without a passphrase")
+
+    try:
+        context.load_cert_chain(config.cert, config.key, password=refuse)
+    except ssl.SSLError as error:
+        if error.reason == "KEY_VALUES_MISMATCH":
+            raise TlsError(f"listen.tls.key: {config.key} is not the key of {config.cert}") from None
+        message = f"listen.tls: {config.cert} and {config.key} are no certificate chain and key in PEM"
+        raise TlsError(f"{message}: {reason_of(error)}") from None
+    return context
+
+
+def client_context(ca: str = "") -> ssl.SSLContext:
+    """What connections to engines are made from: those that a certificate of the file `ca` vouches for; "": the system.
+
+    Read once, until `read` reads it again. Raises TlsError.
+    """
+    if ca not in _trusted:
+        _trusted[ca] = _client_context(ca)
+    return _trusted[ca]
+
+
+def read(config: Config) -> ssl.SSLContext | None:
+    """Reads all files of TLS that `config` names; the `server_context`, where listeners are to have one.
+
+    The system's own certificates are read once in the life of a process. Raises TlsError: nothing has changed.
+    """
+    upstreams = [upstream for pool in config.pools for role in pool.roles for upstream in pool.upstreams_of(role)]
+    used = {upstream.ca for upstream in upstreams if upstream.is_tls}
+    contexts = {ca: _client_context(ca) if ca else client_context() for ca in used}
+    server = server_context(config.listen.tls) if config.listen.tls is not None else None
+    _trusted.update(contexts)
+    return server
+
+
+_trusted: Final[dict[str, ssl.SSLContext]] = {}  # by file; for all pools, as the system's takes 10 ms to read
+
+
+def _client_context(ca: str) -> ssl.SSLContext:
+    context = _context(ssl.PROTOCOL_TLS_CLIENT)
+    if not ca:
+        context.load_default_certs()
+        return context
+    _check_readable("ca", ca)
+    try:
+        context.load_verify_locations(ca)
+    except ssl.SSLError as error:
+        raise TlsError(f"ca: {ca} has no certificates in PEM: {reason_of(error)}") from None
+    return context
+
+
+def _context(protocol: int) -> ssl.SSLContext:
+    context = ssl.SSLContext(protocol)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2  # RFC 8996
+    context.options |= ssl.OP_NO_COMPRESSION | ssl.OP_NO_RENEGOTIATION
+    context.set_alpn_protocols(["http/1.1"])
+    context.sslsocket_class = TlsSocket
+    return context
+
+
+def _check_readable(name: str, path: str) -> None:
+    """OpenSSL's own errors do not say which file it is."""
+    try:
+        with open(path, "rb"):
+            pass
+    except OSError as error:
+        raise TlsError(f"{name}: {path}: cannot be read: {error.strerror}") from None
