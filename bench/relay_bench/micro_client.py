@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import select
 import socket
+import ssl
 import time
 from typing import Final, Self
 
@@ -36,7 +37,9 @@ class _Stream:
 class Crowd:
     """Connections to one server, read by one epoll loop that counts frames (blank lines in the body) and answers."""
 
-    def __init__(self, name: str, address: tuple[str, int], connections: int) -> None:
+    def __init__(
+        self, name: str, address: tuple[str, int], connections: int, tls: ssl.SSLContext | None = None
+    ) -> None:
         self.frames = 0
         self.answers = 0
         self.began = 0
@@ -47,6 +50,8 @@ class Crowd:
             for _ in range(connections):
                 sock = socket.create_connection(address, timeout=PATIENCE_S)
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                if tls is not None:
+                    sock = tls.wrap_socket(sock)
                 self._streams[sock.fileno()] = _Stream(sock)
                 self._epoll.register(sock.fileno(), select.EPOLLIN)
         except OSError as error:

@@ -3,7 +3,8 @@
 The engine and the relay run as child processes, as from their command lines; the client is one epoll loop in this
 process that counts frames and keeps nothing. The relay has a core of its own where there are two, since only its own
 time counts; engine and client share the other. With nginx at hand (``bench/nginx/nginx.conf``) each test is run for it
-right after the relay, between the same engine and client, as figures drift from run to run and ratios hardly do.
+right after the relay, between the same engine and client, as figures drift from run to run and ratios hardly do; and
+with openssl for a relay that speaks TLS with its clients.
 
 A test opens its streams, waits until each has brought a frame, and then reads frame count and CPU time at both ends of
 a window. Saturated, the core of engine and client is mostly full before the relay's is: the figure then is the cost of
@@ -18,6 +19,7 @@ import os
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -89,6 +91,8 @@ def measure(*, quick: bool = False, nginx: str = "nginx") -> list[ProcessCost]:
     with _cores() as (own, other), contextlib.ExitStack() as stack:
         engine = stack.enter_context(_engine(own))
         proxies = {"relay": stack.enter_context(_relay(engine.url, other))}
+        if (openssl := shutil.which("openssl")) is not None:
+            proxies["TLS"] = stack.enter_context(_relay_with_tls(engine.url, other, openssl))
         beside = None if quick or nginx == "off" else shutil.which(nginx)
         if beside is None and not quick and nginx not in ("off", "nginx"):
             raise MeasureError(f"--nginx: {nginx} is not a program")
@@ -103,8 +107,8 @@ def measure(*, quick: bool = False, nginx: str = "nginx") -> list[ProcessCost]:
 
 def rows(costs: Sequence[ProcessCost]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """The table's names and its rows, a test each."""
-    beside = any(cost.proxy == "nginx" for cost in costs)
-    names = ("test", "CPU µs", "each/s", *(("nginx: µs", "each/s", "ratio") if beside else ()))
+    beside = dict.fromkeys(cost.proxy for cost in costs if cost.proxy != "relay")
+    names = ("test", "CPU µs", "each/s", *(name for proxy in beside for name in (f"{proxy}: µs", "each/s", "ratio")))
     lines: dict[str, tuple[str, ...]] = {}
     relay_us = {cost.test: cost.cpu_us for cost in costs if cost.proxy == "relay"}
     for cost in costs:
@@ -120,7 +124,7 @@ def rows(costs: Sequence[ProcessCost]) -> tuple[tuple[str, ...], list[tuple[str,
 
 def _measure_streams(name: str, proxy: Server, test: StreamTest) -> ProcessCost:
     request = _request(_ENDLESS, f"x-sim-step-ms: {test.step_ms:g}\r\n")
-    with Crowd(name, proxy.address, test.streams) as crowd:
+    with Crowd(name, proxy.address, test.streams, proxy.tls) as crowd:
         crowd.ask(request)
         crowd.run_until_all_began(PATIENCE_S)
         crowd.run_for(min(0.2, test.window_s))
@@ -136,7 +140,7 @@ def _measure_streams(name: str, proxy: Server, test: StreamTest) -> ProcessCost:
 
 def _measure_short(name: str, proxy: Server, requests: int) -> ProcessCost:
     request = _request(SHORT_FRAMES - 2, "", SHORT_BODY_BYTES)  # a role frame before the tokens, [DONE] behind them
-    with Crowd(name, proxy.address, SHORT_CONNECTIONS) as crowd:
+    with Crowd(name, proxy.address, SHORT_CONNECTIONS, proxy.tls) as crowd:
         crowd.ask(request)
         crowd.run_until_answers(max(requests // 10, SHORT_CONNECTIONS), request)
         cpu, answers, began = proxy.cpu_ns(), crowd.answers, time.perf_counter()
@@ -174,7 +178,11 @@ class Server:
     def __init__(self, name: str, process: subprocess.Popen[bytes], url: str) -> None:
         self.name = name
         self.url = url
-        host, _, port = url.removeprefix("http://").rpartition(":")
+        self.tls: ssl.SSLContext | None = None
+        if url.startswith("https:"):
+            self.tls = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+            self.tls.check_hostname, self.tls.verify_mode = False, ssl.CERT_NONE
+        host, _, port = url.partition("://")[2].rpartition(":")
         self.address = host, int(port)
         self._process = process
 
@@ -200,11 +208,25 @@ def _engine(core: int | None) -> Iterator[Server]:
 
 
 @contextlib.contextmanager
-def _relay(engine_url: str, core: int | None) -> Iterator[Server]:
+def _relay(engine_url: str, core: int | None, *flags: str) -> Iterator[Server]:
     command = [sys.executable, "-m", "relay", "serve", "--listen", "127.0.0.1:0", "--admin", "off"]
     command += ["--upstream", engine_url, "--log-format", "off", "--drain-s", "0", "--workers", "1"]
+    command += flags
     with _started("relay", command, core) as server:
         yield server
+
+
+@contextlib.contextmanager
+def _relay_with_tls(engine_url: str, core: int | None, openssl: str) -> Iterator[Server]:
+    """The same, speaking TLS with its clients, with a certificate that vouches for itself."""
+    with tempfile.TemporaryDirectory(prefix="relay-bench-tls-") as folder:
+        cert, key, conf = (Path(folder, name) for name in ("cert.pem", "key.pem", "relay.toml"))
+        command = [openssl, "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"]
+        command += ["-subj", "/CN=localhost", "-out", str(cert), "-keyout", str(key)]
+        subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+        conf.write_text(f'[listen]\ntls = {{ cert = "{cert}", key = "{key}" }}\n')
+        with _relay(engine_url, core, "--config", str(conf)) as server:
+            yield server
 
 
 @contextlib.contextmanager
