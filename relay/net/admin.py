@@ -22,7 +22,7 @@ from relay.core.loose import UNDECODABLE
 from relay.core.status import ExchangeStatus, PoolStatus, Series, Status
 from relay.net import sockets
 from relay.net.metrics_text import CONTENT_TYPE, Processes, metrics_text
-from relay.net.notices import say_fault
+from relay.net.notices import Priority, say, say_fault
 from relay.net.report import Crew, exchanges_of, status_of
 from relay.net.roster import Roster, RosterError
 from relay.net.service import Service, local_answer
@@ -251,7 +251,12 @@ class Admin:
         raise RosterError(f"no pool has instances of type {wanted.type}")
 
     async def _reloaded(self, _: bytes) -> Answer:
-        said = await self._reload()
+        try:
+            said = await self._reload()
+        except ValueError as problem:
+            say(f"relay: not reloaded: {problem}", Priority.ERROR)
+            raise
+        say(f"relay: reloaded: {said}", Priority.NOTICE)
         await self._crew.settle()
         return _json({"reloaded": said})
 

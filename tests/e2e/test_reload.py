@@ -85,7 +85,9 @@ async def test_an_exchange_that_fails_after_its_pool_became_a_split_one() -> Non
             assert (record.outcome, record.attempts) == ("UH", 1)
 
 
-async def test_what_the_file_still_says_stays_as_it_is(engine: Engine, config_file: ConfigFile) -> None:
+async def test_what_the_file_still_says_stays_as_it_is(
+    engine: Engine, config_file: ConfigFile, capsys: pytest.CaptureFixture[str]
+) -> None:
     config_file.pools(("chat", engine.url))
     async with running_fleet(*config_file.load().pools, load_config=config_file.load) as relay:
         assert (await ask(relay.port, CHAT)).status == 200
@@ -93,6 +95,7 @@ async def test_what_the_file_still_says_stays_as_it_is(engine: Engine, config_fi
         await until(lambda: before.idle == 1)
         config_file.pools(("chat", engine.url), ("other", "http://127.0.0.1:9"), extra="[timeouts]\nconnect_s = 1\n")
         assert (await relay.admin("POST", "/-/reload")).status == 200
+        assert "relay: reloaded: " in capsys.readouterr().err
         assert relay.upstreams[engine.url] is before
         assert before.idle == 1
         assert (await ask(relay.port, CHAT)).status == 200
@@ -111,7 +114,9 @@ async def test_new_limits_hold_for_new_requests_and_connections(config_file: Con
             assert relay.worker.config.limits == LimitsConfig(max_body_bytes=10)
 
 
-async def test_an_invalid_file_changes_nothing(engine: Engine, config_file: ConfigFile) -> None:
+async def test_an_invalid_file_changes_nothing(
+    engine: Engine, config_file: ConfigFile, capsys: pytest.CaptureFixture[str]
+) -> None:
     config_file.pools(("chat", engine.url))
     async with (
         running_fleet(*config_file.load().pools, load_config=config_file.load) as relay,
@@ -123,6 +128,7 @@ async def test_an_invalid_file_changes_nothing(engine: Engine, config_file: Conf
         assert got.status == 400
         error = got.json()["error"]
         assert error.count(str(config_file.path)) == 2
+        assert f"relay: not reloaded: {config_file.path}:" in capsys.readouterr().err
         assert ":timeouts.connect_s: -1 is not valid" in error
         assert ":pool[0].upstreams[0]: " in error
         config_file.path.unlink()
