@@ -94,8 +94,8 @@ def _size_of_first(data: bytes) -> int:
 class Tap(Client):
     """A client that also keeps what it was sent, as it came."""
 
-    def __init__(self, stream: trio.SocketStream) -> None:
-        super().__init__(stream)
+    def __init__(self, stream: trio.SocketStream, secure: trio.SSLStream[trio.SocketStream] | None = None) -> None:
+        super().__init__(stream, secure)
         self.raw = b""
 
     async def _more(self) -> bool:
