@@ -92,9 +92,6 @@ _FIELDS: Final = tuple((field.name, msgspec.json.Decoder(field.type)) for field 
 _encode = msgspec.json.encode
 
 
-_DONE: Final = b"data: [DONE]\n\n"
-
-
 class Meter:
     """What one exchange's frames amount to. `take` each, or count those known to be ordinary."""
 
@@ -145,15 +142,15 @@ class Meter:
 
     def inspect(self, frame: Buffer) -> None:
         """Takes note of all that one frame says. Never raises."""
-        if frame == _DONE:  # as all engines write it
-            self.saw_end = True
-            return
         event, data, others = fields(bytes(frame))
         if others:
             self.comments += others.count(b"")
             self.saw_id_field = self.saw_id_field or b"id" in others
-        if data is None:
-            return
+        if data is not None:
+            self.inspect_data(data, event)
+
+    def inspect_data(self, data: bytes, event: bytes = b"") -> None:
+        """Takes note of what the data of a frame says, which is an `event` of a type or none. Never raises."""
         if data == b"[DONE]":
             self.saw_end = True
             return
@@ -166,7 +163,7 @@ class Meter:
                 self.error = _cut(data) if event == b"error" else self.error
                 return
             body = salvaged
-        has_error = bytes(body.error) not in _NO_ERROR
+        has_error = body.error is not _NULL and bytes(body.error) not in _NO_ERROR
         if has_error or event == b"error" or body.object == "error" or body.type == "error":
             self.error = _error_text(body.error if has_error else msgspec.Raw(data))
         if body.usage is not None:
@@ -191,7 +188,10 @@ class Meter:
 
     def _is_content(self, body: _Event) -> bool:
         if body.choices is not None:
-            return any(choice.text or (choice.delta and _says_something(choice.delta)) for choice in body.choices)
+            for choice in body.choices:  # noqa: SIM110 - any() makes a generator, which costs more than the rest
+                if choice.text or (choice.delta and _says_something(choice.delta)):
+                    return True
+            return False
         kind = body.type or ""
         return kind == "content_block_delta" or (kind.startswith("response.") and kind.endswith(".delta"))
 
@@ -237,7 +237,10 @@ def _salvaged(data: bytes) -> _Event | None:
 
 def _says_something(delta: dict[str, Any]) -> bool:
     """Whether a chat delta holds more than a role: any text, tool call, audio, under whatever name."""
-    return any(value for name, value in delta.items() if name != "role")
+    for name, value in delta.items():  # noqa: SIM110 - as above
+        if value and name != "role":
+            return True
+    return False
 
 
 def _finish_of(status: str | None, incomplete: _Incomplete | None) -> str | None:

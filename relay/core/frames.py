@@ -25,6 +25,8 @@ LAST_CHUNK: Final = b"0\r\n\r\n"
 COMMENT: Final = b": keep-alive\n\n"
 COMMENT_CHUNK: Final = b"%x\r\n%b\r\n" % (len(COMMENT), COMMENT)
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})\r\n")
+#: A whole chunk that holds one frame of one line of data (group 2), if group 1, its size, says so too.
+_ONE_LINE = re.compile(rb"([0-9A-Fa-f]{1,8}+)\r\ndata: ([^\r\n]*+)\n\n\r\n")
 
 Pieces = list[bytes | memoryview]
 
@@ -95,7 +97,11 @@ class FrameRelay:
                     self._emit(payload, out)
                     out.append(view[position:end])
                     position = end
-                    continue
+                if buffer.startswith(LAST_CHUNK, position, stop):  # without trailers, as engines end
+                    chunks.skip_last(len(LAST_CHUNK))
+                    position += len(LAST_CHUNK)
+                if position == stop or chunks.is_done:
+                    break
             # Behind a chunk that came in parts the usual case may go on: only up to there.
             limit = min(stop, position + 2) if chunks is not None and chunks.left == ChunkDecoder.DATA_END else stop
             begin, end, position = decoder.next(buffer, position, limit)
@@ -152,6 +158,13 @@ class FrameRelay:
 
     def _other_chunk(self, buffer: Buffer, position: int, stop: int) -> int:
         """The end of a whole chunk of one frame that is not ordinary; `position` where there is none."""
+        found = _ONE_LINE.match(buffer, position, stop)
+        if found is not None and int(found[1], 16) == found.end() - found.end(1) - 4:
+            data = found[2]
+            if self.editor is not None and self.editor.concerns(data):
+                return position
+            self.meter.inspect_data(data)
+            return found.end()
         header = _CHUNK_SIZE.match(buffer, position, stop)
         if header is None:
             return position

@@ -171,6 +171,12 @@ class ChunkDecoder:
         """Takes note that the caller has read `length` bytes of whole chunks by itself."""
         self._seen += length
 
+    def skip_last(self, length: int) -> None:
+        """Takes note that the caller has read the last chunk, of `length` bytes and without trailers, by itself."""
+        self._seen += length
+        self.left = self.TRAILER
+        self.is_done = True
+
     def next(self, buffer: Buffer, start: int, stop: int) -> tuple[int, int, int]:
         """See `BodyDecoder.next`."""
         position = start

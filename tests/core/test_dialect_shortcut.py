@@ -45,9 +45,9 @@ class Watched(Meter):
 
     inspected = 0
 
-    def inspect(self, frame: Any) -> None:
+    def inspect_data(self, data: bytes, event: bytes = b"") -> None:
         before = self.content_frames
-        super().inspect(frame)
+        super().inspect_data(data, event)
         self.inspected += self.content_frames - before
 
 
