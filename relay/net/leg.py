@@ -171,7 +171,7 @@ class Leg:
 def is_plain_json(answer: wire.Answer) -> bool:
     """Whether an answer's body is JSON that can be read as it comes, and a good answer."""
     is_json = headers.content_type(answer.fields) == b"application/json"
-    return is_json and answer.status == 200 and headers.find(answer.fields, b"content-encoding") is None
+    return is_json and answer.status == 200 and not answer.head.is_encoded
 
 
 def head_of(exchange: Exchange, upstream: Upstream, sends: Sends) -> bytes:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
-from relay.core import headers
 from relay.core.aggregate import Collector, EngineError, TooLarge, Truncated, aggregator_for
 from relay.core.dialect import Meter
 from relay.core.editor import UsageEditor
@@ -56,9 +55,9 @@ class Opening:
         The bytes are only looked at where a stream `is_expected`: asked for, and not refused.
         """
         answer = self.answer
-        if answer.kind is BodyKind.NONE or headers.find(answer.fields, b"content-encoding") is not None:
+        if answer.kind is BodyKind.NONE or answer.head.is_encoded:
             return False  # frames of an encoded body are not to be seen: it passes as it comes
-        if headers.is_event_stream(headers.content_type(answer.fields)):
+        if answer.head.is_event_stream:
             return True
         if not is_expected or answer.status != 200:
             return False

@@ -10,11 +10,11 @@ import time
 from collections import deque
 from typing import Final
 
-import h11
 import msgspec
 import trio
 
 from relay.address import UpstreamConfig
+from relay.core.answer_head import AnswerHead
 from relay.core.balance import Seat
 from relay.core.connectors.base import Endpoint
 from relay.core.health import Health
@@ -97,7 +97,7 @@ class Upstream:
         self.shares: Shares | None = None  #: where its load is shown to other workers
         self.permits: Permits | None = None  #: its limit's places, where it is one over several workers
         self.endpoint: Endpoint | None = None  #: as a connector sees it, with what had to be asked for
-        self.heads: dict[bytes, h11.Response] = {}  #: of its answers, what some of the last were parsed to
+        self.heads: dict[bytes, AnswerHead] = {}  #: of its answers, what some of the last were parsed to
         self._idle: deque[UpstreamConnection] = deque()
 
     def __repr__(self) -> str:

@@ -13,7 +13,8 @@ from typing import Final, Protocol
 import h11
 
 from relay.core import headers
-from relay.core.framing import BodyDecoder, BodyKind, Buffer, FramingError, decoder_for, response_body_kind
+from relay.core.answer_head import AnswerHead
+from relay.core.framing import BodyDecoder, Buffer, FramingError, decoder_for
 from relay.errors import Phase, UpstreamDisconnected, UpstreamProtocolError
 from relay.net import sockets
 from relay.net.pool import UpstreamConnection
@@ -39,24 +40,18 @@ _REMEMBERED_BYTES: Final = 2048
 class Answer:
     """The head of an engine's answer, and what came behind it."""
 
-    __slots__ = ("decoder", "fields", "is_reusable", "kind", "reason", "rest", "status", "version")
+    __slots__ = ("decoder", "fields", "head", "is_reusable", "kind", "reason", "rest", "status")
 
-    def __init__(self, method: bytes, event: h11.Response, rest: bytes, *, is_request_sent: bool) -> None:
-        self.status = event.status_code
-        self.reason = event.reason
-        self.fields: headers.Headers = list(event.headers)
-        self.version = event.http_version
+    def __init__(self, head: AnswerHead, rest: bytes, *, is_request_sent: bool) -> None:
+        self.head = head  #: shared with others that began with the same bytes
+        self.status = head.status
+        self.reason = head.reason
+        self.fields = head.fields
+        self.kind = head.kind
         self.rest = rest  #: bytes of the body that came with the head
-        self.kind = response_body_kind(method, self.status, self.version, self.fields)
-        self.decoder: BodyDecoder = decoder_for(self.kind, self.fields)
+        self.decoder: BodyDecoder = decoder_for(head.kind, head.fields)
         #: whether, after its body, the connection can carry another exchange
-        self.is_reusable = (
-            is_request_sent
-            and self.kind is not BodyKind.CLOSE
-            and self.version >= b"1.1"
-            and not headers.wants_close(self.version, self.fields)
-            and not (self.kind is BodyKind.NONE and _announces_body(self.fields))
-        )
+        self.is_reusable = is_request_sent and head.is_keep_alive
 
     def __repr__(self) -> str:
         return f"<Answer {self.status} {self.kind.value}>"
@@ -98,21 +93,21 @@ async def ask(
         raise ConnectionDied("the engine closed the connection before its answer", phase=Phase.HEAD)
     heads = connection.upstream.heads
     size = data.find(_HEAD_END) + len(_HEAD_END)
-    event = heads.get(data[:size])
-    if event is not None:
-        return Answer(method, event, data[size:], is_request_sent=is_sent), []
+    known = heads.get(data[:size]) if method != b"HEAD" else None  # whose answers' bodies are framed otherwise
+    if known is not None:
+        return Answer(known, data[size:], is_request_sent=is_sent), []
     interim: list[h11.InformationalResponse] = []
     try:
         event, rest = await _read_head(pair, connection, data, interim)
-        answer = Answer(method, event, rest, is_request_sent=is_sent)
+        answer_head = AnswerHead(method, event)
     except (h11.RemoteProtocolError, FramingError) as exc:
         raise UpstreamProtocolError(f"the engine's answer is not HTTP/1.1: {exc}", phase=Phase.HEAD) from None
     is_all = not data.startswith(_INTERIM) and data[size:] == rest  # the first head is the answer's, and came whole
-    if is_all and len(_HEAD_END) < size <= _REMEMBERED_BYTES:
+    if is_all and len(_HEAD_END) < size <= _REMEMBERED_BYTES and method != b"HEAD":
         if len(heads) >= _REMEMBERED_HEADS:
             heads.clear()
-        heads[data[:size]] = event
-    return answer, interim
+        heads[data[:size]] = answer_head
+    return Answer(answer_head, rest, is_request_sent=is_sent), interim
 
 
 async def _read_head(
@@ -160,17 +155,6 @@ def _check_head(event: h11.Response, size: int) -> None:
             f"the head of the engine's answer has over {MAX_ANSWER_HEAD_BYTES} bytes or {MAX_ANSWER_FIELDS} fields"
         )
         raise UpstreamProtocolError(message, phase=Phase.HEAD)
-
-
-def _announces_body(fields: headers.Headers) -> bool:
-    """Whether the head of an answer without a body (HEAD, 204, 304) tells the length of one.
-
-    An engine that means it sends it, perhaps only when the next request is on its way; that would take it for its
-    answer. So such a connection ends with the exchange, though RFC 9110 §8.6 allows the field in all but a 204.
-    """
-    return any(
-        name == b"transfer-encoding" or (name == b"content-length" and value.strip(b"0")) for name, value in fields
-    )
 
 
 async def receive(pair: Waits, connection: UpstreamConnection) -> bytes:
