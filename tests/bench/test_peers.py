@@ -33,7 +33,7 @@ VALUES = Values(
 def test_the_relay_comes_first_and_all_that_were_asked_for_are_there() -> None:
     wanted = {"nginx", "haproxy", "envoy", "caddy", "vllm-router", "smg", "sglang-router", "litellm"}
     assert next(iter(PEERS)) == "relay"
-    assert set(PEERS) == {"relay", "fastapi-httpx", "vllm-ascend"} | wanted
+    assert set(PEERS) == {"relay", "relay-split", "fastapi-httpx", "vllm-ascend"} | wanted
 
 
 @pytest.mark.parametrize("name", PEERS)
