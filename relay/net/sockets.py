@@ -50,14 +50,6 @@ async def send_all(sock: socket.socket, data: bytes | memoryview) -> None:
             await trio.lowlevel.wait_writable(sock)
 
 
-async def wait_readable(sock: socket.socket) -> None:
-    """Waits until there is something to read, for a socket or for the TLS above it."""
-    if isinstance(sock, TlsSocket) and sock.has_more:
-        await trio.lowlevel.checkpoint()
-    else:
-        await trio.lowlevel.wait_readable(sock)
-
-
 async def shake_hands(sock: TlsSocket) -> None:
     """Begins to speak TLS; the caller limits the time. Raises OSError: see `relay.net.tls.reason_of`."""
     while True:

@@ -11,13 +11,13 @@ from relay.core import headers
 from relay.core.connectors.base import Leg as Sends
 from relay.core.framing import decode_into
 from relay.errors import ExchangeError, Phase, UpstreamDisconnected, UpstreamProtocolError
-from relay.net import sockets
 from relay.net import upstream as wire
 from relay.net.leg import head_of
 
 if TYPE_CHECKING:
     from relay.net.exchange import Exchange
     from relay.net.pool import Upstream, UpstreamConnection
+    from relay.net.source import Source
 
 #: Longest answer that is read: a handle of 131,072 tokens' blocks is below a megabyte.
 MOST_BYTES: Final = 67_108_864
@@ -31,33 +31,32 @@ class WholeAnswer(NamedTuple):
     body: bytes
 
 
-class _SocketWaits:
-    """Waits for a socket by trio's own means; limits are the caller's scope's.
+class _LegWaits:
+    """Waits for an engine's socket beside the exchange's pair; limits are the caller's scope's.
 
     When it is cancelled it hangs up, which makes the engine stop; but an answer may be on its way by then, and with it
     a handle that somebody has to free. So it closes one direction only, and waits up to `last_word_s` for what comes.
     """
 
-    def __init__(self, connection: UpstreamConnection, last_word_s: float) -> None:
+    def __init__(self, connection: UpstreamConnection, source: Source, last_word_s: float) -> None:
         self.has_hung_up = False
         self._connection = connection
-        self._sock = connection.sock
+        self._source = source
         self._last_word_s = last_word_s
         self._until = 0.0
 
     async def wait_upstream(self, *, or_writable: bool = False) -> None:
         if or_writable:
-            # An engine that answers before it has read everything still reads on, or closes: both can be seen here.
-            await trio.lowlevel.wait_writable(self._sock)
+            await self._source.wait_writable()
             return
         try:
-            await sockets.wait_readable(self._sock)
+            await self._source.wait_readable()
         except trio.Cancelled:  # noqa: ASYNC103 - whoever waits next is told again
             if not self._last_word_s:
                 raise
             self._hang_up()
             with trio.CancelScope(shield=True, deadline=self._until) as patience:
-                await sockets.wait_readable(self._sock)
+                await self._source.wait_readable()
             if patience.cancelled_caught:
                 raise
 
@@ -86,7 +85,7 @@ async def ask_whole(exchange: Exchange, upstream: Upstream, sends: Sends, *, las
 
 
 async def _over(exchange: Exchange, connection: UpstreamConnection, sends: Sends, last_word_s: float) -> WholeAnswer:
-    waits = _SocketWaits(connection, last_word_s)
+    waits = _LegWaits(connection, connection.under(exchange.service.pump), last_word_s)
     try:
         return await _ask(exchange, connection, waits, sends)
     except ExchangeError as exc:
@@ -96,7 +95,7 @@ async def _over(exchange: Exchange, connection: UpstreamConnection, sends: Sends
     raise failure
 
 
-async def _ask(exchange: Exchange, connection: UpstreamConnection, waits: _SocketWaits, sends: Sends) -> WholeAnswer:
+async def _ask(exchange: Exchange, connection: UpstreamConnection, waits: _LegWaits, sends: Sends) -> WholeAnswer:
     is_reusable = False
     try:
         head = head_of(exchange, connection.upstream, sends)
@@ -111,7 +110,7 @@ async def _ask(exchange: Exchange, connection: UpstreamConnection, waits: _Socke
             connection.close()
 
 
-async def _body(waits: _SocketWaits, connection: UpstreamConnection, answer: wire.Answer) -> bytes:
+async def _body(waits: _LegWaits, connection: UpstreamConnection, answer: wire.Answer) -> bytes:
     """The body; bytes behind it make the connection unusable. Raises UpstreamDisconnected or UpstreamProtocolError."""
     decoder, data = answer.decoder, answer.rest
     body = bytearray()
