@@ -72,7 +72,7 @@ class Cost(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     cpu_us_per_frame: float
     cpu_us_per_request: float
-    memory_bytes: int  #: resident at the end
+    memory_bytes: int  #: proportional, at the end
 
 
 class Rounds(msgspec.Struct):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from relay_bench import cli, micro, micro_client, micro_process, processes
+from relay_bench import cli, micro, micro_client, micro_process
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -81,9 +81,3 @@ def test_a_server_that_does_not_start_is_an_error() -> None:
     with pytest.raises(micro_client.MeasureError, match="the engine did not start: no"):
         with micro_process._started("engine", command, None):
             pytest.fail("it did")
-
-
-def test_cpu_time_counts_up() -> None:
-    before = processes.cpu_ns(os.getpid())
-    sum(range(2_000_000))
-    assert processes.cpu_ns(os.getpid()) > before

@@ -14,7 +14,7 @@ from relay_bench.drill.client import READ_BYTES, Ask, End, Outcome, Reading, exa
 from relay_bench.drill.report import DrillError, Report
 from relay_bench.drill.rest import judge_rest, records_of
 from relay_bench.drill.stage import Scene, pace, stage
-from relay_bench.processes import cpu_ns, descriptors, family, pss_bytes, raise_descriptor_limit
+from relay_bench.processes import cpu_ns, descriptors, family, memory_bytes, raise_descriptor_limit
 
 if TYPE_CHECKING:
     from relay_bench.drill.stage import RelayChild
@@ -42,8 +42,8 @@ FULL = Plan()
 QUICK = Plan(streams=50, tokens=40, step_ms=50.0)
 
 
-class _Crowd:
-    """All clients."""
+class _Streams:
+    """All of them, a client each."""
 
     def __init__(self, address: tuple[str, int], plan: Plan) -> None:
         self._address = address
@@ -127,44 +127,45 @@ async def drill(scene: Scene, plan: Plan = FULL) -> Report:
         settings = {"daemon.workers": str(plan.workers), "limits.max_connections": str(2 * plan.streams)}
         relay = await here.relay(engines, settings)
         at_rest = await relay.descriptors_at_rest()
-        before = pss_bytes(relay.process.pid)
-        crowd = _Crowd(relay.address, plan)
+        before = memory_bytes(relay.process.pid)
+        streams = _Streams(relay.address, plan)
         began = time.monotonic()
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(crowd.run)
-            await crowd.is_decided.wait()
-            is_held = not crowd.first_ended.is_set()
-            report.add("streams begun", f"{crowd.begun:,} in {time.monotonic() - began:.1f} s")
+            nursery.start_soon(streams.run)
+            await streams.is_decided.wait()
+            is_held = not streams.first_ended.is_set()
+            report.add("streams begun", f"{streams.begun:,} in {time.monotonic() - began:.1f} s")
             if is_held:
-                await _measure(report, relay, crowd, before)
-        report.judge("all are held at once", is_held, f"{crowd.begun:,} before the first ended")
+                await _measure(report, relay, streams, before)
+        report.judge("all are held at once", is_held, f"{streams.begun:,} before the first ended")
         await judge_rest(report, relay, engines, at_rest, scene.settle_s)
         records = await records_of(report, relay)
-    refused = crowd.refusals.total()
+    refused = streams.refusals.total()
     report.judge(
-        "no connection is refused", not refused, f"{refused:,}{''.join(f'; {each}' for each in crowd.refusals)}"
+        "no connection is refused", not refused, f"{refused:,}{''.join(f'; {each}' for each in streams.refusals)}"
     )
-    broken = [outcome for outcome in crowd.outcomes if outcome.end is not End.WHOLE]
+    broken = [outcome for outcome in streams.outcomes if outcome.end is not End.WHOLE]
     report.judge(
-        "no frame is lost, and none torn", not broken, f"{crowd.frames:,} frames; streams not whole: {examples(broken)}"
+        "no frame is lost, and none torn",
+        not broken,
+        f"{streams.frames:,} frames; streams not whole: {examples(broken)}",
     )
     whole = sum(record["outcome"] == "--" for record in records)
     report.judge("one good record for each", whole == len(records) == plan.streams, f"{whole:,} of {len(records):,}")
     return report
 
 
-async def _measure(report: Report, relay: RelayChild, crowd: _Crowd, before: int) -> None:
+async def _measure(report: Report, relay: RelayChild, streams: _Streams, before: int) -> None:
     """What the relay takes from now until the first stream ends."""
     pid = relay.process.pid
-    began, cpu, frames = time.monotonic(), cpu_ns(pid), crowd.frames
-    held = pss_bytes(pid)
+    began, cpu, frames = time.monotonic(), cpu_ns(pid), streams.frames
+    held = memory_bytes(pid)
     for process in family(pid):
         if (open_now := descriptors(process)) > _AT_ONCE:  # a worker; two for each stream
-            report.add(
-                f"worker {process}", f"about {open_now // 2:,} streams, {pss_bytes(process, alone=True) / 1e6:.1f} MB"
-            )
-    await crowd.first_ended.wait()
-    took_s, cpu, frames = time.monotonic() - began, cpu_ns(pid) - cpu, crowd.frames - frames
+            memory = f"{memory_bytes(process, alone=True) / 1e6:.1f} MB"
+            report.add(f"worker {process}", f"about {open_now // 2:,} streams, {memory}")
+    await streams.first_ended.wait()
+    took_s, cpu, frames = time.monotonic() - began, cpu_ns(pid) - cpu, streams.frames - frames
     report.add("all held for", f"{took_s:.1f} s")
     report.add("memory of the relay (PSS)", f"{before / 1e6:.1f} MB idle, {held / 1e6:.1f} MB then")
     report.add("frames in that time", f"{frames:,}, {frames / took_s:,.0f} a second")

@@ -9,21 +9,20 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 import trio
 
-from relay_bench.processes import descriptors, family, memory_bytes, pss_bytes
+from relay_bench.processes import descriptors, family, memory_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 #: What is looked at, and the unit it is told in.
-KINDS: Final = {"pss": "KiB", "rss": "KiB", "descriptors": ""}
+KINDS: Final = {"pss": "KiB", "descriptors": ""}
 
 
 class Vitals(msgspec.Struct, frozen=True):
     """Of all the relay's processes together, at one moment."""
 
     at_s: float
-    pss: float  #: KiB, as `rss`
-    rss: float
+    pss: float  #: KiB
     descriptors: float
 
 
@@ -44,7 +43,7 @@ class Trend(msgspec.Struct, frozen=True):
 def look(pid: int) -> Vitals:
     """The vitals now of a process and its descendants."""
     open_now = sum(map(descriptors, family(pid)))
-    return Vitals(time.monotonic(), pss_bytes(pid) / 1024, memory_bytes(pid) / 1024, open_now)
+    return Vitals(time.monotonic(), memory_bytes(pid) / 1024, open_now)
 
 
 async def watch(pid: int, every_s: float, seen: list[Vitals]) -> None:

@@ -1,0 +1,37 @@
+"""The kernel's accounts of processes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+
+from relay_bench import processes
+
+
+def test_processes_are_counted_with_their_children() -> None:
+    words = [sys.executable, "-c", "import subprocess, sys; subprocess.run(['cat'])"]
+    with subprocess.Popen(words, stdin=subprocess.PIPE) as process:
+        while len(found := processes.family(process.pid)) < 2:
+            assert process.poll() is None
+        assert found[0] == process.pid
+        assert processes.memory_bytes(process.pid) > processes.memory_bytes(process.pid, alone=True) > 1 << 20
+        assert processes.cpu_ns(process.pid) > 0
+    assert processes.cpu_ns(process.pid) == 0
+    assert processes.family(os.getpid())[0] == os.getpid()
+
+
+def test_cpu_time_of_threads_that_have_ended_still_counts() -> None:
+    burnt_ns = 20_000_000
+
+    def burn() -> None:
+        while time.thread_time_ns() < burnt_ns:
+            pass
+
+    before = processes.cpu_ns(os.getpid())
+    thread = threading.Thread(target=burn)
+    thread.start()
+    thread.join()
+    assert processes.cpu_ns(os.getpid()) - before >= burnt_ns
