@@ -16,12 +16,12 @@ import msgspec
 import trio
 
 from relay_bench.drill.client import Ask
-from relay_bench.drill.crowd import Healthy
 from relay_bench.drill.hangups import RESET
+from relay_bench.drill.healthy import Healthy
 from relay_bench.drill.report import Report
 from relay_bench.drill.rest import judge_rest, records_of
 from relay_bench.drill.stage import RelayChild, Scene, pace, stage
-from relay_bench.processes import pss_bytes
+from relay_bench.processes import memory_bytes
 
 _MIB: Final = 1 << 20
 #: Connections begun in one turn, and from one source address, of which loopback has many.
@@ -36,6 +36,8 @@ _SEGMENT_BYTES: Final = 1000
 _SLOW_S: Final = 1.0
 #: What is added to a limit for the time until it is looked at, on a busy machine.
 _LATE_S: Final = 2.0
+#: What is added for bombs, which are megabytes each.
+_BOMB_S: Final = 10.0
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
@@ -80,7 +82,7 @@ class Site:
     @property
     def pss(self) -> int:
         """Bytes of the relay's memory."""
-        return pss_bytes(self.relay.process.pid)
+        return memory_bytes(self.relay.process.pid)
 
     def judge(self, attack: str, criterion: str, is_kept: bool, seen: str) -> None:
         """One row of the table."""
@@ -263,7 +265,7 @@ async def _bombs(
     answers: set[bytes] = set()
 
     async def drop(bomb: bytes) -> None:
-        with trio.move_on_after(site.plan.limit_s + 10):
+        with trio.move_on_after(site.plan.limit_s + _BOMB_S) as patience:
             async with await trio.open_tcp_stream(*site.relay.address) as stream, trio.open_nursery() as nursery:
                 nursery.start_soon(_send, stream, bomb)
                 try:
@@ -271,6 +273,8 @@ async def _bombs(
                 except trio.BrokenResourceError:
                     answers.add(b"reset")
                 nursery.cancel_scope.cancel()
+        if patience.cancelled_caught:
+            answers.add(b"silence")
 
     async def watch() -> None:
         nonlocal most

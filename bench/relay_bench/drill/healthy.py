@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import time
 from array import array
-from statistics import quantiles
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import trio
 
 from relay.core.request import Route
 from relay_bench.drill.client import READ_BYTES, Ask
 from relay_bench.load.answer import Answer
+from relay_bench.load.stats import percentile
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-_PERCENT: Final = 100
 
 
 class Healthy:
@@ -44,10 +42,11 @@ class Healthy:
                 nursery.start_soon(self._ask, number)
 
     async def p99_ms(self, seconds: float) -> float:
-        """Of the gaps in the coming seconds."""
+        """Of the gaps that end in the coming seconds; 0: there was none."""
         before = len(self._gaps_ms)
         await trio.sleep(seconds)
-        return quantiles(self._gaps_ms[before:] or (0.0, 0.0), n=_PERCENT)[-1]
+        gaps_ms = sorted(self._gaps_ms[before:])
+        return percentile(gaps_ms, 0.99) if gaps_ms else 0.0
 
     async def _ask(self, number: int) -> None:
         asks = self._asks(number)
