@@ -65,6 +65,7 @@ def test_objectives() -> None:
     assert ttft.is_met(record())  # inclusive
     assert not tpot.is_met(record())
     assert tpot.is_met(record(completion_tokens=1))
+    assert not tpot.is_met(record(completion_tokens=None))  # nobody knows
     assert is_good(record(), [ttft])
     assert not is_good(record(), [ttft, tpot])
     assert not is_good(record(label="truncated"), [ttft])

@@ -23,9 +23,15 @@ class Objective(msgspec.Struct, frozen=True):
     limit_ms: float
 
     def is_met(self, record: Record) -> bool:
-        """Whether a completed request met it. Without a second token there is no `tpot`, and vLLM counts it as 0."""
+        """Whether a completed request met it.
+
+        Without a second token there is no `tpot`, and vLLM counts it as 0. Where nobody counted the tokens it is not
+        known, and so not met.
+        """
         value = record.metric_s(self.metric)
-        return value is None or value * 1000 <= self.limit_ms
+        if value is None:
+            return record.completion_tokens is not None
+        return value * 1000 <= self.limit_ms
 
     def __str__(self) -> str:
         return f"{self.metric} <= {self.limit_ms:g} ms"
