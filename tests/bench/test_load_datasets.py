@@ -120,6 +120,14 @@ def test_extra_fields_win_and_choices_multiply_tokens() -> None:
     assert fields["stream_options"] == {"include_usage": True, "continuous_usage_stats": True}
 
 
+@pytest.mark.parametrize("route", ENDPOINTS)
+def test_a_limit_among_the_extra_fields_is_what_is_expected(route: Route) -> None:
+    name = "max_output_tokens" if route is Route.RESPONSES else "max_tokens"
+    body = Form(route=route, model="tiny", extra={name: 5}).body(Ask(("one",), 7))
+    ask = read_ask(GENERATING[ENDPOINTS[route]], body.body, {}, EngineConfig(), now_s=0, clock_us=lambda: 0)
+    assert (ask.tokens, body.output_len) == (5, 5)
+
+
 def test_words_are_single() -> None:
     assert all(word.isalpha() for word in WORDS)
 

@@ -78,7 +78,8 @@ class Form(msgspec.Struct, frozen=True, kw_only=True):
         roles = ("user", "assistant")
         messages = [{"role": roles[at % 2], "content": text} for at, text in enumerate(ask.turns)]
         if self.route is Route.CHAT:
-            fields |= {"messages": messages, "max_completion_tokens": ask.output_len}
+            limit = "max_tokens" if "max_tokens" in self.extra else "max_completion_tokens"  # engines prefer the latter
+            fields |= {"messages": messages, limit: ask.output_len}
         elif self.route is Route.COMPLETIONS:
             fields |= {"prompt": "\n".join(ask.turns), "max_tokens": ask.output_len}
         elif self.route is Route.RESPONSES:
@@ -92,12 +93,13 @@ class Form(msgspec.Struct, frozen=True, kw_only=True):
         if self.ignore_eos:
             fields["ignore_eos"] = True
         fields |= self.extra
-        return Body(msgspec.json.encode(fields), ask.output_len * _choices(fields))
+        return _body_of(msgspec.json.encode(fields))
 
 
-def _choices(fields: dict[str, Any]) -> int:
-    number = fields.get("n")
-    return number if isinstance(number, int) and number > 0 else 1
+def _body_of(raw: bytes) -> Body:
+    """A body with the answer that its own fields ask for."""
+    facts = peek(raw)
+    return Body(raw, None if facts.max_tokens is None else facts.max_tokens * (facts.n or 1))
 
 
 class Synthetic(msgspec.Struct, frozen=True, kw_only=True):
@@ -205,8 +207,7 @@ def read_bodies(path: str, total: int) -> list[Body]:
             raise ValueError(f"{path}:{number}: not JSON")
         if not facts.wants_stream:
             raise ValueError(f'{path}:{number}: "stream" is not true, and there is no latency without a stream')
-        tokens = facts.max_tokens
-        bodies.append(Body(raw, None if tokens is None else tokens * (facts.n or 1)))
+        bodies.append(_body_of(raw))
     if not bodies:
         raise ValueError(f"{path}: empty")
     return _repeated(bodies, total)
