@@ -169,8 +169,8 @@ async def test_places_hold_requests_back_and_the_plan_does_not_forget() -> None:
     assert labels(tally) == [""] * 4
     assert [one.planned_ns for one in tally.records] == [0, MS, 2 * MS, 3 * MS]
     for before, one in pairwise(tally.records):
-        assert one.sent_ns >= before.done_ns
-        assert one.due_ns > one.planned_ns  # it was not the client's fault
+        assert one.sent_ns > before.done_ns
+        assert one.due_ns == before.done_ns > one.planned_ns  # till then it was not the client's fault
         ttft, planned = one.metric_s("ttft"), one.metric_s("ttft_planned")
         assert ttft is not None
         assert planned is not None
@@ -210,6 +210,19 @@ async def test_a_closed_loop_keeps_its_places_full_and_ends_in_time(engine: Engi
     assert all(one.planned_ns == one.due_ns for one in tally.records)
     assert reports
     assert reports[0].done <= len(tally.records)
+
+
+async def test_in_a_closed_loop_a_request_is_due_when_its_place_became_free(engine: Engine) -> None:
+    """So that a client which takes its time to send is seen to be late."""
+    tally = await load(job_for(engine.url, total=4, max_concurrency=1, is_closed_loop=True))
+    assert [one.planned_ns for one in tally.records] == [0, *(one.done_ns for one in tally.records[:-1])]
+    assert all(one.planned_ns == one.due_ns < one.sent_ns for one in tally.records)
+
+
+async def test_warm_ups_are_all_of_one_prompt(engine: Engine) -> None:
+    """What prefix caches know of the prompts that are measured is the first of them at most."""
+    await load(job_for(engine.url, total=3, every_ns=MS, num_warmups=2, request_id_prefix="t"))
+    assert [request["id"] for request in engine.requests()] == ["t-0", "t-0", "t-0", "t-1", "t-2"]
 
 
 async def test_windows_and_warm_ups_are_left_out(engine: Engine) -> None:

@@ -127,7 +127,8 @@ class Run:
             client_delay=self._tally.client_delay,
         )
         self._pending = deque(job.items)
-        self._late: deque[Item] = deque()  # due, and waiting for a place
+        self._late: deque[Item] = deque()  # due, and not sent
+        self._free: deque[int] = deque()  # with a limit: since when each place that is free has been so
         self._in_flight = 0
         self._progress = Progress(0, 0, 0, {}, 0, [])
         self._next_report_ns = 0
@@ -140,10 +141,13 @@ class Run:
         self._client.close()
 
     async def warm_up(self) -> None:
-        """Sends the job's warm-up requests, one after the other, which nothing counts."""
+        """Sends the job's first request again and again, one after the other, which nothing counts.
+
+        Always the same, as vLLM does: prefix caches are to know no more than that one of what is measured.
+        """
         job = self._job
-        for number in range(job.num_warmups):
-            exchange = self._exchange(job.items[number % len(job.items)], 0, 0)
+        for _ in range(job.num_warmups):
+            exchange = self._exchange(job.items[0], 0, 0)
             self._client.start(exchange, time.monotonic_ns())
             while not exchange.answer.is_done:
                 await self._client.turn(0, lambda _: 0, block_s=self._block_s)
@@ -155,6 +159,7 @@ class Run:
     async def run(self, start_ns: int) -> Tally:
         """Does the job; instants of its items count from `start_ns`."""
         self._start_ns = start_ns
+        self._free = deque([0] * self._job.max_concurrency)
         self._next_report_ns = start_ns + _REPORT_NS
         reads, cpu_s, waited_ns = self._client.reads, time.process_time(), run_delay_ns()
         wake_ns = start_ns
@@ -178,41 +183,35 @@ class Run:
         if self._job.is_closed_loop:
             self._fill_places()
         else:
-            self._send_due(now_ns, since_ns)
+            self._send_due(since_ns)
         if now_ns >= self._next_report_ns:
             self._report(now_ns)
         if self._pending and not self._job.is_closed_loop:
             return min(self._next_report_ns, self._start_ns + self._pending[0].planned_ns)
         return self._next_report_ns
 
-    def _send_due(self, now_ns: int, since_ns: int) -> None:
-        pending, late, most = self._pending, self._late, self._job.max_concurrency
-        while late and self._in_flight < most:
-            item = late.popleft()
-            self._send(item, item.planned_ns, since_ns, now_ns)
+    def _send_due(self, since_ns: int) -> None:
+        pending, late, is_limited = self._pending, self._late, bool(self._job.max_concurrency)
         while pending and pending[0].planned_ns <= since_ns:
-            item = pending.popleft()
-            if most and self._in_flight >= most:
-                late.append(item)
-            else:
-                now_ns = time.monotonic_ns()
-                self._send(item, item.planned_ns, item.planned_ns, now_ns)
+            late.append(pending.popleft())
+        while late and (self._free or not is_limited):
+            item = late.popleft()
+            self._send(item, item.planned_ns, max(item.planned_ns, self._free.popleft() if is_limited else 0))
 
     def _fill_places(self) -> None:
         job = self._job
-        while self._pending and self._in_flight < job.max_concurrency:
-            since_ns = time.monotonic_ns() - self._start_ns
-            if job.duration_ns and since_ns >= job.duration_ns:
+        while self._pending and self._free:
+            if job.duration_ns and time.monotonic_ns() - self._start_ns >= job.duration_ns:
                 self._pending.clear()
                 return
-            item = self._pending.popleft()
-            self._send(item, since_ns, since_ns, self._start_ns + since_ns)
+            item, free_ns = self._pending.popleft(), self._free.popleft()
+            self._send(item, free_ns, free_ns)
             if job.duration_ns:
                 self._pending.append(Item(item.index + job.total, 0, item.body, item.output_len))
 
-    def _send(self, item: Item, planned_ns: int, due_ns: int, now_ns: int) -> None:
+    def _send(self, item: Item, planned_ns: int, due_ns: int) -> None:
         self._progress.sent += 1
-        self._client.start(self._exchange(item, planned_ns, due_ns), now_ns)
+        self._client.start(self._exchange(item, planned_ns, due_ns), time.monotonic_ns())
 
     def _exchange(self, item: Item, planned_ns: int, due_ns: int) -> Exchange:
         job = self._job
@@ -230,6 +229,8 @@ class Run:
 
     def _on_done(self, exchange: Exchange) -> None:
         self._in_flight -= 1
+        if self._job.max_concurrency:
+            self._free.append(exchange.done_ns - self._start_ns)
         record = self._record(exchange)
         self._tally.records.append(record)
         progress = self._progress
