@@ -178,6 +178,13 @@ def test_a_crowded_machine_is_named() -> None:
     assert "kept the load processes from a core for 20.0%" in result["harness"]["degraded"][1]
 
 
+def test_a_process_that_had_nothing_to_do_is_not_counted_as_idle() -> None:
+    plan = plan_for("--num-prompts", "2", "--processes", "8")
+    harness = result_of(plan, tally_of(record(), record(index=1), cpu_s=1.9), url="http://x")["harness"]
+    assert (harness["processes"], harness["cpu_share"]) == (2, pytest.approx(0.95))
+    assert "busy for 95%" in harness["degraded"][0]
+
+
 def test_histograms_come_back_from_a_file() -> None:
     result = json.loads(json.dumps(result_for(record())))
     assert histogram_from(result, "frame_gap") == histogram_of([10 * MS])
@@ -251,6 +258,18 @@ def test_open_and_closed_loops() -> None:
     assert not both.is_closed_loop
     assert both.rate_text == "open loop, 5 requests/s, at most 3 at once"
     assert plan_for("--num-prompts", "1").rate_text == "open loop, all at once"
+
+
+def test_a_trace_is_no_rate(tmp_path: Path) -> None:
+    trace = tmp_path / "trace.jsonl"
+    trace.write_text("0\n0.5\n2\n")
+    plan = plan_for("--trace", str(trace))
+    assert plan.rate_text == f"open loop, trace {trace}"
+    assert file_name(plan, "").startswith("chat-trace-m-")
+    assert result_of(plan, tally_of(record()), url="http://x")["request_rate"] is None
+    for words in (["--request-rate", "5"], ["--ramp-up-strategy", "linear", "--ramp-up-end-rps", "3"]):
+        with pytest.raises(ValueError, match=f"--trace and {words[0]} exclude each other"):
+            plan_for("--trace", str(trace), *words)
 
 
 def test_jobs_share_everything_out() -> None:

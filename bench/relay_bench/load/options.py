@@ -36,6 +36,12 @@ BACKENDS: Final = {
 }
 _SAMPLING: Final = ("temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty")
 _DEFAULT_PROMPTS: Final = 1000
+#: Flags that must not be below 0, and below 1.
+_LEAST_0: Final = (
+    "num_prompts", "max_concurrency", "num_warmups", "duration", "warmup", "cooldown", "random_prefix_len",
+    "timeout_s", "max_lag_ms", "random_range_ratio",
+)  # fmt: skip
+_LEAST_1: Final = ("processes", "random_num_prefixes")
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,6 +55,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     request_rate: float
     burstiness: float
     ramp: tuple[str, float, float] | None
+    trace: str  #: the file that instants come from, instead of a rate; empty: none
     is_closed_loop: bool
     max_concurrency: int
     duration_s: float
@@ -68,11 +75,18 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     is_detailed: bool
 
     @property
+    def load_processes(self) -> int:
+        """How many there are: `processes`, but none that would have no request or no place."""
+        return min(self.processes, len(self.items), self.max_concurrency or self.processes)
+
+    @property
     def rate_text(self) -> str:
         """The rate for people."""
         if self.is_closed_loop:
             return f"closed loop, {self.max_concurrency} at once"
-        if self.ramp:
+        if self.trace:
+            rate = f"trace {self.trace}"
+        elif self.ramp:
             strategy, start, end = self.ramp
             rate = f"{start:g} to {end:g} requests/s ({strategy})"
         elif math.isinf(self.request_rate):
@@ -182,6 +196,7 @@ def plan_of(options: argparse.Namespace, *, model: str, is_detailed: bool = Fals
         request_rate=options.request_rate,
         burstiness=options.burstiness,
         ramp=ramp if has_ramp else None,
+        trace=options.trace,
         is_closed_loop=is_closed,
         max_concurrency=options.max_concurrency,
         duration_s=end_s,
@@ -236,22 +251,20 @@ def head_of(plan: Plan, target: Target) -> bytes:
 
 
 def _check(options: argparse.Namespace) -> None:
-    least: dict[str, float] = {"processes": 1, "random_num_prefixes": 1}
-    for name in ("num_prompts", "max_concurrency", "num_warmups", "duration", "warmup", "cooldown"):
-        least[name] = 0
-    for name in ("random_prefix_len", "timeout_s", "max_lag_ms", "random_range_ratio", "processes"):
-        least.setdefault(name, 0)
-    for name, limit in least.items():
-        if not getattr(options, name) >= limit:
-            raise ValueError(f"--{name.replace('_', '-')}: wanted {limit:g} or more")
+    for name in _LEAST_0 + _LEAST_1:
+        least = int(name in _LEAST_1)
+        if not getattr(options, name) >= least:
+            raise ValueError(f"--{name.replace('_', '-')}: wanted {least} or more")
     if not options.burstiness > 0:
         raise ValueError("--burstiness: wanted more than 0")
     if not options.random_range_ratio < 1:
         raise ValueError("--random-range-ratio: wanted less than 1")
     if not isinstance(options.extra_body, dict):
         raise ValueError("--extra-body: wanted a JSON object")
-    if options.ramp_up_strategy and not math.isinf(options.request_rate):
-        raise ValueError("--ramp-up-strategy and --request-rate exclude each other")
+    arrivals = ("--trace", options.trace), ("--ramp-up-strategy", options.ramp_up_strategy)
+    chosen = [flag for flag, value in arrivals if value] + ["--request-rate"] * math.isfinite(options.request_rate)
+    if len(chosen) > 1:
+        raise ValueError(f"{chosen[0]} and {chosen[1]} exclude each other")
     if options.dataset_name != "random" and not options.dataset_path:
         raise ValueError(f"--dataset-name {options.dataset_name} needs --dataset-path")
 

@@ -6,6 +6,7 @@ per-request arrays in seconds, summaries in milliseconds. Where it does not, the
 - ``itl`` is between tokens here, and null where nobody counted them; vLLM's ``itl``, between frames, is ``frame_gap``.
 - ``max_output_tokens_per_s`` (which counts frames) and ``queue_times`` (which count from after the client's own sleep)
   have no place here; ``send_lag`` and ``ttft_planned`` say what the latter is for.
+- ``request_rate`` is null where the instants come from a trace.
 - ``completed`` are those without any fault: vLLM also counts streams that broke or held an error.
 """
 
@@ -62,7 +63,7 @@ def result_of(
         "model_id": plan.model,
         "tokenizer_id": None,
         "num_prompts": len(tally.records),
-        "request_rate": "inf" if math.isinf(plan.request_rate) else plan.request_rate,
+        "request_rate": None if plan.trace else "inf" if math.isinf(plan.request_rate) else plan.request_rate,
         "burstiness": "inf" if math.isinf(plan.burstiness) else plan.burstiness,
         "max_concurrency": plan.max_concurrency or None,
     }
@@ -162,10 +163,10 @@ def histogram_from(result: Result, metric: str) -> Histogram:
 
 def file_name(plan: Plan, label: str) -> str:
     """As vLLM names its files: label or backend, rate, concurrency, model, date."""
-    rate = "inf" if math.isinf(plan.request_rate) else f"{plan.request_rate:g}"
+    rate = "trace" if plan.trace else f"{plan.request_rate:g}qps"
     places = f"-concurrency{plan.max_concurrency}" if plan.max_concurrency else ""
     model = plan.model.rpartition("/")[2]
-    return f"{label or plan.route.value}-{rate}qps{places}-{model}-{time.strftime('%Y%m%d-%H%M%S')}.json"
+    return f"{label or plan.route.value}-{rate}{places}-{model}-{time.strftime('%Y%m%d-%H%M%S')}.json"
 
 
 # -- parts
@@ -268,10 +269,10 @@ def _nothing(metric: str, percentiles: Sequence[float]) -> Result:
 
 def _harness(plan: Plan, tally: Tally, histograms: dict[str, Histogram]) -> dict[str, Any]:
     """What the client itself did to the figures."""
-    busy = tally.cpu_s / tally.wall_s / plan.processes if tally.wall_s else 0.0
+    busy = tally.cpu_s / tally.wall_s / plan.load_processes if tally.wall_s else 0.0
     lag, delay = (histograms[name].quantile_ns(0.99) for name in ("send_lag", "client_delay"))
     frames = sum(record.content_frames for record in tally.records)
-    waited = tally.waited_s / tally.wall_s / plan.processes if tally.wall_s else 0.0
+    waited = tally.waited_s / tally.wall_s / plan.load_processes if tally.wall_s else 0.0
     degraded = []
     if lag is not None and lag / 1e6 > plan.max_lag_ms:
         degraded.append(f"requests were sent late: p99 {lag / 1e6:.1f} ms, bound {plan.max_lag_ms:g} ms")
@@ -283,7 +284,7 @@ def _harness(plan: Plan, tally: Tally, histograms: dict[str, Histogram]) -> dict
         degraded.append(f"the load processes were busy for {busy:.0%} of the time: use more --processes")
     return {
         "degraded": degraded,
-        "processes": plan.processes,
+        "processes": plan.load_processes,
         "cpu_share": busy,
         "waited_share": waited,
         "cpu_us_per_frame": _per(tally.cpu_s * 1e6, frames),

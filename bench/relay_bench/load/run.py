@@ -39,7 +39,7 @@ class LoadError(Exception):
 
 def jobs_of(plan: Plan, target: Target) -> list[Job]:
     """The plan in shares, one for each load process: every n-th request, and its part of the places."""
-    processes = min(plan.processes, len(plan.items), plan.max_concurrency or plan.processes)
+    processes = plan.load_processes
     end_ns = round((plan.duration_s - plan.cooldown_s) * _NS) if plan.cooldown_s else None
     places, more = divmod(plan.max_concurrency, processes)
     return [
