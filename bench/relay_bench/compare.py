@@ -86,12 +86,12 @@ class Rounds(msgspec.Struct):
 
 
 def paired_differences(direct: Sequence[Record], through: Sequence[Record], metric: str) -> list[tuple[float, float]]:
-    """``(direct, through)`` in ms for each request that succeeded on both sides and has the metric on both."""
+    """``(direct, through)`` in ms for each request that is measured, succeeded and has the metric on both sides."""
     by_index = {record.index: record for record in direct if not record.label and record.is_measured}
     pairs = []
     for record in through:
         twin = by_index.get(record.index)
-        if twin is None or record.label:
+        if twin is None or record.label or not record.is_measured:
             continue
         mine, other = twin.metric_s(metric), record.metric_s(metric)
         if mine is not None and other is not None:
