@@ -109,6 +109,14 @@ def test_figures_are_medians_and_ratios_are_of_the_same_round() -> None:
     assert summary.figure_of("cpu_us_per_request", "b", "a", samples) is None
 
 
+@pytest.mark.parametrize("key", summary.COLUMNS)
+def test_twice_the_work_is_a_ratio_of_two_in_every_column(key: str) -> None:
+    samples = [sample(name, 0, cpu, summary.COLUMNS[key].scenario) for name, cpu in (("a", 10_000), ("b", 20_000))]
+    figure = summary.figure_of(key, "b", "a", samples)
+    assert figure is not None
+    assert figure.ratio == pytest.approx(2.0)
+
+
 def test_rows_hold_what_was_measured() -> None:
     def through(added_ms: int) -> list[Record]:
         return [record(index=at, first_content_ns=(11 + added_ms) * MS) for at in range(10)]
@@ -117,7 +125,7 @@ def test_rows_hold_what_was_measured() -> None:
     samples = [sample("a", 0, 50_000, "saturated"), sample("direct", 0, 0, "saturated", seconds=0.5)]
     held = [Held(name="a", streams=10, before_bytes=1 << 20, with_streams_bytes=(1 << 20) + 10 * 2048)]
     (row, other) = summary.rows_of(["a", "b"], samples, held, records)
-    assert row.figures["frames_per_cpu_ms"].median == pytest.approx(20)
+    assert row.figures["cpu_us_per_frame_saturated"].median == pytest.approx(50)
     assert (row.ttft_p50_ms, row.ttft_p99_ms) == pytest.approx((2, 2))
     assert row.bytes_per_stream == 2048
     assert (other.figures, other.ttft_p50_ms, other.memory_bytes) == ({}, None, None)

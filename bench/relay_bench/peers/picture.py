@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from relay_bench.compare import METRICS, Difference, difference_table, number_signed
+from relay_bench.load.terminal import number
 from relay_bench.peers.summary import COLUMNS, FULL_SHARE, Row
 
 if TYPE_CHECKING:
@@ -73,8 +74,8 @@ def warnings(result: Result) -> list[str]:
     ]
     if bound := result["bound_by_harness"]:
         lines.append(
-            f"saturated, engine and client were the bottleneck for {', '.join(bound)}: frames per CPU second "
-            "is then the cost of what they supplied"
+            f"saturated, engine and client were the bottleneck for {', '.join(bound)}: the cost of a frame is "
+            "then that of what they supplied"
         )
     return lines
 
@@ -94,10 +95,8 @@ def figure_text(figure: Figure | None) -> str:
     """A figure; a star: the proxy's core was full; a dagger: fewer streams, as all were too many for it."""
     if figure is None:
         return NOTHING
-    digits = 0 if figure.median >= 100 else 1
-    return (
-        f"{figure.median:,.{digits}f}{'*' if figure.core_share >= FULL_SHARE else ''}{'†' if figure.is_reduced else ''}"
-    )
+    marks = "*" * (figure.core_share >= FULL_SHARE) + "†" * figure.is_reduced
+    return f"{number(figure.median)}{marks}"
 
 
 def ratio_cells(result: Result) -> list[list[str]]:

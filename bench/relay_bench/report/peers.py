@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from relay_bench.compare import DIRECT, Difference
+from relay_bench.load.terminal import number
 from relay_bench.peers import picture
 from relay_bench.peers.summary import COLUMNS, Figure, Row
 from relay_bench.report import plots
@@ -23,7 +24,7 @@ _FAR = 12.0
 
 def headings() -> list[str]:
     """Of the table of figures."""
-    names = [f"{column.title}, {column.unit}" for column in COLUMNS.values()]
+    names = [f"{column.title}, µs" for column in COLUMNS.values()]
     return ["", *names, "TTFT added, p50 ms", "TTFT added, p99 ms", "memory per stream, KiB", "memory, MiB"]
 
 
@@ -56,8 +57,7 @@ def costs(result: Result) -> list[str]:
     for key, column in COLUMNS.items():
         figures = [(row.name, row.figures[key]) for row in table if key in row.figures]
         if figures:
-            better = "more is better" if column.is_better_high else "less is better"
-            found.append(_lollipops(column.title, f"{column.unit}, log scale; {better}", figures))
+            found.append(_lollipops(column.title, "µs, log scale; less is better", figures))
     streams = [(row.name, row.bytes_per_stream / 1024) for row in table if row.bytes_per_stream]
     if streams:
         flat = [(name, Figure(median=kib, low=kib, high=kib)) for name, kib in streams if kib > 0]
@@ -80,12 +80,11 @@ def _lollipops(title: str, unit: str, figures: list[tuple[str, Figure]]) -> str:
     )
     for at, (name, figure) in enumerate(figures):
         row, colour = len(figures) - 1 - at, COLOURS[at % len(COLOURS)]
-        digits = 0 if figure.median >= 100 else 1
-        text = f"{name} {figure.median:,.{digits}f} ({figure.low:,.{digits}f} to {figure.high:,.{digits}f})"
+        text = f"{name} {number(figure.median)} ({number(figure.low)} to {number(figure.high)})"
         plot.bar(x.low, figure.median, row, 1.5, "#c8c8c8")
         plot.bar(figure.low, figure.high, row, 5, colour, text)
         plot.dots([(figure.median, row, text)], colour, 5)
-        plot.note(x.low, row + 0.32, f"{name}  {figure.median:,.{digits}f}", dx=6)
+        plot.note(x.low, row + 0.32, f"{name}  {number(figure.median)}", dx=6)
     return plot.svg()
 
 
