@@ -35,14 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0] not in VERBS:
         parser.parse_args(arguments)  # prints help or what is wrong, and exits
     verb, *rest = arguments
-    try:
-        module = importlib.import_module(VERBS[verb][0])
-    except ModuleNotFoundError as error:
-        missing = (
-            f"{error.name} is missing; install relay[bench]" if error.name == "rich" else f"{error.name} is missing"
-        )
-        print(f"relay-bench {verb}: not part of this installation ({missing})", file=sys.stderr)
-        return 2
+    module = importlib.import_module(VERBS[verb][0])
     try:
         status = int(module.main(rest) or 0)
         sys.stdout.flush()

@@ -10,16 +10,15 @@ from __future__ import annotations
 
 import argparse
 import gc
-import os
-import platform
 import sys
 import time
 import tracemalloc
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import msgspec
+from rich.console import Console
+from rich.table import Table
 
 import relay
 from relay.core.aggregate import Collector, aggregator_for
@@ -29,7 +28,7 @@ from relay.core.frames import FrameRelay, Pieces
 from relay.core.framing import ChunkDecoder
 from relay.core.request import Route
 from relay.core.sse import FrameFinder
-from relay_bench.processes import processor
+from relay_bench.load import results
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -245,7 +244,10 @@ def _memory(make: Callable[[], Part], frames: int) -> tuple[float, int]:
 def main(argv: Sequence[str] | None = None) -> int:
     """``relay-bench micro``; the exit status."""
     options = _parser().parse_args(argv)
-    result: dict[str, Any] = {"machine": _machine(), "frame_bytes": FRAME_BYTES}
+    result: dict[str, Any] = {
+        "machine": {"relay": relay.__version__, **results.environment()},
+        "frame_bytes": FRAME_BYTES,
+    }
     if options.only != "process":
         pure = measure_pure(rounds=3, frames=2_000) if options.quick else measure_pure()
         result["pure"] = pure
@@ -282,38 +284,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _machine() -> dict[str, Any]:
-    return {
-        "relay": relay.__version__,
-        "python": platform.python_version(),
-        "kernel": platform.release(),
-        "processor": processor(),
-        "cores": len(os.sched_getaffinity(0)),
-    }
-
-
 def print_table(title: str, names: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table on standard output: by rich where it is installed, else in plain columns. Texts left, figures right."""
-    if find_spec("rich"):
-        from rich.console import Console
-        from rich.table import Table
-
-        table = Table(title=title, title_justify="left")
-        for at, name in enumerate(names):
-            table.add_column(name, justify="right" if at else "left")
-        for row in rows:
-            table.add_row(*row)
-        Console(width=None if sys.stdout.isatty() else 120).print(table)
-        return
-    widths = [max(map(len, column)) for column in zip(names, *rows, strict=True)]
-    print(f"\n{title}")
-    for row in (names, *rows):
-        cells = (
-            cell.rjust(width) if at else cell.ljust(width)
-            for at, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        print("  ".join(cells).rstrip())
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    """A table on standard output: texts left, figures right."""
+    table = Table(title=title, title_justify="left")
+    for at, name in enumerate(names):
+        table.add_column(name, justify="right" if at else "left")
+    for row in rows:
+        table.add_row(*row)
+    Console(width=None if sys.stdout.isatty() else 120).print(table)

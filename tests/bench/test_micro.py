@@ -47,12 +47,6 @@ def test_the_pure_half_prints_a_table_and_writes_json(tmp_path: Path, capsys: py
     assert "FrameRelay.feed" in capsys.readouterr().out
 
 
-def test_the_table_needs_no_rich(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(micro, "find_spec", lambda _: None)
-    micro.print_table("Title", ("part", "ns"), [("first", "1"), ("second part", "1,000")])
-    assert capsys.readouterr().out == "\nTitle\npart            ns\nfirst            1\nsecond part  1,000\n"
-
-
 def test_the_running_relay_is_measured_and_cores_are_given_back(tmp_path: Path) -> None:
     cores = os.sched_getaffinity(0)
     file = tmp_path / "micro.json"
