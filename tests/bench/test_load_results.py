@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import math
@@ -39,12 +38,8 @@ VLLM_DETAIL = ["input_lens", "output_lens", "ttfts", "itls", "start_times", "err
 
 
 def plan_for(*words: str, is_detailed: bool = False, variant: str = "") -> options.Plan:
-    parser = argparse.ArgumentParser()
-    options.add_target(parser)
-    options.add_arguments(parser)
-    return options.plan_of(
-        parser.parse_args(["http://127.0.0.1:1", *words]), model="m", is_detailed=is_detailed, variant=variant
-    )
+    chosen = options.parsed("http://127.0.0.1:1", *words)
+    return options.plan_of(chosen, model="m", is_detailed=is_detailed, variant=variant)
 
 
 def tally_of(*records: Record, gaps: Histogram | None = None, cpu_s: float = 0.1) -> Tally:
@@ -345,6 +340,20 @@ def test_file_names_are_vllms() -> None:
     assert file_name(msgspec.structs.replace(plan, model="org/m"), "").startswith("chat-2.5qps-concurrency8-m-")
 
 
+def test_a_server_by_its_host_or_its_port() -> None:
+    assert options.url_of(options.parsed("--host", "engine")) == "http://engine:8000"
+    assert options.url_of(options.parsed("--port", "9")) == "http://127.0.0.1:9"
+    assert options.url_of(options.parsed("--host", "::1", "--port", "9")) == "http://[::1]:9"
+    assert options.url_of(options.parsed("--base-url", "http://x")) == "http://x"
+
+
+@pytest.mark.parametrize("verb", ["load", "sweep", "doctor"])
+def test_no_server_is_a_mistake_that_says_what_to_give(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([verb]) == 2
+    said = capsys.readouterr().err
+    assert said == f"relay-bench {verb}: give the URL of a server, as http://127.0.0.1:8000, or --host and --port\n"
+
+
 def test_metadata_and_percentiles() -> None:
     assert command.metadata_of(["a=b=c"]) == {"a": "b=c"}
     assert command.percentiles_of("50,99.9") == [50, 99.9]
@@ -413,13 +422,7 @@ def test_there_is_no_such_server(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err.startswith("relay-bench load: ftp://x")
 
 
-def test_verbs_that_need_rich_say_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def missing(_: str) -> None:
-        raise ModuleNotFoundError("No module named 'rich'", name="rich")
-
-    monkeypatch.setattr("importlib.import_module", missing)
-    assert cli.main(["load"]) == 2
-    assert "install relay[bench]" in capsys.readouterr().err
+def test_a_verb_that_there_is_not() -> None:
     with pytest.raises(SystemExit) as exit_:
         cli.main(["lode"])
     assert exit_.value.code == 2

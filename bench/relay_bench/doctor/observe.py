@@ -6,7 +6,6 @@ import time
 from typing import TYPE_CHECKING
 
 import msgspec
-import trio
 
 from relay.core.dialect import Meter
 from relay.core.framing import decoder_for, response_body_kind
@@ -90,12 +89,6 @@ class Patient:
             await self._client.turn(0, lambda _: 0)
         self._done.clear()
         return _observation(exchange, answer)
-
-    async def rest(self, seconds: float) -> None:
-        """Leaves the connection idle, but watches it."""
-        with trio.move_on_after(seconds):
-            while True:
-                await self._client.turn(0, lambda _: 0)
 
 
 def _observation(exchange: Exchange, answer: Capture) -> Observation:

@@ -13,6 +13,7 @@ from rich.console import Console
 from relay_bench.drill import abuse, affinity, hangups, kill, rolling, soak, split, streams
 from relay_bench.drill.report import DrillError, Report, rendered
 from relay_bench.drill.stage import Scene
+from relay_bench.groups import leaf
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         report = trio.run(module.drill, scene, plan)
     except* DrillError as errors:
-        print(f"relay-bench drill {chosen.name}: {_leaf(errors)}", file=sys.stderr)
+        print(f"relay-bench drill {chosen.name}: {leaf(errors)}", file=sys.stderr)
     if report is None:
         return _NOT_HELD
     if chosen.json:
@@ -79,10 +80,3 @@ def _setting(text: str) -> tuple[str, str]:
     if not equals or not key:
         raise argparse.ArgumentTypeError(f"{text!r}: wanted KEY=VALUE, as failover.attempts=1")
     return key.strip(), value.strip()
-
-
-def _leaf(error: BaseException) -> BaseException:
-    """The error itself: nurseries wrap each in a group."""
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error

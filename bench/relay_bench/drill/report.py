@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 from rich.console import Group
@@ -10,8 +10,12 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from relay_bench.load.terminal import bar
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
+_BAR_WIDTH: Final = 40
 
 
 class DrillError(Exception):
@@ -79,14 +83,11 @@ def rendered(report: Report) -> RenderableType:
 
 
 def _bars(rows: list[tuple[str, float, str]]) -> Table:
-    width = 40
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column()
-    table.add_column(width=width)
+    table.add_column(width=_BAR_WIDTH)
     table.add_column(justify="right")
     table.add_column()
     for name, share, note in rows:
-        whole, part = divmod(round(share * width * 8), 8)
-        bar = Text("█" * whole + (" ▏▎▍▌▋▊▉"[part] if part else ""), style="cyan")
-        table.add_row(name, bar, f"{share:.1%}", note)
+        table.add_row(name, bar(share, _BAR_WIDTH), f"{share:.1%}", note)
     return table

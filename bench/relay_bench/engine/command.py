@@ -13,6 +13,7 @@ import trio
 from relay_bench.engine.config import EngineConfig
 from relay_bench.engine.handover import CONNECTORS, ROLES, connector_named
 from relay_bench.engine.server import serve_engine
+from relay_bench.groups import leaf
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -112,16 +113,9 @@ def run(options: argparse.Namespace) -> int:
     try:
         trio.run(_serve, config_of(options))
     except* (OSError, ValueError) as errors:
-        print(f"relay-bench engine: {_told(_leaf(errors), options)}", file=sys.stderr)
+        print(f"relay-bench engine: {_told(leaf(errors), options)}", file=sys.stderr)
         status = 2
     return status
-
-
-def _leaf(error: BaseException) -> BaseException:
-    """The error itself: nurseries wrap each in a group."""
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error
 
 
 def _told(error: BaseException, options: argparse.Namespace) -> str:

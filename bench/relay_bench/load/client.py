@@ -100,11 +100,6 @@ class Client:
     def __repr__(self) -> str:
         return f"<Client {self._target.url} active={len(self._active)} idle={len(self._idle)}>"
 
-    @property
-    def in_flight(self) -> int:
-        """Requests sent and not done."""
-        return len(self._active)
-
     def close(self) -> None:
         """Hangs up on everything; what is in flight is forgotten."""
         for transport_ in (*(exchange.transport for exchange in self._active.values()), *self._idle.values()):

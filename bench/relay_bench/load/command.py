@@ -12,6 +12,7 @@ import msgspec
 import trio
 from rich.console import Console
 
+from relay_bench.groups import leaf
 from relay_bench.load import floor, options, progress, results, run, self_check, terminal
 from relay_bench.load.target import resolve
 
@@ -52,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="relay-bench load", description="Load a server, and time every frame.")
     add_arguments(parser)
     chosen = parser.parse_args(argv)
-    return guarded("load", _load, parser, chosen)
+    return guarded("load", _load, chosen)
 
 
 def guarded(verb: str, work: Any, *arguments: Any) -> int:
@@ -62,9 +63,7 @@ def guarded(verb: str, work: Any, *arguments: Any) -> int:
     try:
         status = int(trio.run(work, *arguments))
     except* (run.LoadError, ValueError, OSError) as errors:
-        first: BaseException = errors
-        while isinstance(first, BaseExceptionGroup):
-            first = first.exceptions[0]
+        first = leaf(errors)
         if isinstance(first, BrokenPipeError):
             closed = first
         else:
@@ -77,9 +76,9 @@ def guarded(verb: str, work: Any, *arguments: Any) -> int:
     return status
 
 
-async def _load(parser: argparse.ArgumentParser, chosen: argparse.Namespace) -> int:
+async def _load(chosen: argparse.Namespace) -> int:
     if chosen.self_check:
-        checks = await self_check.checked(_parser())
+        checks = await self_check.checked()
         Console().print(self_check.table_of(checks))
         return 0 if all(check.is_good for check in checks) else 1
     metadata, percentiles = metadata_of(chosen.metadata), percentiles_of(chosen.metric_percentiles)
@@ -112,23 +111,15 @@ async def carried_out(plan: Plan, target: Target, title: str) -> Tally:
 async def measured_floor() -> floor.Floor:
     """The harness's floor, said as soon as it is known."""
     with progress.console.status("harness floor"):
-        found = await floor.measure(_parser())
+        found = await floor.measure()
     progress.console.print(f"harness floor: {found}", style="dim")
     return found
-
-
-def _parser() -> argparse.ArgumentParser:
-    """Of the flags of a run, for runs that are the harness's own."""
-    parser = argparse.ArgumentParser()
-    options.add_target(parser)
-    options.add_arguments(parser)
-    return parser
 
 
 def add_floor(result: results.Result, found: floor.Floor | None) -> None:
     """Keeps the floor in a result."""
     if found is not None:
-        result["harness"] |= {"floor": floor.as_dict(found), "floor_text": str(found)}
+        result["harness"] |= {"floor": msgspec.structs.asdict(found), "floor_text": str(found)}
 
 
 def save(chosen: argparse.Namespace, plan: Plan, result: results.Result, tally: Tally) -> None:

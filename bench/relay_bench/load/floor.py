@@ -10,18 +10,16 @@ from __future__ import annotations
 import subprocess
 import sys
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 import trio
 
 from relay_bench import processes
-from relay_bench.load import options as flags
-from relay_bench.load import results, run
+from relay_bench.load import options, results, run
 from relay_bench.load.target import resolve
 
 if TYPE_CHECKING:
-    import argparse
     from collections.abc import AsyncGenerator
 
 #: Requests one after the other; enough for a median.
@@ -50,12 +48,12 @@ class Floor(msgspec.Struct, frozen=True):
         )
 
 
-async def measure(parser: argparse.ArgumentParser) -> Floor:
-    """Measures the floor; `parser` knows the flags of a run. Raises `LoadError`."""
+async def measure() -> Floor:
+    """Measures the floor. Raises `LoadError`."""
     async with running_engine() as (url, pid):
-        single = await run_against(parser, url, _SINGLE)
+        single = await run_against(url, _SINGLE)
         began_ns = processes.cpu_ns(pid)
-        saturated = await run_against(parser, url, _SATURATED)
+        saturated = await run_against(url, _SATURATED)
         engine_ns = processes.cpu_ns(pid) - began_ns
     frames = saturated["content_frames"]
     return Floor(
@@ -67,10 +65,10 @@ async def measure(parser: argparse.ArgumentParser) -> Floor:
     )
 
 
-async def run_against(parser: argparse.ArgumentParser, url: str, words: tuple[str, ...]) -> results.Result:
+async def run_against(url: str, words: tuple[str, ...]) -> results.Result:
     """The result of a run with these flags against the built-in engine at `url`. Raises `LoadError`."""
-    options = parser.parse_args([url, "--model", "tiny", "--random-input-len", "16", *words])
-    plan = flags.plan_of(options, model=options.model)
+    chosen = options.parsed(url, "--random-input-len", "16", *words)
+    plan = options.plan_of(chosen, model="tiny")
     tally = await run.run_plan(plan, resolve(url), lambda *_: None)
     result = results.result_of(plan, tally, url=url)
     if not result["completed"] or result["failed"]:
@@ -98,8 +96,3 @@ async def running_engine(*words: str) -> AsyncGenerator[tuple[str, int], None]:
             process.kill()
             await process.wait()
         await process.stderr.aclose()
-
-
-def as_dict(floor: Floor) -> dict[str, Any]:
-    """For the result file."""
-    return dict(msgspec.structs.asdict(floor))

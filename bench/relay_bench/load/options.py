@@ -100,13 +100,18 @@ def add_target(parser: argparse.ArgumentParser) -> None:
     """The flags that name one server."""
     parser.add_argument("url", nargs="?", default="", help="http://HOST[:PORT][/PREFIX], https://… or unix:/path")
     parser.add_argument("--base-url", default="", help="the same, as a flag")
-    parser.add_argument("--host", default="127.0.0.1", help="with --port, instead of a URL")
-    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--host", default="", help="instead of a URL (127.0.0.1, if --port is given)")
+    parser.add_argument("--port", type=int, default=0, help="the same (8000, if --host is given)")
 
 
 def url_of(options: argparse.Namespace) -> str:
-    """The URL the flags of `add_target` name."""
-    return options.url or options.base_url or f"http://{options.host}:{options.port}"
+    """The URL the flags of `add_target` name; raises `ValueError` where they name none."""
+    if url := options.url or options.base_url:
+        return str(url)
+    if not (options.host or options.port):
+        raise ValueError("give the URL of a server, as http://127.0.0.1:8000, or --host and --port")
+    host = f"[{options.host}]" if ":" in options.host else options.host or "127.0.0.1"
+    return f"http://{host}:{options.port or 8000}"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -160,6 +165,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--stamps", action="store_true", help="read those of relay-bench engine --stamp (ours)")
     how.add_argument("--max-lag-ms", type=float, default=10.0, help="p99 of send lag or client delay: degraded beyond")
     how.add_argument("--goodput", nargs="+", default=[], metavar="METRIC:MS", help=", ".join(METRICS))
+
+
+def parsed(*words: str) -> argparse.Namespace:
+    """The flags of a run and its server, for runs that are the harness's own."""
+    parser = argparse.ArgumentParser()
+    add_target(parser)
+    add_arguments(parser)
+    return parser.parse_args(words)
 
 
 def plan_of(options: argparse.Namespace, *, model: str, is_detailed: bool = False, variant: str = "") -> Plan:

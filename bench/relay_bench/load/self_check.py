@@ -7,15 +7,12 @@ which.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import msgspec
 from rich.table import Table
 
 from relay_bench.load import floor
-
-if TYPE_CHECKING:
-    import argparse
 
 #: The engine's first token and step, and how many tokens an answer has.
 FIRST_TOKEN_MS: Final = 100.0
@@ -43,12 +40,12 @@ class Check(msgspec.Struct, frozen=True):
         return abs(self.found_ms - self.known_ms) <= max(_SHARE * self.known_ms, _SLACK_MS)
 
 
-async def checked(parser: argparse.ArgumentParser) -> list[Check]:
-    """Loads an engine of its own; `parser` knows the flags of a run. Raises `LoadError`."""
+async def checked() -> list[Check]:
+    """Loads an engine of its own. Raises `LoadError`."""
     found = []
     async with floor.running_engine("--ttft-ms", f"{FIRST_TOKEN_MS:g}", "--step-ms", f"{STEP_MS:g}") as (url, _):
         for streams in STREAMS:
-            result = await floor.run_against(parser, url, _words(streams))
+            result = await floor.run_against(url, _words(streams))
             for what, metric, known_ms in (("first token", "ttft", FIRST_TOKEN_MS), ("gap", "frame_gap", STEP_MS)):
                 found.append(
                     Check(streams, what, known_ms, result[f"median_{metric}_ms"], result["harness"]["degraded"])

@@ -10,10 +10,13 @@ import msgspec
 
 if TYPE_CHECKING:
     import random
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Iterable, Sequence
 
 #: Steps per doubling: a bucket is at most 1/256 wide, so its middle is within 0.2 % of every value in it.
 _STEP_BITS: Final = 8
+#: Samples that a bootstrap draws, and the share of them beyond each end of its interval.
+_RESAMPLES: Final = 1000
+_TAIL: Final = 0.025
 
 
 class Histogram(msgspec.Struct):
@@ -30,17 +33,17 @@ class Histogram(msgspec.Struct):
     min_ns: int = 0
     max_ns: int = 0
 
-    def add(self, ns: int, times: int = 1) -> None:
-        """Counts a value `times` times; a negative one (only a stepped wall clock makes one) as 0."""
+    def add(self, ns: int) -> None:
+        """Counts a value; a negative one (only a stepped wall clock makes one) as 0."""
         ns = max(ns, 0)
         shift = max(ns.bit_length() - _STEP_BITS - 1, 0)
         index = (shift << _STEP_BITS) + (ns >> shift)
-        self.counts[index] = self.counts.get(index, 0) + times
+        self.counts[index] = self.counts.get(index, 0) + 1
         self.min_ns = ns if not self.count else min(self.min_ns, ns)
         self.max_ns = max(self.max_ns, ns)
-        self.count += times
-        self.total += ns * times
-        self.squares += float(ns) * ns * times
+        self.count += 1
+        self.total += ns
+        self.squares += float(ns) * ns
 
     def merge(self, other: Histogram) -> None:
         """Adds the values of `other`."""
@@ -131,15 +134,8 @@ class Interval(msgspec.Struct, frozen=True):
         return self.low > 0 or self.high < 0
 
 
-def paired_interval(
-    rounds: Sequence[Sequence[float]],
-    rng: random.Random,
-    *,
-    statistic: Callable[[Sequence[float]], float] = statistics.median,
-    level: float = 0.95,
-    resamples: int = 1000,
-) -> Interval:
-    """The percentile-bootstrap interval of a statistic of paired differences that came in rounds.
+def paired_interval(rounds: Sequence[Sequence[float]], rng: random.Random) -> Interval:
+    """The median, and its 95 % percentile-bootstrap interval, of paired differences that came in rounds.
 
     Rounds are drawn first, then differences within each: requests of one round share its weather (a burst, another
     process on the machine), and drawing them as if they did not would make the interval too narrow. Raises
@@ -149,12 +145,11 @@ def paired_interval(
     if not rounds:
         raise ValueError("no pair of requests succeeded on both sides")
     drawn = []
-    for _ in range(resamples):
+    for _ in range(_RESAMPLES):
         sample: list[float] = []
         for values in rng.choices(rounds, k=len(rounds)):
             sample += rng.choices(values, k=len(values))
-        drawn.append(statistic(sample))
+        drawn.append(statistics.median(sample))
     drawn.sort()
-    tail = (1 - level) / 2
-    estimate = statistic([value for values in rounds for value in values])
-    return Interval(percentile(drawn, tail), estimate, percentile(drawn, 1 - tail))
+    estimate = statistics.median([value for values in rounds for value in values])
+    return Interval(percentile(drawn, _TAIL), estimate, percentile(drawn, 1 - _TAIL))

@@ -137,14 +137,19 @@ def _chart(title: str, histogram: Histogram) -> Table:
     total = 0.0
     for low, high, share in bins:
         total += share
-        cells: list[Any] = [f"{number(low)} – {number(high)}", f"{share:.1%}", _bar(share / most), f"{total:.1%}"]
+        cells: list[Any] = [
+            f"{number(low)} – {number(high)}",
+            f"{share:.1%}",
+            bar(share / most, _CHART_WIDTH),
+            f"{total:.1%}",
+        ]
         table.add_row(*cells)
     return table
 
 
-def _bar(share: float) -> Text:
-    eighths = round(share * _CHART_WIDTH * 8)
-    whole, part = divmod(eighths, 8)
+def bar(share: float, width: int) -> Text:
+    """A bar of so much of the width, to an eighth of a character."""
+    whole, part = divmod(round(share * width * 8), 8)
     return Text("█" * whole + (" ▏▎▍▌▋▊▉"[part] if part else ""), style="cyan")
 
 

@@ -75,7 +75,6 @@ class Job(msgspec.Struct, kw_only=True):
 class Progress(msgspec.Struct, tag="progress"):
     """How it goes: totals so far, and the times to first token since the last report."""
 
-    sent: int
     in_flight: int
     done: int
     failed: dict[str, int]
@@ -130,7 +129,7 @@ class Run:
         self._late: deque[Item] = deque()  # due, and not sent
         self._free: deque[int] = deque()  # with a limit: since when each place that is free has been so
         self._in_flight = 0
-        self._progress = Progress(0, 0, 0, {}, 0, [])
+        self._progress = Progress(0, 0, {}, 0, [])
         self._next_report_ns = 0
         self._start_ns = 0
 
@@ -152,7 +151,7 @@ class Run:
             while not exchange.answer.is_done:
                 await self._client.turn(0, lambda _: 0, block_s=self._block_s)
         self._tally.records.clear()
-        self._progress = Progress(0, 0, 0, {}, 0, [])
+        self._progress = Progress(0, 0, {}, 0, [])
         for histogram in ("frame_gap", "itl", "client_delay", "frame_delay"):
             getattr(self._tally, histogram).clear()
 
@@ -210,7 +209,6 @@ class Run:
                 self._pending.append(Item(item.index + job.total, 0, item.body, item.output_len))
 
     def _send(self, item: Item, planned_ns: int, due_ns: int) -> None:
-        self._progress.sent += 1
         self._client.start(self._exchange(item, planned_ns, due_ns), time.monotonic_ns())
 
     def _exchange(self, item: Item, planned_ns: int, due_ns: int) -> Exchange:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import random
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from relay_bench.load import options
 from relay_bench.micro_client import MeasureError
 from relay_bench.peers import scenarios
 from relay_bench.peers.running import StartError
@@ -59,9 +57,6 @@ class Campaign:
         self._seed = seed
         self._overwhelmed: set[tuple[str, str]] = set()  # contenders, and scenarios with too many streams for them
         self._order = random.Random(f"order {seed}")
-        self._parser = argparse.ArgumentParser()
-        options.add_target(self._parser)
-        options.add_arguments(self._parser)
 
     @property
     def steps(self) -> int:
@@ -137,6 +132,6 @@ class Campaign:
         self.gathered.held.append(scenarios.held(server))
 
     def _latency(self, server: Server, round_: int) -> None:
-        plan, tally = scenarios.latency(self._parser, server, f"{self._seed} {round_}")
+        plan, tally = scenarios.latency(server, f"{self._seed} {round_}")
         self.gathered.plan = plan
         self.gathered.tallies.setdefault(server.name, {})[round_] = tally

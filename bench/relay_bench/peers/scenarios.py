@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 import trio
 
+from relay_bench.groups import leaf
 from relay_bench.load import options, run
 from relay_bench.load.target import resolve
 from relay_bench.micro_client import Crowd, MeasureError
@@ -15,7 +16,6 @@ from relay_bench.peers.machine import Watch
 from relay_bench.peers.running import MODEL
 
 if TYPE_CHECKING:
-    import argparse
     from collections.abc import Sequence
     from pathlib import Path
 
@@ -208,16 +208,15 @@ def held(server: Server) -> Held:
         )
 
 
-def latency(parser: argparse.ArgumentParser, server: Server, seed: str) -> tuple[Plan, Tally]:
+def latency(server: Server, seed: str) -> tuple[Plan, Tally]:
     """The schedule of latency once; of one `seed`, the same instants whichever the server. Raises `LoadError`."""
-    words = [server.url, "--model", MODEL, *_LATENCY, *_LATENCY_ANSWER]
-    chosen = parser.parse_args(words)
+    chosen = options.parsed(server.url, *_LATENCY, *_LATENCY_ANSWER)
     chosen.seed = seed
     plan = options.plan_of(chosen, model=MODEL, variant=server.name)
     try:
         return plan, trio.run(run.run_plan, plan, resolve(server.url), lambda *_: None)
     except* run.LoadError as errors:
-        raise MeasureError(f"{server.name}: {errors.exceptions[0]}") from None
+        raise MeasureError(f"{server.name}: {leaf(errors)}") from None
 
 
 def settle(engines: Sequence[EngineServer]) -> int:
