@@ -13,6 +13,7 @@ import argparse
 import copy
 import random
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
@@ -25,7 +26,7 @@ from relay_bench import processes
 from relay_bench.load import command, options, results, run
 from relay_bench.load.stats import Interval, paired_interval, percentile
 from relay_bench.load.target import Target, resolve
-from relay_bench.load.terminal import number
+from relay_bench.load.terminal import Fitted, number
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -256,6 +257,7 @@ def _cost_of(one: Contender, rounds: Rounds) -> Cost | None:
 # -- the picture
 
 _WIDTH: Final = 40
+_LEAST_WIDTH: Final = 10
 
 
 def rendered(result: Result) -> RenderableType:
@@ -292,17 +294,19 @@ def _failures(runs: list[Result]) -> dict[str, int]:
 
 def difference_table(title: str, rows: list[Difference]) -> Table:
     """One metric's differences, their intervals drawn."""
-    table = Table(title=f"{title}, ms (medians over paired requests; 95 % intervals)", title_justify="left")
-    for name in ("through", "pairs", "direct", "through it", "added", "interval"):
-        table.add_column(name, justify="left" if name == "through" else "right")
     low = min(0.0, *(row.added.low for row in rows))
     high = max(0.0, *(row.added.high for row in rows))
-    table.add_column(f"{number_signed(low)} … {number_signed(high)}")
+    scale = f"drawn from {number_signed(low)} to {number_signed(high)}"
+    table = Table(title=f"{title}, ms (medians over paired requests; 95 % intervals, {scale})", box=None)
+    table.title_justify = "left"
+    for name in ("through", "pairs", "direct", "through it", "added", "interval"):
+        table.add_column(name, justify="left" if name == "through" else "right", no_wrap=True)
+    table.add_column()
     for row in rows:
         added = row.added
         cells: list[Any] = [row.name, f"{row.pairs:,}", number(row.direct_ms), number(row.through_ms)]
         cells += [number_signed(added.estimate), f"{number_signed(added.low)} … {number_signed(added.high)}"]
-        table.add_row(*cells, whiskers(added, low, high, _WIDTH))
+        table.add_row(*cells, Fitted(partial(whiskers, added, low, high), _LEAST_WIDTH, _WIDTH))
     return table
 
 

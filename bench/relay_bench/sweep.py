@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import copy
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -21,13 +22,14 @@ from rich.text import Text
 
 from relay_bench.load import command, options, progress, results
 from relay_bench.load.target import resolve
-from relay_bench.load.terminal import number
+from relay_bench.load.terminal import Fitted, bar, number
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
     from rich.console import RenderableType
 
+    from relay_bench.load.options import Plan
     from relay_bench.load.results import Result
     from relay_bench.load.target import Target
 
@@ -159,7 +161,9 @@ async def _sweep(chosen: argparse.Namespace) -> int:
     percentiles = command.percentiles_of(chosen.metric_percentiles)
     by_rate = not chosen.max_concurrencies and (bool(chosen.request_rates) or chosen.over == "rate")
     target = resolve(options.url_of(chosen))
-    chosen.model = (await command.planned(_at(chosen, chosen.start, by_rate), target)).model
+    first = await command.planned(_at(chosen, _start(chosen, by_rate), by_rate), target)
+    chosen.model = first.model
+    progress.console.print(f"{target.url}, {first.model}: {_intention(chosen, first, by_rate)}", highlight=False)
     runs: list[Result] = []
 
     async def measure(load: float) -> Point:
@@ -189,7 +193,7 @@ async def _points(
         while (load := _next(chosen, points, by_rate)) is not None:
             points.append(await measure(load))
         return points
-    load = chosen.start if by_rate else float(max(1, int(chosen.start)))
+    load = _start(chosen, by_rate)
     while load <= chosen.most:
         points.append(await measure(load))
         # one point more shows the plateau
@@ -199,8 +203,30 @@ async def _points(
     return points
 
 
+def _start(chosen: argparse.Namespace, by_rate: bool) -> float:
+    """The first load."""
+    if listed := chosen.request_rates or chosen.max_concurrencies:
+        return float(listed[0])
+    return float(chosen.start) if by_rate else float(max(1, int(chosen.start)))
+
+
+def _intention(chosen: argparse.Namespace, first: Plan, by_rate: bool) -> str:
+    """What a sweep is going to do, and how long the first run of it takes where that is known."""
+    unit = "requests/s" if by_rate else "at once"
+    start = _start(chosen, by_rate)
+    if listed := chosen.request_rates or chosen.max_concurrencies:
+        loads = f"{', '.join(f'{load:g}' for load in listed)} {unit}"
+    else:
+        until = "--goodput is missed, then halving" if chosen.goodput else "throughput no longer follows"
+        loads = f"{start:g}, {start * 2:g}, {start * 4:g} … {unit} until {until} (at most {chosen.most:g}, --most)"
+    if not first.duration_s:
+        return f"{loads}; {len(first.items):,} requests each (--num-prompts, --duration)"
+    each = f"{chosen.duration:g} s" if chosen.duration else f"{len(first.items):,} requests"
+    return f"{loads}; {each} each, the first takes about {first.duration_s:,.0f} s (--num-prompts, --duration)"
+
+
 def _next(chosen: argparse.Namespace, points: list[Point], by_rate: bool) -> float | None:
-    start = chosen.start if by_rate else float(max(1, int(chosen.start)))
+    start = _start(chosen, by_rate)
     load = next_load(points, chosen.attainment, start=start, precision=chosen.precision, whole=not by_rate)
     return None if load is None or load > chosen.most else load
 
@@ -260,7 +286,9 @@ def _result(
 
 # -- the picture
 
-_BAR: Final = 30
+#: Widths of a bar with what is said behind it.
+_BAR: Final = 40
+_LEAST_BAR: Final = 14
 
 
 def rendered(result: Result) -> RenderableType:
@@ -284,9 +312,9 @@ def rendered(result: Result) -> RenderableType:
 
 
 def _table(result: Result, pairs: list[tuple[Result, Result]], unit: str) -> Table:
-    table = Table()
-    for name in (unit, "done/s", "TTFT p50", "TTFT p99", "TPOT p50", "gap p99", "met", "failed"):
-        table.add_column(name, justify="right")
+    table = Table(box=None)
+    for name in (unit, "done/s", "TTFT\np50", "TTFT\np99", "TPOT\np50", "gap\np99", "met", "failed"):
+        table.add_column(name, justify="right", no_wrap=True)
     table.add_column("done/s")
     most = max(point["throughput"] for point, _ in pairs) or 1.0
     for point, run in pairs:
@@ -294,10 +322,13 @@ def _table(result: Result, pairs: list[tuple[Result, Result]], unit: str) -> Tab
         cells += [number(_at_percent(run, "ttft_planned", percent)) for percent in (0.5, 0.99)]
         cells += [number(run["median_tpot_ms"]), number(_at_percent(run, "frame_gap", 0.99))]
         cells += ["-" if point["attainment"] is None else f"{point['attainment']:.1%}", str(point["failed"])]
-        marks = " ← knee" if point["load"] == result["knee"] else ""
-        marks += " ← best" if point["load"] == result["best"] else ""
-        table.add_row(*cells, "█" * round(_BAR * point["throughput"] / most) + marks)
+        marks = " knee" * (point["load"] == result["knee"]) + " best" * (point["load"] == result["best"])
+        table.add_row(*cells, Fitted(partial(_bar, point["throughput"] / most, marks), _LEAST_BAR, _BAR))
     return table
+
+
+def _bar(share: float, marks: str, width: int) -> Text:
+    return bar(share, width - len(" knee best")) + Text(marks)
 
 
 def _at_percent(run: Result, metric: str, q: float) -> float | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -191,8 +192,8 @@ def test_most_at_once() -> None:
     assert most_at_once([record(sent_ns=start, done_ns=end) for start, end in spans]) == 2
 
 
-def drawn(result: dict[str, Any]) -> str:
-    console = Console(width=160, record=True, file=io.StringIO())
+def drawn(result: dict[str, Any], width: int = 160) -> str:
+    console = Console(width=width, record=True, file=io.StringIO())
     console.print(terminal.rendered(result))
     return console.export_text()
 
@@ -204,8 +205,18 @@ def test_the_terminal_shows_both_times_to_first_token_and_draws_them() -> None:
     )
     assert "TTFT from planned" in text
     assert "TTFT from sent" in text
-    assert "the engine did not count tokens" in text
+    assert "no token counts" in text
     assert "█" in text
+
+
+def test_tables_fit_80_columns() -> None:
+    records = [record(index=at, first_content_ns=(11 + at) * MS, last_content_ns=12_345 * MS) for at in range(20)]
+    tally = tally_of(*records, gaps=histogram_of([11_000 * MS, 22_222 * MS]))
+    tally.itl = tally.client_delay = tally.frame_delay = tally.frame_gap
+    lines = drawn(result_of(plan_for("--num-prompts", "20"), tally, url="http://x"), width=80).splitlines()
+    assert max(map(len, lines)) <= 80
+    for title in terminal.TITLES.values():
+        assert any(title in line and re.search("[▁-█]", line) for line in lines), title
 
 
 def test_bins_hold_every_value() -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from relay_bench import cli
+from relay_bench import cli, sweep
+from relay_bench.load import progress
 from relay_bench.sweep import Point, best_of, is_saturated, knee_of, next_load
 from tests.bench.loading import engine_child
 
@@ -111,6 +113,36 @@ def test_a_search_that_cannot_succeed(url: str, capsys: pytest.CaptureFixture[st
     words = ["sweep", url, "--over", "concurrency", "--goodput", "ttft:1", "--num-prompts", "6", *USUAL]
     assert cli.main(words) == 1
     assert "no load tried meets" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "1, 2, 4 … requests/s until throughput no longer follows (at most 4096, --most); 9 requests each, the "
+             "first takes about 9 s"),
+        (["--over", "concurrency", "--goodput", "ttft:1"], "1, 2, 4 … at once until --goodput is missed, then halving"),
+        (["--request-rates", "300,100"], "300, 100 requests/s; 9 requests each"),
+        (["--max-concurrencies", "2"], "2 at once; 9 requests each (--num-prompts, --duration)"),
+        (["--request-rates", "300", "--duration", "0.1"], "300 requests/s; 0.1 s each"),
+    ],
+)  # fmt: skip
+def test_a_sweep_says_what_it_will_do(
+    words: list[str], said: str, url: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def nothing(*_: object, **__: object) -> list[Point]:
+        raise ValueError("not today")
+
+    monkeypatch.setattr(sweep, "_points", nothing)
+    assert cli.main(["sweep", url, "--num-prompts", "9", *words]) == 2
+    assert f"{url}, tiny: {said}" in " ".join(capsys.readouterr().err.split())
+
+
+def test_where_there_is_no_bar_lines_say_how_it_goes(
+    url: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "_LINE_S", 0.0)
+    assert cli.main(["sweep", url, "--max-concurrencies", "4", "--num-prompts", "200", *USUAL]) == 0
+    assert re.search(r"4 at once: \d+ of 200 requests, [\d.]+ req/s", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(

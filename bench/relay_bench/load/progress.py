@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 #: Progress and remarks go here; results go to standard output.
 console = Console(stderr=True)
+#: Seconds between two lines, where there is no bar.
+_LINE_S: Final = 10.0
 
 
 class Meter:
@@ -58,7 +60,10 @@ class Meter:
 
 @contextmanager
 def shown(title: str, total: int | None) -> Iterator[Callable[[int, worker.Progress], None]]:
-    """Draws a run of `total` requests (None: it is not known); the context is what takes the reports."""
+    """Draws a run of `total` requests (None: it is not known); the context is what takes the reports.
+
+    Where nobody can be shown a bar, a line each 10 s says the same.
+    """
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -72,8 +77,15 @@ def shown(title: str, total: int | None) -> Iterator[Callable[[int, worker.Progr
     ) as progress:
         task = progress.add_task(title, total=total, state="")
 
+        next_line_s = time.monotonic() + _LINE_S
+
         def take(number: int, report: worker.Progress) -> None:
+            nonlocal next_line_s
             meter.take(number, report)
             progress.update(task, completed=meter.done, state=str(meter))
+            if progress.disable and time.monotonic() >= next_line_s:
+                next_line_s += _LINE_S
+                of_total = "" if total is None else f" of {total:,}"
+                console.print(f"{title}: {meter.done:,}{of_total} requests, {meter}", highlight=False, soft_wrap=True)
 
         yield take

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from rich.console import Group
+from rich.measure import Measurement
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -13,7 +15,9 @@ from rich.text import Text
 from relay_bench.load.results import METRICS, histogram_from
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from collections.abc import Callable
+
+    from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 
     from relay_bench.load.results import Result
     from relay_bench.load.stats import Histogram
@@ -32,8 +36,9 @@ TITLES: Final = {
 }
 _BARS: Final = " ▁▂▃▄▅▆▇█"
 _SPARK_BINS: Final = 24
+_LEAST_SPARK_BINS: Final = 8
 _CHART_BINS: Final = 14
-_CHART_WIDTH: Final = 44
+_CHART_WIDTH: Final = 40
 #: What is less is drawn as this much: frames that came in one read have no gap at all.
 _LEAST_NS: Final = 1000
 #: Logarithm of the narrowest bin: two of the histogram's own, or bars would show where its edges are.
@@ -78,19 +83,20 @@ def _verdict(result: Result) -> RenderableType:
 
 def _table(result: Result) -> Table:
     names = [name.removesuffix("_ttft_ms") for name in result if name.startswith("p") and name.endswith("_ttft_ms")]
-    table = Table(title="milliseconds", title_justify="right", title_style="dim")
-    table.add_column("")
+    table = Table(box=None, padding=(0, 1))
+    table.add_column("milliseconds", no_wrap=True, header_style="dim")
     for name in ("mean", *names, "max"):
-        table.add_column(name, justify="right")
-    table.add_column("distribution, log scale")
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("log scale")
     for metric in TITLES:
         histogram = histogram_from(result, metric)
         if not histogram.count:
             if metric in ("itl", "tpot") and result["completed"]:
-                table.add_row(TITLES[metric], *["-"] * (len(names) + 2), "the engine did not count tokens")
+                table.add_row(TITLES[metric], *["-"] * (len(names) + 2), "no token counts")
             continue
         cells = [number(result[f"{name}_{metric}_ms"]) for name in ("mean", *names)]
-        table.add_row(TITLES[metric], *cells, number(histogram.max_ns / 1e6), sparkline(histogram))
+        spark = Fitted(partial(sparkline, histogram), _LEAST_SPARK_BINS, _SPARK_BINS)
+        table.add_row(TITLES[metric], *cells, number(histogram.max_ns / 1e6), spark)
     return table
 
 
@@ -102,12 +108,29 @@ def number(ms: float | None) -> str:
     return f"{ms:,.{digits}f}"
 
 
-def sparkline(histogram: Histogram) -> str:
-    """The distribution in one line: its extremes, and bars between them."""
-    bins = log_bins(histogram, _SPARK_BINS)
+class Fitted:
+    """A line of a picture in a table's cell, drawn as wide as there is room for."""
+
+    def __init__(self, draw: Callable[[int], Text], least: int, most: int) -> None:
+        self._draw = draw
+        self._least = least
+        self._most = most
+
+    def __repr__(self) -> str:
+        return f"<Fitted {self._least} to {self._most}>"
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        return Measurement(self._least, self._most).clamp(0, options.max_width)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield self._draw(min(self._most, options.max_width))
+
+
+def sparkline(histogram: Histogram, width: int) -> Text:
+    """The distribution in one line, from the least value to the most."""
+    bins = log_bins(histogram, width)
     most = max(share for _, _, share in bins)
-    bars = "".join(_BARS[math.ceil(share / most * (len(_BARS) - 1))] for _, _, share in bins)
-    return f"{number(histogram.min_ns / 1e6)} {bars} {number(histogram.max_ns / 1e6)}"
+    return Text("".join(_BARS[math.ceil(share / most * (len(_BARS) - 1))] for _, _, share in bins))
 
 
 def log_bins(histogram: Histogram, most: int) -> list[tuple[float, float, float]]:
