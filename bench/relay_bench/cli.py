@@ -21,7 +21,7 @@ VERBS: Final = {
     "doctor": ("relay_bench.doctor.command", "is this path fit for streaming? names what is not, and what mends it"),
     "report": ("relay_bench.report.command", "result files as one self-contained HTML page"),
     "drill": ("relay_bench.drill.command", "a relay's promises for bad days, tried: kill, hangups, soak and others"),
-    "micro": ("relay_bench.micro", "micro-benchmarks of the relay's pure parts"),
+    "micro": ("relay_bench.micro.command", "micro-benchmarks of the relay's pure parts"),
 }
 
 

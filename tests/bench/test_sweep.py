@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import pytest
 from hypothesis import given, settings
@@ -129,7 +129,7 @@ def test_a_search_that_cannot_succeed(url: str, capsys: pytest.CaptureFixture[st
 def test_a_sweep_says_what_it_will_do(
     words: list[str], said: str, url: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def nothing(*_: object, **__: object) -> list[Point]:
+    def nothing(*_: object, **__: object) -> NoReturn:
         raise ValueError("not today")
 
     monkeypatch.setattr(sweep, "_points", nothing)

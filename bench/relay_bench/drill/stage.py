@@ -20,6 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from relay.core.status import Status, UpstreamStatus
 from relay_bench.drill.report import DrillError
 from relay_bench.processes import descriptors, family
+from relay_bench.servers import said_url
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
@@ -67,9 +68,8 @@ class Child:
         """Waits for its word. Raises `DrillError`."""
         with trio.move_on_after(PATIENCE_S):
             while self.process.returncode is None:
-                line, newline, _ = self._said.read_text().partition("\n")
-                if newline and " listening on " in line:
-                    self.url = line.rpartition(" ")[2]
+                self.url = said_url(self._said.read_text())
+                if self.url:
                     return
                 await trio.sleep(LOOK_S)
                 self.process.poll()

@@ -18,6 +18,7 @@ import trio
 from relay_bench import processes
 from relay_bench.load import options, results, run
 from relay_bench.load.target import resolve
+from relay_bench.servers import START_S, said_url
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
 _SINGLE: Final = ("--max-concurrency", "1", "--num-prompts", "50", "--random-output-len", "2")
 #: Streams as fast as they go.
 _SATURATED: Final = ("--max-concurrency", "32", "--num-prompts", "64", "--random-output-len", "400")
-#: Seconds for an engine to listen.
-_START_S: Final = 20.0
 
 
 class Floor(msgspec.Struct, frozen=True):
@@ -83,16 +82,15 @@ async def running_engine(*words: str) -> AsyncGenerator[tuple[str, int], None]:
     process = await trio.lowlevel.open_process(command, stderr=subprocess.PIPE)
     assert process.stderr is not None
     try:
-        said = b""
-        with trio.move_on_after(_START_S):
-            while b"\n" not in said and (data := await process.stderr.receive_some()):
-                said += data
-        _, found, url = said.decode("utf-8", "replace").strip().partition("listening on ")
-        if not found:
-            raise run.LoadError(f"the built-in engine did not start: {said.decode('utf-8', 'replace').strip()}")
-        yield url.split()[0], process.pid
+        said = ""
+        with trio.move_on_after(START_S):
+            while not said_url(said) and (data := await process.stderr.receive_some()):
+                said += data.decode("utf-8", "replace")
+        if not (url := said_url(said)):
+            raise run.LoadError(f"the built-in engine did not start: {said.strip()}")
+        yield url, process.pid
     finally:
-        with trio.CancelScope(shield=True, deadline=trio.current_time() + _START_S):
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + START_S):
             process.kill()
             await process.wait()
         await process.stderr.aclose()

@@ -4,7 +4,7 @@ A peer is a file in ``bench/peers``: how it is found, configured, started. All t
 built-in engine at once; in each round every one of them, and the engine itself, meets every scenario once, in an order
 drawn anew, so that what drifts falls on all alike. The proxies have a core of their own; load and engine have the rest.
 
-Scenarios of CPU open streams with a client that only counts (`relay_bench.micro_client`) and divide the CPU time of the
+Scenarios of CPU open streams with a client that only counts (`relay_bench.crowd`) and divide the CPU time of the
 proxy's process tree, as the kernel accounts for it, by the frames or requests that came. The scenario of latency is a
 schedule of ``relay-bench load``, paired with the same one direct.
 

@@ -18,13 +18,13 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 
 from relay_bench import processes
 from relay_bench.compare import DIRECT
+from relay_bench.crowd import MeasureError
 from relay_bench.load import command, results
 from relay_bench.load.progress import console
-from relay_bench.micro_client import MeasureError
 from relay_bench.peers import machine, picture, running, scenarios, summary
 from relay_bench.peers.definition import DEFINITIONS, Absent, Peer, Places, read_peers
 from relay_bench.peers.rounds import Campaign
-from relay_bench.peers.running import StartError
+from relay_bench.servers import StartError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from relay_bench.load.results import Result
     from relay_bench.peers.machine import Cores
     from relay_bench.peers.rounds import Gathered
-    from relay_bench.peers.running import EngineServer, Server
+    from relay_bench.peers.running import EngineServer
+    from relay_bench.servers import Server
 
 _PERCENTILES = (50, 90, 99)
 

@@ -8,17 +8,18 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from relay_bench.micro_client import MeasureError
+from relay_bench.crowd import MeasureError
 from relay_bench.peers import scenarios
-from relay_bench.peers.running import StartError
 from relay_bench.peers.scenarios import HOLD, LATENCY_ENGINE, SCENARIOS, Held, Sample
+from relay_bench.servers import StartError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from relay_bench.load.options import Plan
     from relay_bench.load.records import Tally
-    from relay_bench.peers.running import EngineServer, Server
+    from relay_bench.peers.running import EngineServer
+    from relay_bench.servers import Server
 
 LATENCY: Final = "latency"
 

@@ -7,7 +7,6 @@ import http.client
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Final
 from relay_bench import processes
 from relay_bench.peers import machine
 from relay_bench.peers.definition import Values, filled, program_of, words_of
+from relay_bench.servers import Server, StartError, child, listening
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -24,9 +24,7 @@ if TYPE_CHECKING:
     from relay_bench.peers.definition import Peer, Places
     from relay_bench.peers.machine import Cores
 
-#: Seconds for a process to end when told to; for one answer of a server being watched; between two looks.
-_STOP_S: Final = 5.0
-_ANSWER_S: Final = 20.0
+#: Seconds between two looks at a server being watched.
 _LOOK_S: Final = 0.1
 #: Seconds for a version.
 _VERSION_S: Final = 20.0
@@ -37,46 +35,6 @@ MODEL: Final = "tiny"
 _TRY: Final = json.dumps(
     {"model": MODEL, "stream": True, "max_tokens": 2, "messages": [{"role": "user", "content": "x"}]}
 )
-
-
-class StartError(Exception):
-    """A server does not start, or does not serve; the message says what it said."""
-
-
-class Server:
-    """A running server, direct or a proxy."""
-
-    def __init__(self, name: str, address: str, process: subprocess.Popen[bytes]) -> None:
-        self.name = name
-        host, _, port = address.rpartition(":")
-        self.address = host, int(port)
-        self.url = f"http://{address}"
-        self._process = process
-
-    def __repr__(self) -> str:
-        return f"<Server {self.name} {self.url}>"
-
-    @property
-    def has_ended(self) -> bool:
-        return self._process.poll() is not None
-
-    def cpu_ns(self) -> int:
-        """CPU time of the process, its threads and its descendants so far."""
-        return processes.cpu_ns(self._process.pid)
-
-    def memory_bytes(self) -> int:
-        """Of the process and its descendants."""
-        return processes.memory_bytes(self._process.pid)
-
-    def ask(self, method: str, path: str, body: str | None = None) -> tuple[int, bytes]:
-        """One request on a connection of its own: status and body. Raises `OSError`, `http.client.HTTPException`."""
-        connection = http.client.HTTPConnection(*self.address, timeout=_ANSWER_S)
-        try:
-            connection.request(method, path, body, {"content-type": "application/json"})
-            answer = connection.getresponse()
-            return answer.status, answer.read()
-        finally:
-            connection.close()
 
 
 class EngineServer(Server):
@@ -100,13 +58,8 @@ def engine(captures: Path) -> Iterator[EngineServer]:
     """A built-in engine that stamps its tokens and keeps idle connections: a close at the wrong moment is no figure."""
     words = ["--listen", "127.0.0.1:0", "--max-seqs", "100000", "--stamp", "--keep-alive-s", "3600"]
     command = [sys.executable, "-m", "relay_bench", "engine", *words, "--captures", str(captures)]
-    with _child(command, stderr=subprocess.PIPE) as process:
-        assert process.stderr is not None
-        said = process.stderr.readline().decode("utf-8", "replace").strip()
-        _, found, url = said.partition("listening on http://")
-        if not found:
-            raise StartError(f"the engine did not start: {said}")
-        yield EngineServer("direct", url, process)
+    with listening("direct", command, EngineServer) as server:
+        yield server
 
 
 @contextlib.contextmanager
@@ -121,10 +74,10 @@ def peer_server(
     env = _environment({key: filled(value, peer, values) for key, value in peer.run.env.items()})
     log = folder / "output.log"
     with log.open("wb") as output, machine.kept_to(cores.proxy):
-        child = contextlib.ExitStack()
-        process = child.enter_context(_child(command, stdout=output, stderr=subprocess.STDOUT, cwd=folder, env=env))
-    with child:
-        server = Server(name, f"127.0.0.1:{values.port}", process)
+        started = contextlib.ExitStack()
+        process = started.enter_context(child(command, stdout=output, stderr=subprocess.STDOUT, cwd=folder, env=env))
+    with started:
+        server = Server(name, process, f"http://127.0.0.1:{values.port}")
         _wait_until_it_serves(server, peer.run.start_s, log)
         yield server
 
@@ -185,24 +138,3 @@ def _wait_until_it_serves(server: Server, limit_s: float, log: Path) -> None:
     words = log.read_bytes()[-_LAST_WORDS:].decode("utf-8", "replace").strip()
     what = "ended at once" if server.has_ended else f"does not serve after {limit_s:g} s ({seen})"
     raise StartError(f"{server.name} {what}: {words}")
-
-
-@contextlib.contextmanager
-def _child(command: list[str], **options: object) -> Iterator[subprocess.Popen[bytes]]:
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True, **options)  # type: ignore[call-overload]
-    try:
-        yield process
-    finally:
-        _stop(process)
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Ends a process and what it started: politely, and after a while not."""
-    process.terminate()
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(_STOP_S)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    if process.stderr is not None:
-        process.stderr.close()

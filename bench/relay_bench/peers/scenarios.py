@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 import trio
 
+from relay_bench.crowd import Crowd, MeasureError
 from relay_bench.groups import leaf
 from relay_bench.load import options, run
 from relay_bench.load.target import resolve
-from relay_bench.micro_client import Crowd, MeasureError
 from relay_bench.peers.machine import Watch
 from relay_bench.peers.running import MODEL
 
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
     from relay_bench.load.options import Plan
     from relay_bench.load.records import Tally
-    from relay_bench.peers.running import EngineServer, Server
+    from relay_bench.peers.running import EngineServer
+    from relay_bench.servers import Server
 
 #: Frames of the recording that saturated streams are made of, and frames to a write: the engine's part in what a frame
 #: costs is then a few µs, and it is not the bottleneck.

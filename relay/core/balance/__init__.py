@@ -1,7 +1,7 @@
 """Which upstream a request goes to: one policy per class, all of them behind `Balancer`.
 
 What a pick costs, at most in steady state and in all policies, is small beside the request (figures:
-``python -m relay_bench.micro_balance``). Work is done where things change: when a seat joins or leaves, and when a load
+``relay-bench micro balance``). Work is done where things change: when a seat joins or leaves, and when a load
 is taken or given back. Where a change leaves work to the next pick, the policy's own docstring says how much.
 """
 

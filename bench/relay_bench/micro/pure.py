@@ -1,26 +1,21 @@
-"""``relay-bench micro``: what a frame costs, in the pure parts by themselves and in the running relay.
+"""What a frame costs, in the pure parts by themselves.
 
-The pure parts are timed on one frame of 210 bytes, as vLLM sends it, in a chunk of its own: the best of several rounds
+They are timed on one frame of 210 bytes, as vLLM sends it, in a chunk of its own: the best of several rounds
 in nanoseconds, since a round can only be disturbed upwards. Memory is what tracemalloc sees: bytes still held per frame
 after many of them, which must be none but for an answer that is being collected, and the most that is held at any
-moment on the way, which is what one read costs. The running relay is measured by `relay_bench.micro_process`.
+moment on the way, which is what one read costs. The running relay is measured by `relay_bench.micro.process`.
 """
 
 from __future__ import annotations
 
-import argparse
 import gc
-import sys
 import time
 import tracemalloc
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import msgspec
-from rich.console import Console
-from rich.table import Table
 
-import relay
 from relay.core.aggregate import Collector, aggregator_for
 from relay.core.dialect import Meter
 from relay.core.editor import UsageEditor
@@ -28,10 +23,9 @@ from relay.core.frames import FrameRelay, Pieces
 from relay.core.framing import ChunkDecoder
 from relay.core.request import Route
 from relay.core.sse import FrameFinder
-from relay_bench.load import results
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator
 
 #: Size of the frames measured, with the blank line.
 FRAME_BYTES: Final = 210
@@ -193,7 +187,7 @@ PARTS: Final[dict[str, Callable[[], Part]]] = {
 }
 
 
-def measure_pure(*, rounds: int = 7, frames: int = 50_000) -> list[PureCost]:
+def measure(*, rounds: int = 7, frames: int = 50_000) -> list[PureCost]:
     """Costs of all parts; `frames` per round."""
     costs = []
     for name, make in PARTS.items():
@@ -208,15 +202,22 @@ def measure_pure(*, rounds: int = 7, frames: int = 50_000) -> list[PureCost]:
 
 def best_ns(work: Callable[[int], None], times: int, rounds: int) -> float:
     """The time of one of `times` repetitions in the best round, with the garbage collector off."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        best = float("inf")
+    best = float("inf")
+    with no_garbage_collection():
         for _ in range(rounds):
             began = time.perf_counter_ns()
             work(times)
             best = min(best, (time.perf_counter_ns() - began) / times)
-        return best
+    return best
+
+
+@contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    """Keeps the garbage collector off."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
     finally:
         if was_enabled:
             gc.enable()
@@ -236,59 +237,3 @@ def _memory(make: Callable[[], Part], frames: int) -> tuple[float, int]:
     finally:
         tracemalloc.stop()
     return (after - before) / (reads * part.frames_per_read), peak - before
-
-
-# -- the command
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """``relay-bench micro``; the exit status."""
-    options = _parser().parse_args(argv)
-    result: dict[str, Any] = {
-        "machine": {"relay": relay.__version__, **results.environment()},
-        "frame_bytes": FRAME_BYTES,
-    }
-    if options.only != "process":
-        pure = measure_pure(rounds=3, frames=2_000) if options.quick else measure_pure()
-        result["pure"] = pure
-        print_table(
-            f"Pure parts, frames of {FRAME_BYTES} bytes",
-            ("part", "ns/frame", "bytes held/frame", "bytes at most"),
-            [(cost.part, f"{cost.ns:,.0f}", f"{cost.held_bytes:.3f}", f"{cost.peak_bytes:,}") for cost in pure],
-        )
-    if options.only != "pure":
-        from relay_bench import micro_client, micro_process
-
-        try:
-            process = micro_process.measure(quick=options.quick, nginx=options.nginx)
-        except micro_client.MeasureError as error:
-            print(f"relay-bench micro: {error}", file=sys.stderr)
-            return 1
-        result["process"] = process
-        print_table("The running relay", *micro_process.rows(process))
-    if options.json:
-        Path(options.json).write_bytes(msgspec.json.format(msgspec.json.encode(result)) + b"\n")
-    return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="relay-bench micro", description="What a frame costs the relay: pure parts, and the running process."
-    )
-    parser.add_argument("--json", metavar="FILE", help="write all figures there, too")
-    parser.add_argument("--only", choices=("pure", "process"), help="one half (default: both)")
-    parser.add_argument("--quick", action="store_true", help="a few frames of each, to see that it works; no figures")
-    parser.add_argument(
-        "--nginx", metavar="PATH", default="nginx", help="measured beside; off: not (default: nginx, if on PATH)"
-    )
-    return parser
-
-
-def print_table(title: str, names: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table on standard output: texts left, figures right."""
-    table = Table(title=title, title_justify="left")
-    for at, name in enumerate(names):
-        table.add_column(name, justify="right" if at else "left")
-    for row in rows:
-        table.add_row(*row)
-    Console(width=None if sys.stdout.isatty() else 120).print(table)

@@ -17,9 +17,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import signal
 import socket
-import ssl
 import subprocess
 import sys
 import tempfile
@@ -30,13 +28,14 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from relay_bench import processes
-from relay_bench.micro_client import PATIENCE_S, Crowd, MeasureError
+from relay_bench.crowd import PATIENCE_S, Crowd, MeasureError
+from relay_bench.servers import Server, StartError, child, listening
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 #: Beside this package in a checkout; not part of a wheel.
-NGINX_CONF: Final = Path(__file__).resolve().parents[1] / "nginx" / "nginx.conf"
+NGINX_CONF: Final = Path(__file__).resolve().parents[2] / "nginx" / "nginx.conf"
 
 #: Connections that send short requests, frames of each answer, bytes of each body.
 SHORT_CONNECTIONS: Final = 4
@@ -85,7 +84,7 @@ class ProcessCost(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def measure(*, quick: bool = False, nginx: str = "nginx") -> list[ProcessCost]:
-    """All tests, on the relay and, where there is one, on nginx. Raises MeasureError."""
+    """All tests, on the relay and, where there is one, on nginx. Raises `MeasureError`, `StartError`."""
     processes.raise_descriptor_limit()  # 1,000 streams, in the engine too, which inherits it
     requests = 40 if quick else 4000
     with _cores() as (own, other), contextlib.ExitStack() as stack:
@@ -96,7 +95,9 @@ def measure(*, quick: bool = False, nginx: str = "nginx") -> list[ProcessCost]:
         beside = None if quick or nginx == "off" else shutil.which(nginx)
         if beside is None and not quick and nginx not in ("off", "nginx"):
             raise MeasureError(f"--nginx: {nginx} is not a program")
-        if beside is not None and NGINX_CONF.exists():
+        if beside is not None and not NGINX_CONF.exists():
+            print("nginx is left out: bench/nginx/nginx.conf is in a checkout only", file=sys.stderr)
+        elif beside is not None:
             proxies["nginx"] = stack.enter_context(_nginx(beside, engine.url, other))
         costs = []
         for test in _QUICK_TESTS if quick else TESTS:
@@ -172,38 +173,10 @@ def _request(tokens: int, fields: str, body_bytes: int = 0) -> bytes:
 # -- the servers
 
 
-class Server:
-    """A child process that listens."""
-
-    def __init__(self, name: str, process: subprocess.Popen[bytes], url: str) -> None:
-        self.name = name
-        self.url = url
-        self.tls: ssl.SSLContext | None = None
-        if url.startswith("https:"):
-            self.tls = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-            self.tls.check_hostname, self.tls.verify_mode = False, ssl.CERT_NONE
-        host, _, port = url.partition("://")[2].rpartition(":")
-        self.address = host, int(port)
-        self._process = process
-
-    def __repr__(self) -> str:
-        return f"<Server {self.name} {self.url}>"
-
-    def cpu_ns(self) -> int:
-        """CPU time of the process, its threads and its descendants so far: nginx's work is done by a child."""
-        return processes.cpu_ns(self._process.pid)
-
-    def pin(self, core: int | None) -> None:
-        """Keeps the process and its descendants on one core."""
-        if core is not None:
-            for pid in processes.family(self._process.pid):
-                os.sched_setaffinity(pid, {core})
-
-
 @contextlib.contextmanager
 def _engine(core: int | None) -> Iterator[Server]:
     command = [sys.executable, "-m", "relay_bench", "engine", "--listen", "127.0.0.1:0", "--max-seqs", "100000"]
-    with _started("engine", command, core) as server:
+    with _pinned("engine", command, core) as server:
         yield server
 
 
@@ -212,7 +185,7 @@ def _relay(engine_url: str, core: int | None, *flags: str) -> Iterator[Server]:
     command = [sys.executable, "-m", "relay", "serve", "--listen", "127.0.0.1:0", "--admin", "off"]
     command += ["--upstream", engine_url, "--log-format", "off", "--drain-s", "0", "--workers", "1"]
     command += flags
-    with _started("relay", command, core) as server:
+    with _pinned("relay", command, core) as server:
         yield server
 
 
@@ -230,16 +203,9 @@ def _relay_with_tls(engine_url: str, core: int | None, openssl: str) -> Iterator
 
 
 @contextlib.contextmanager
-def _started(name: str, command: list[str], core: int | None) -> Iterator[Server]:
-    """A server of ours, which says on standard error where it listens."""
-    with _child(command, stderr=subprocess.PIPE) as process:
-        assert process.stderr is not None
-        said = process.stderr.readline().decode()
-        _, found, url = said.strip().partition("listening on ")
-        if not found:
-            raise MeasureError(f"the {name} did not start: {said.strip()}")
-        server = Server(name, process, url)
-        server.pin(core)
+def _pinned(name: str, command: list[str], core: int | None) -> Iterator[Server]:
+    with listening(name, command, Server) as server:
+        server.pin([] if core is None else [core])
         yield server
 
 
@@ -252,31 +218,17 @@ def _nginx(program: str, engine_url: str, core: int | None) -> Iterator[Server]:
         conf = Path(folder, "nginx.conf")
         conf.write_text(text.replace("127.0.0.1:9201", f"127.0.0.1:{port}"))
         command = [program, "-p", folder, "-e", f"{folder}/nginx.err", "-c", str(conf)]
-        with _child(command, stderr=subprocess.DEVNULL) as process:
+        with child(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
             server = Server("nginx", process, f"http://127.0.0.1:{port}")
             end = time.perf_counter() + PATIENCE_S
             while True:
                 with contextlib.suppress(OSError), socket.create_connection(server.address, timeout=1):
                     break
-                if process.poll() is not None or time.perf_counter() > end:
-                    raise MeasureError(f"nginx did not start: {Path(folder, 'nginx.err').read_text()}")
+                if server.has_ended or time.perf_counter() > end:
+                    raise StartError(f"nginx did not start: {Path(folder, 'nginx.err').read_text()}")
                 time.sleep(0.05)
-            server.pin(core)
+            server.pin([] if core is None else [core])
             yield server
-
-
-@contextlib.contextmanager
-def _child(command: list[str], *, stderr: int) -> Iterator[subprocess.Popen[bytes]]:
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=stderr)
-    with process:
-        try:
-            yield process
-        finally:
-            process.send_signal(signal.SIGTERM)
-            try:
-                process.wait(10)
-            except subprocess.TimeoutExpired:
-                process.kill()
 
 
 # -- cores

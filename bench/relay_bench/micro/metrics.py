@@ -1,4 +1,4 @@
-"""What counting costs the relay: ``python -m relay_bench.micro_metrics``.
+"""``relay-bench micro metrics``: what counting costs the relay.
 
 Counters are moved once per request or less, and the gaps between frames are folded in from histograms that the pump
 keeps anyway, so what a frame pays for metrics is the cost of a fold divided by the frames of a stream between two: at
@@ -8,19 +8,18 @@ be disturbed upwards.
 
 from __future__ import annotations
 
-import argparse
-import sys
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
 from relay.core import metrics
 from relay.core.board import BOARD_BYTES, Board, total
 from relay.core.histogram import Histogram
-from relay_bench.micro import best_ns, print_table
+from relay_bench.micro.pure import best_ns
+from relay_bench.micro.table import print_table
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
 #: Folded together, as a worker would.
 STREAMS: Final = 1000
@@ -117,26 +116,12 @@ STEPS: Final[dict[str, tuple[Callable[[int], None], int]]] = {
 }
 
 
-def measure(*, rounds: int = 5, share: float = 1.0) -> list[MetricsCost]:
-    """Costs of all steps; `share` of the usual number in each round."""
-    return [
+def shown(*, quick: bool = False) -> dict[str, Any]:
+    """Measures, prints the table, and answers what is in it."""
+    rounds, share = (1, 0.01) if quick else (5, 1.0)
+    costs = [
         MetricsCost(step, round(best_ns(work, max(1, int(times * share)), rounds), 1))
         for step, (work, times) in STEPS.items()
     ]
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Print the table, or JSON; the exit status."""
-    parser = argparse.ArgumentParser(prog="relay_bench.micro_metrics", description="What counting costs the relay.")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    options = parser.parse_args(argv)
-    costs = measure()
-    if options.json:
-        print(msgspec.json.format(msgspec.json.encode(costs)).decode())
-        return 0
     print_table("Metrics", ("step", "ns"), [(cost.step, f"{cost.ns:,.0f}") for cost in costs])
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return {"metrics": costs}

@@ -1,4 +1,4 @@
-"""``python -m relay_bench.micro_balance``: what picking an upstream costs, for every policy and several sizes of fleet.
+"""``relay-bench micro balance``: what picking an upstream costs, for every policy and several sizes of fleet.
 
 Each pick is followed by the `take` of a load, and loads are given back in the order they were taken, so that seats, of
 weights 1 to 4, carry some four streams each in uneven amounts, as at work. Only the pick is timed; affinities are asked
@@ -9,23 +9,18 @@ of its own: a seat leaves or comes back, half each, with the pick that follows.
 
 from __future__ import annotations
 
-import argparse
-import gc
 import json
 import random
-import sys
 import time
 from collections import deque
 from statistics import median
-from typing import TYPE_CHECKING, Final
+from typing import Any, Final
 
 import msgspec
 
 from relay.core.balance import POLICIES, Balancer, Load, Seat, make_balancer
-from relay_bench.micro import print_table
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
+from relay_bench.micro.pure import no_garbage_collection
+from relay_bench.micro.table import print_table
 
 SIZES: Final = (3, 100, 1000)
 #: Sizes of the bodies that a prompt's beginning is read from.
@@ -108,13 +103,12 @@ def _clock_ns() -> int:
     return min(-clock() + clock() for _ in range(1000))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the tables; the exit status."""
-    parser = argparse.ArgumentParser(prog="relay_bench.micro_balance", description="What picking an upstream costs.")
-    parser.add_argument("--quick", action="store_true", help="a few picks of each, to see that it works; no figures")
-    picks = 200 if parser.parse_args(argv).quick else 20_000
-    gc.disable()
-    costs = [measure_policy(policy, seats, picks=picks) for policy in POLICIES for seats in SIZES]
+def shown(*, quick: bool = False) -> dict[str, Any]:
+    """Measures, prints the tables, and answers what is in them."""
+    picks = 200 if quick else 20_000
+    with no_garbage_collection():
+        costs = [measure_policy(policy, seats, picks=picks) for policy in POLICIES for seats in SIZES]
+        keys = {str(size): measure_key(size, rounds=picks // 40) for size in BODY_BYTES}
     print_table(
         "Picking an upstream, µs",
         ("policy", "upstreams", "median", "p99", "change"),
@@ -126,10 +120,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     print_table(
         "prefix_affinity: the key of a request, once for all its attempts",
         ("bytes of body", "µs"),
-        [(f"{size:,}", f"{measure_key(size, rounds=picks // 40):.1f}") for size in BODY_BYTES],
+        [(f"{int(size):,}", f"{us:.1f}") for size, us in keys.items()],
     )
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return {"balance": costs, "key_us": keys}

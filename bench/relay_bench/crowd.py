@@ -1,6 +1,7 @@
-"""The client of `relay_bench.micro_process`: many connections in one epoll loop, which counts frames and keeps nothing.
+"""The client that only counts: many connections in one epoll loop, which counts frames and keeps nothing.
 
-As little Python per read as possible, since it shares its core with the engine.
+It measures CPU for `relay_bench.micro.process` and `relay_bench.peers`: as little Python per read as
+possible, since it shares a core with the engine.
 """
 
 from __future__ import annotations

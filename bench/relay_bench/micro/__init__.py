@@ -1,0 +1,1 @@
+"""Micro benchmarks: what a frame, a pick and a count cost the relay."""
