@@ -100,16 +100,10 @@ class Reading:
         self.answer = Answer(Route.CHAT)
         self.answer.meter = self.meter
         self._tokens = tokens
-        self._buffer = bytearray(READ_BYTES)
-        self._view = memoryview(self._buffer)
 
     def feed(self, data: bytes) -> None:
         """Takes what was received; nothing: the peer has closed."""
-        if data:
-            self._view[: len(data)] = data
-            self.answer.feed(self._buffer, self._view, len(data), time.monotonic_ns())
-        else:
-            self.answer.close()
+        self.answer.feed_bytes(data, time.monotonic_ns())
 
     def end(self) -> tuple[End, str]:
         """What became of the request, now that nothing more comes; and the proof where that is bad."""

@@ -120,10 +120,11 @@ async def ask_in_turn(
     """One client: a request after the other, from those left to all clients."""
     with Client(address) as client:
         for ask, hang_up in left:
-            outcomes.append(await (client.ask(ask) if hang_up is None else _leave(client, ask, hang_up, wait_s)))
+            asked = client.ask(ask) if hang_up is None else _ask_and_leave(client, ask, hang_up, wait_s)
+            outcomes.append(await asked)
 
 
-async def _leave(client: Client, ask: Ask, hang_up: HangUp, wait_s: float) -> Outcome:
+async def _ask_and_leave(client: Client, ask: Ask, hang_up: HangUp, wait_s: float) -> Outcome:
     """Sends a request as far as its client stays, and reads as much of the answer."""
     moment, share = hang_up.moment, hang_up.share
     head, body = ask.encode()
@@ -131,28 +132,38 @@ async def _leave(client: Client, ask: Ask, hang_up: HangUp, wait_s: float) -> Ou
     with trio.move_on_after(PATIENCE_S) as patience:
         try:
             stream = await client.connected()
-            if moment is Moment.HEAD:
-                await stream.send_all(head[: 1 + int(share * (len(head) - 1))])
-            elif moment is Moment.BODY:
-                await stream.send_all(head + body[: int(share * len(body))])
+            if moment in (Moment.HEAD, Moment.BODY):
+                await stream.send_all(part_of(hang_up, head, body))
             else:
                 await stream.send_all(head + body)
                 if moment is Moment.SENT:
                     await trio.sleep(share * wait_s)
                 else:
                     await _read(stream, Reading(ask.tokens), share * ask.tokens if moment is Moment.STREAM else None)
-            if hang_up.how == "fin":
-                await stream.send_eof()
-                while await stream.receive_some(READ_BYTES):
-                    pass
-            elif hang_up.how == "rst":
-                stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+            await leave(stream, hang_up.how)
         except (OSError, trio.BrokenResourceError) as error:
             end, detail = End.BROKEN, f"hanging up {moment.value} by {hang_up.how}: {error}"
     if patience.cancelled_caught:
         end, detail = End.BROKEN, f"hanging up {moment.value} by {hang_up.how}: nothing within {PATIENCE_S:g} s"
     client.close()
     return Outcome(ask.id, end, detail)
+
+
+def part_of(hang_up: HangUp, head: bytes, body: bytes) -> bytes:
+    """As much of a request as its client sends before it leaves."""
+    if hang_up.moment is Moment.HEAD:
+        return head[: 1 + int(hang_up.share * (len(head) - 1))]
+    return head + body[: int(hang_up.share * len(body))]
+
+
+async def leave(stream: trio.SocketStream, how: str) -> None:
+    """Hangs up by one of `HangUp.how`, as far as that is more than to close. Raises trio's errors of streams."""
+    if how == "fin":
+        await stream.send_eof()
+        while await stream.receive_some(READ_BYTES):
+            pass
+    elif how == "rst":
+        stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
 
 
 async def _read(stream: trio.SocketStream, reading: Reading, tokens: float | None) -> None:

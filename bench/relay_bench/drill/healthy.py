@@ -66,18 +66,14 @@ class Healthy:
         """One answer; whether the connection takes another request."""
         answer = Answer(Route.CHAT)
         await stream.send_all(asked)
-        last_ms = 0.0
+        last_ns = 0
         while not answer.is_done:
-            data = bytearray(await stream.receive_some(READ_BYTES))
-            now_ms = time.monotonic() * 1000
-            if not data:
-                answer.close()
-                break
-            if last_ms:
-                self._gaps_ms.append(now_ms - last_ms)
-            last_ms = now_ms
-            with memoryview(data) as view:
-                answer.feed(data, view, len(data), 1)
+            data = await stream.receive_some(READ_BYTES)
+            now_ns = time.monotonic_ns()
+            if data and last_ns:
+                self._gaps_ms.append((now_ns - last_ns) / 1e6)
+            last_ns = now_ns
+            answer.feed_bytes(data, now_ns)
         label, detail = answer.fault(self._tokens, is_exact=True)
         if label:
             self.failures.append(f"{label} {detail}")

@@ -12,7 +12,7 @@ import trio
 
 from relay.core.request import Route
 from relay_bench.drill.client import PATIENCE_S, READ_BYTES
-from relay_bench.drill.hangups import RESET, HangUp, Moment, draw_hang_up
+from relay_bench.drill.hangups import HangUp, Moment, draw_hang_up, leave, part_of
 from relay_bench.load.answer import Answer
 
 #: The generating routes: path, what holds the prompt, and what limits the tokens.
@@ -118,8 +118,6 @@ class Visitor:
         self._address = address
         self._mix = mix
         self._stream: trio.SocketStream | None = None
-        self._buffer = bytearray(READ_BYTES)
-        self._view = memoryview(self._buffer)
 
     def __repr__(self) -> str:
         return f"<Visitor {'connected' if self._stream else 'apart'}>"
@@ -140,13 +138,13 @@ class Visitor:
             try:
                 stream = await self._connected(is_slow=asked.is_slow)
                 if hang_up is not None and hang_up.moment in (Moment.HEAD, Moment.BODY):
-                    await stream.send_all(_part(hang_up, head, body))
+                    await stream.send_all(part_of(hang_up, head, body))
                 else:
                     await stream.send_all(head + body)
                     has_sent = True
                     await self._read(stream, answer, asked)
                 if hang_up is not None:
-                    await _leave(stream, hang_up.how)
+                    await leave(stream, hang_up.how)
             except (OSError, trio.BrokenResourceError) as error:
                 answer.break_off("reset", str(error))
         if patience.cancelled_caught:
@@ -183,29 +181,9 @@ class Visitor:
             enough = hang_up.share * asked.tokens if hang_up.moment is Moment.STREAM else enough
         while not answer.is_done and answer.meter.content_frames < enough:
             data = await stream.receive_some(_SLOW_BYTES if asked.is_slow else READ_BYTES)
-            if not data:
-                answer.close()
-                return
-            self._view[: len(data)] = data
-            answer.feed(self._buffer, self._view, len(data), time.monotonic_ns())
+            answer.feed_bytes(data, time.monotonic_ns())
             if asked.is_slow:
                 await trio.sleep(_SLOW_S)
-
-
-def _part(hang_up: HangUp, head: bytes, body: bytes) -> bytes:
-    """As much of a request as its client sends before it leaves."""
-    if hang_up.moment is Moment.HEAD:
-        return head[: 1 + int(hang_up.share * (len(head) - 1))]
-    return head + body[: int(hang_up.share * len(body))]
-
-
-async def _leave(stream: trio.SocketStream, how: str) -> None:
-    if how == "fin":
-        await stream.send_eof()
-        while await stream.receive_some(READ_BYTES):
-            pass
-    elif how == "rst":
-        stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
 
 
 class _Body(msgspec.Struct):

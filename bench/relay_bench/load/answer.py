@@ -133,6 +133,15 @@ class Answer:
         else:
             self._feed_frames(frames, buffer, view, stop, now_ns)
 
+    def feed_bytes(self, data: bytes, now_ns: int) -> None:
+        """The same, for who has no buffer to receive into; nothing: the peer has closed."""
+        if not data:
+            self.close()
+            return
+        buffer = bytearray(data)
+        with memoryview(buffer) as view:
+            self.feed(buffer, view, len(data), now_ns)
+
     def _feed_frames(self, frames: FrameRelay, buffer: bytearray, view: memoryview, stop: int, now_ns: int) -> None:
         meter = self.meter
         before = meter.content_frames
