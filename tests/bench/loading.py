@@ -15,7 +15,7 @@ from relay.core.request import Route
 from relay_bench.load.datasets import ENDPOINTS, Ask, Form
 from relay_bench.load.records import Record, Tally
 from relay_bench.load.target import resolve
-from relay_bench.load.worker import Item, Job, Progress, Run
+from relay_bench.load.worker import Item, Job, Manner, Progress, Run
 
 #: Seconds no test waits longer than.
 LIMIT_S = 20.0
@@ -46,9 +46,10 @@ def job_for(url: str, *, total: int = 1, tokens: int = 4, every_ns: int = 0, **f
     lines = [f"POST {target.path(ENDPOINTS[route])} HTTP/1.1", f"host: {target.host}"]
     lines += [f"{name}: {value}" for name, value in headers.items()]
     bodies = [form.body(Ask(("one two three",), tokens)) for _ in range(total)]
+    own = {name: fields.pop(name) for name in Manner.__struct_fields__ if name in fields}
     return Job(
         target=target,
-        route=route,
+        manner=Manner(route=route, **own),
         head="".join(f"{line}\r\n" for line in lines).encode(),
         items=[Item(at, at * every_ns, body.body, body.output_len) for at, body in enumerate(bodies)],
         total=total,

@@ -259,9 +259,9 @@ def test_how_many(words: tuple[str, ...], number: int) -> None:
 
 
 def test_open_and_closed_loops() -> None:
-    assert plan_for("--max-concurrency", "3").is_closed_loop
+    assert plan_for("--max-concurrency", "3").manner.is_closed_loop
     both = plan_for("--max-concurrency", "3", "--request-rate", "5", "--num-prompts", "9")
-    assert not both.is_closed_loop
+    assert not both.manner.is_closed_loop
     assert both.rate_text == "open loop, 5 requests/s, at most 3 at once"
     assert plan_for("--num-prompts", "1").rate_text == "open loop, all at once"
 
@@ -290,7 +290,7 @@ def test_jobs_share_everything_out() -> None:
 
 
 def test_backends_are_routes() -> None:
-    assert plan_for("--backend", "openai", "--num-prompts", "1").route is Route.COMPLETIONS
+    assert plan_for("--backend", "openai", "--num-prompts", "1").manner.route is Route.COMPLETIONS
     assert plan_for("--num-prompts", "1").endpoint == "/v1/chat/completions"
     assert plan_for("--route", "messages", "--endpoint", "/x", "--num-prompts", "1").endpoint == "/x"
 

@@ -103,7 +103,7 @@ async def planned(chosen: argparse.Namespace, target: Target, *, is_detailed: bo
 
 async def carried_out(plan: Plan, target: Target, title: str) -> Tally:
     """A run with its progress shown."""
-    total = None if plan.is_closed_loop and plan.duration_s else len(plan.items)
+    total = None if plan.manner.is_closed_loop and plan.duration_s else len(plan.items)
     with progress.shown(title, total) as take:
         return await run.run_plan(plan, target, take)
 

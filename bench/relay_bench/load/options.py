@@ -20,7 +20,7 @@ from relay_bench.load.datasets import ENDPOINTS, Body, Form
 from relay_bench.load.lengths import SYNTAX, parse_lengths
 from relay_bench.load.slo import METRICS, Objective, parse_objectives
 from relay_bench.load.target import Target
-from relay_bench.load.worker import Item
+from relay_bench.load.worker import Item, Manner
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -47,7 +47,7 @@ _LEAST_1: Final = ("processes", "random_num_prefixes")
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """A run that only needs a server: everything drawn, nothing sent."""
 
-    route: Route
+    manner: Manner
     endpoint: str
     model: str
     headers: tuple[tuple[str, str], ...]
@@ -56,23 +56,14 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     burstiness: float
     ramp: tuple[str, float, float] | None
     trace: str  #: the file that instants come from, instead of a rate; empty: none
-    is_closed_loop: bool
     max_concurrency: int
     duration_s: float
     warmup_s: float
     cooldown_s: float
     num_warmups: int
-    timeout_s: float
-    keep_alive: bool
-    verify_tls: bool
-    continuous_usage: bool
-    has_stamps: bool
-    is_exact: bool
-    request_id_prefix: str
     processes: int
     objectives: tuple[Objective, ...]
     max_lag_ms: float
-    is_detailed: bool
 
     @property
     def load_processes(self) -> int:
@@ -82,7 +73,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def rate_text(self) -> str:
         """The rate for people."""
-        if self.is_closed_loop:
+        if self.manner.is_closed_loop:
             return f"closed loop, {self.max_concurrency} at once"
         if self.trace:
             rate = f"trace {self.trace}"
@@ -201,7 +192,18 @@ def plan_of(options: argparse.Namespace, *, model: str, is_detailed: bool = Fals
             f"--warmup, --cooldown: nothing is left of {end_s:g} s (closed loops need --duration for them)"
         )
     return Plan(
-        route=route,
+        manner=Manner(
+            route=route,
+            request_id_prefix=options.request_id_prefix,
+            is_closed_loop=is_closed,
+            timeout_s=options.timeout_s,
+            keep_alive=not options.no_keep_alive,
+            verify_tls=not options.insecure,
+            continuous_usage=options.continuous_usage,
+            has_stamps=options.stamps,
+            is_exact=options.ignore_eos,
+            is_detailed=is_detailed,
+        ),
         endpoint=options.endpoint or ENDPOINTS[route],
         model=model,
         headers=headers_of(options),
@@ -210,23 +212,14 @@ def plan_of(options: argparse.Namespace, *, model: str, is_detailed: bool = Fals
         burstiness=options.burstiness,
         ramp=ramp if has_ramp else None,
         trace=options.trace,
-        is_closed_loop=is_closed,
         max_concurrency=options.max_concurrency,
         duration_s=end_s,
         warmup_s=options.warmup,
         cooldown_s=options.cooldown,
         num_warmups=options.num_warmups,
-        timeout_s=options.timeout_s,
-        keep_alive=not options.no_keep_alive,
-        verify_tls=not options.insecure,
-        continuous_usage=options.continuous_usage,
-        has_stamps=options.stamps,
-        is_exact=options.ignore_eos,
-        request_id_prefix=options.request_id_prefix,
         processes=options.processes,
         objectives=parse_objectives(options.goodput),
         max_lag_ms=options.max_lag_ms,
-        is_detailed=is_detailed,
     )
 
 
@@ -257,7 +250,7 @@ def head_of(plan: Plan, target: Target) -> bytes:
         "user-agent": "relay-bench",
         **dict(plan.headers),
     }
-    if not plan.keep_alive:
+    if not plan.manner.keep_alive:
         fields["connection"] = "close"
     lines = [f"POST {target.path(plan.endpoint)} HTTP/1.1", *(f"{name}: {value}" for name, value in fields.items())]
     return "".join(f"{line}\r\n" for line in lines).encode("ascii")

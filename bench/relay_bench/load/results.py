@@ -57,8 +57,8 @@ def result_of(
     outputs = sum(record.completion_tokens or 0 for record in completed)
     result: Result = {
         "date": time.strftime("%Y%m%d-%H%M%S"),
-        "endpoint_type": plan.route.value,
-        "backend": plan.route.value,
+        "endpoint_type": plan.manner.route.value,
+        "backend": plan.manner.route.value,
         "label": label or None,
         "model_id": plan.model,
         "tokenizer_id": None,
@@ -87,7 +87,7 @@ def result_of(
         result["request_goodput"] = _per(good, duration_s)
         result["slo_attainment"] = _per(good, len(measured))
         result["goodput_config"] = {objective.metric: objective.limit_ms for objective in plan.objectives}
-    if plan.is_detailed:
+    if plan.manner.is_detailed:
         result |= _arrays(measured)
     histograms = _histograms(completed, measured, tally)
     for metric in REQUEST_METRICS:
@@ -166,7 +166,7 @@ def file_name(plan: Plan, label: str) -> str:
     rate = "trace" if plan.trace else f"{plan.request_rate:g}qps"
     places = f"-concurrency{plan.max_concurrency}" if plan.max_concurrency else ""
     model = plan.model.rpartition("/")[2]
-    return f"{label or plan.route.value}-{rate}{places}-{model}-{time.strftime('%Y%m%d-%H%M%S')}.json"
+    return f"{label or plan.manner.route.value}-{rate}{places}-{model}-{time.strftime('%Y%m%d-%H%M%S')}.json"
 
 
 # -- parts

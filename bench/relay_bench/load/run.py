@@ -45,23 +45,14 @@ def jobs_of(plan: Plan, target: Target) -> list[Job]:
     return [
         Job(
             target=target,
-            route=plan.route,
+            manner=plan.manner,
             head=head_of(plan, target),
             items=list(plan.items[share::processes]),
             total=len(plan.items),
-            request_id_prefix=plan.request_id_prefix,
             max_concurrency=places + (share < more),
-            is_closed_loop=plan.is_closed_loop,
-            duration_ns=round(plan.duration_s * _NS) if plan.is_closed_loop else 0,
-            timeout_s=plan.timeout_s,
-            keep_alive=plan.keep_alive,
-            verify_tls=plan.verify_tls,
-            continuous_usage=plan.continuous_usage,
-            has_stamps=plan.has_stamps,
-            is_exact=plan.is_exact,
+            duration_ns=round(plan.duration_s * _NS) if plan.manner.is_closed_loop else 0,
             measured_from_ns=round(plan.warmup_s * _NS),
             measured_to_ns=end_ns,
-            is_detailed=plan.is_detailed,
             num_warmups=-(-plan.num_warmups // processes),
         )
         for share in range(processes)

@@ -48,27 +48,33 @@ class Item(msgspec.Struct, array_like=True):
     output_len: int | None
 
 
-class Job(msgspec.Struct, kw_only=True):
-    """What one load process is to do."""
+class Manner(msgspec.Struct, frozen=True, kw_only=True):
+    """How requests are sent and answers read: of a plan, and the same for each of its jobs."""
 
-    target: Target
     route: Route
-    head: bytes  #: request line and fields, but for length and id
-    items: list[Item]  #: in the order of their instants
-    total: int  #: items of all processes
     request_id_prefix: str = ""  #: empty: none is sent
-    max_concurrency: int = 0  #: 0: no limit
     is_closed_loop: bool = False  #: instants do not matter: the next request goes when a place is free
-    duration_ns: int = 0  #: closed loop: none is sent later; items are used again if they run out. 0: each item once
     timeout_s: float = 600.0
     keep_alive: bool = True
     verify_tls: bool = True
     continuous_usage: bool = False
     has_stamps: bool = False
     is_exact: bool = False  #: answers must be as long as asked for
+    is_detailed: bool = False  #: records keep all content frames' marks
+
+
+class Job(msgspec.Struct, kw_only=True):
+    """What one load process is to do."""
+
+    target: Target
+    manner: Manner
+    head: bytes  #: request line and fields, but for length and id
+    items: list[Item]  #: in the order of their instants
+    total: int  #: items of all processes
+    max_concurrency: int = 0  #: 0: no limit
+    duration_ns: int = 0  #: closed loop: none is sent later; items are used again if they run out. 0: each item once
     measured_from_ns: int = 0
     measured_to_ns: int | None = None
-    is_detailed: bool = False  #: records keep all content frames' marks
     num_warmups: int = 0  #: requests sent one after the other before the run, in no figure
 
 
@@ -114,15 +120,16 @@ class Run:
 
     def __init__(self, job: Job, emit: Callable[[Progress], None], *, block_s: float = 0.0) -> None:
         self._job = job
+        self._manner = manner = job.manner
         self._emit = emit
         self._block_s = block_s
         self._tally = Tally([], Histogram(), Histogram(), Histogram(), Histogram(), cpu_s=0.0, wall_s=0.0)
         self._client = Client(
             job.target,
             self._on_done,
-            timeout_s=job.timeout_s,
-            keep_alive=job.keep_alive,
-            tls=_tls_context(job) if job.target.tls_name else None,
+            timeout_s=manner.timeout_s,
+            keep_alive=manner.keep_alive,
+            tls=_tls_context(manner) if job.target.tls_name else None,
             client_delay=self._tally.client_delay,
         )
         self._pending = deque(job.items)
@@ -179,13 +186,13 @@ class Run:
         since_ns = now_ns - self._start_ns
         if since_ns < 0:
             return self._start_ns
-        if self._job.is_closed_loop:
+        if self._manner.is_closed_loop:
             self._fill_places()
         else:
             self._send_due(since_ns)
         if now_ns >= self._next_report_ns:
             self._report(now_ns)
-        if self._pending and not self._job.is_closed_loop:
+        if self._pending and not self._manner.is_closed_loop:
             return min(self._next_report_ns, self._start_ns + self._pending[0].planned_ns)
         return self._next_report_ns
 
@@ -212,12 +219,12 @@ class Run:
         self._client.start(self._exchange(item, planned_ns, due_ns), time.monotonic_ns())
 
     def _exchange(self, item: Item, planned_ns: int, due_ns: int) -> Exchange:
-        job = self._job
+        manner = self._manner
         fields = f"content-length: {len(item.body)}\r\n"
-        if job.request_id_prefix:
-            fields += f"x-request-id: {job.request_id_prefix}-{item.index}\r\n"
-        request = job.head + fields.encode("ascii") + b"\r\n" + item.body
-        answer = Answer(job.route, continuous_usage=job.continuous_usage, has_stamps=job.has_stamps)
+        if manner.request_id_prefix:
+            fields += f"x-request-id: {manner.request_id_prefix}-{item.index}\r\n"
+        request = self._job.head + fields.encode("ascii") + b"\r\n" + item.body
+        answer = Answer(manner.route, continuous_usage=manner.continuous_usage, has_stamps=manner.has_stamps)
         self._in_flight += 1
         exchange = Exchange(item.index, request, answer, planned_ns, due_ns)
         exchange.expected = item.output_len
@@ -244,7 +251,7 @@ class Run:
 
     def _record(self, exchange: Exchange) -> Record:
         job, answer, start_ns = self._job, exchange.answer, self._start_ns
-        label, error = answer.fault(exchange.expected, is_exact=job.is_exact)
+        label, error = answer.fault(exchange.expected, is_exact=self._manner.is_exact)
         content = answer.content_ns
         usage = answer.usage
         end_ns = job.measured_to_ns
@@ -276,7 +283,7 @@ class Run:
             finish_reason=answer.meter.finish_reason,
             is_measured=job.measured_from_ns <= exchange.planned_ns
             and (end_ns is None or exchange.planned_ns < end_ns),
-            content_ns=[mark - start_ns for mark in content] if job.is_detailed else None,
+            content_ns=[mark - start_ns for mark in content] if self._manner.is_detailed else None,
         )
 
     def _count_frames(self, exchange: Exchange, record: Record) -> None:
@@ -295,7 +302,7 @@ class Run:
             record.itl_source, itls = "frames", gaps
         for itl in itls:
             tally.itl.add(itl)
-        if self._job.is_detailed and record.itl_source != "none":
+        if self._manner.is_detailed and record.itl_source != "none":
             record.itls_ns = itls
         tally.lost_stamps += answer.lost_stamps
         stamps = answer.stamps_us
@@ -312,9 +319,9 @@ class Run:
         self._progress.ttfts_ns = []
 
 
-def _tls_context(job: Job) -> ssl.SSLContext:
+def _tls_context(manner: Manner) -> ssl.SSLContext:
     context = ssl.create_default_context()
-    if not job.verify_tls:
+    if not manner.verify_tls:
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
     return context
