@@ -18,8 +18,6 @@ from relay_bench.load.answer import Answer
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from relay.core.framing import Buffer
-
 #: Seconds after which an answer that has not ended never will.
 PATIENCE_S: Final = 60.0
 #: Seconds that a client waits after a failure: one that asks again at once would ask a thousand times.
@@ -56,12 +54,12 @@ class ErrorCounter(Meter):
         super().__init__(route)
         self.error_frames = 0
 
-    def inspect(self, frame: Buffer) -> None:
-        """See `Meter.inspect`."""
+    def inspect_data(self, data: bytes, event: bytes = b"") -> None:
+        """See `Meter.inspect_data`: what every frame that is not ordinary comes to."""
         counter = Meter(self.route)
-        counter.inspect(frame)
+        counter.inspect_data(data, event)
         self.error_frames += counter.error is not None
-        super().inspect(frame)
+        super().inspect_data(data, event)
 
 
 class Ask(msgspec.Struct, frozen=True, kw_only=True):

@@ -59,10 +59,10 @@ class CountingMeter(Meter):
         super().__init__(route)
         self.token_counts: list[int] = []
 
-    def inspect(self, frame: bytes | bytearray) -> None:
-        """See `Meter.inspect`."""
+    def inspect_data(self, data: bytes, event: bytes = b"") -> None:
+        """See `Meter.inspect_data`: what every frame that is not ordinary comes to, and one with usage is not."""
         frames, usage = self.content_frames, self.usage
-        super().inspect(frame)
+        super().inspect_data(data, event)
         if self.content_frames > frames and self.usage is not None and self.usage is not usage:
             self.token_counts.append(self.usage.completion_tokens or 0)
 
