@@ -219,6 +219,27 @@ async def test_in_a_closed_loop_a_request_is_due_when_its_place_became_free(engi
     assert all(one.planned_ns == one.due_ns < one.sent_ns for one in tally.records)
 
 
+async def test_a_place_is_filled_before_the_next_answer_is_looked_at(serve: Callable[..., Awaitable[str]]) -> None:
+    """Two answers come at once: the request that follows the first does not wait for the second to be read."""
+    body = b'data: {"choices":[{"delta":{"content":"x"}}]}\n\ndata: [DONE]\n\n'
+    head = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ncontent-length: %d\r\n\r\n" % len(body)
+    waiting: list[trio.SocketStream] = []
+
+    async def handler(stream: trio.SocketStream) -> None:
+        await read_request(stream)
+        waiting.append(stream)
+        if len(waiting) == 2:
+            for one in waiting:
+                os.write(one.socket.fileno(), head + body)  # without a chance for the client in between
+        await read_request(stream)
+        await stream.send_all(head + body)
+
+    tally = await load(job_for(await serve(handler), total=3, max_concurrency=2, is_closed_loop=True))
+    assert labels(tally) == [""] * 3
+    first, second = sorted(tally.records, key=lambda one: one.done_ns)[:2]
+    assert first.done_ns < max(one.sent_ns for one in tally.records) < second.done_ns
+
+
 async def test_warm_ups_are_all_of_one_prompt(engine: Engine) -> None:
     """What prefix caches know of the prompts that are measured is the first of them at most."""
     await load(job_for(engine.url, total=3, every_ns=MS, num_warmups=2, request_id_prefix="t"))

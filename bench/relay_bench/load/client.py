@@ -96,6 +96,7 @@ class Client:
         self._epoll = select.epoll()
         self._epoll.register(self._alarm.fileno(), select.EPOLLIN)
         self._next_sweep_ns = time.monotonic_ns() + _SWEEP_NS
+        self._wake_ns = 0
 
     def __repr__(self) -> str:
         return f"<Client {self._target.url} active={len(self._active)} idle={len(self._idle)}>"
@@ -129,18 +130,23 @@ class Client:
             await trio.lowlevel.checkpoint()
         alarm = self._alarm.fileno()
         now_ns = time.monotonic_ns()
+        self._wake_ns = wake_ns
         for fileno, mask in events:
-            if wake_ns and now_ns >= wake_ns:
-                wake_ns = on_due(now_ns)
+            if self._wake_ns and now_ns >= self._wake_ns:
+                self._wake_ns = on_due(now_ns)
             if fileno == alarm:
                 self._alarm.take()
                 now_ns = time.monotonic_ns()
             else:
                 now_ns = self._serve(fileno, mask)
-        if wake_ns and now_ns >= wake_ns:
+        if self._wake_ns and now_ns >= self._wake_ns:
             on_due(now_ns)
         if now_ns >= self._next_sweep_ns:
             self._sweep(now_ns)
+
+    def wake(self) -> None:
+        """Has `on_due` called before the next event: a request has become due out of turn."""
+        self._wake_ns = 1
 
     def _sweep(self, now_ns: int) -> None:
         self._next_sweep_ns = now_ns + _SWEEP_NS

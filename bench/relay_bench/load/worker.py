@@ -236,6 +236,7 @@ class Run:
         self._in_flight -= 1
         if self._job.max_concurrency:
             self._free.append(exchange.done_ns - self._start_ns)
+            self._client.wake()
         record = self._record(exchange)
         self._tally.records.append(record)
         progress = self._progress
