@@ -12,8 +12,10 @@ from typing import Any
 import trio
 
 from relay.core.request import Route
+from relay_bench.load import options
 from relay_bench.load.datasets import ENDPOINTS, Ask, Form
 from relay_bench.load.records import Record, Tally
+from relay_bench.load.stats import Histogram
 from relay_bench.load.target import resolve
 from relay_bench.load.worker import Item, Job, Manner, Progress, Run
 
@@ -79,3 +81,12 @@ def record(**fields: Any) -> Record:
         "frames": 6,
     }  # fmt: skip
     return Record(**(usual | fields))
+
+
+def plan_for(*words: str, is_detailed: bool = False, variant: str = "") -> options.Plan:
+    chosen = options.parsed("http://127.0.0.1:1", *words)
+    return options.plan_of(chosen, model="m", is_detailed=is_detailed, variant=variant)
+
+
+def tally_of(*records: Record, gaps: Histogram | None = None, cpu_s: float = 0.1) -> Tally:
+    return Tally(list(records), gaps or Histogram(), Histogram(), Histogram(), Histogram(), cpu_s, 1.0)
