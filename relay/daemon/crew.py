@@ -83,7 +83,7 @@ class Crew:
         self._key_limits = KeyLimits(scoreboard)
         self._hands: list[_Hand] = []
         self._nursery: trio.Nursery | None = None
-        self._dismissed: set[int | None] = set()  # those that there are to be fewer for
+        self._dismissed: set[int] = set()  # pids of those that there are to be fewer for
         self._version = 1  #: of the fleet as the workers know it, or are about to
         self._questions = 0
         self._has_changed = trio.Event()
@@ -149,7 +149,8 @@ class Crew:
         staying = [hand for hand in self._hands if not hand.is_leaving]
         for hand in staying[count:]:
             hand.is_leaving = True
-            self._dismissed |= {hand.pid}
+            if hand.pid is not None:
+                self._dismissed.add(hand.pid)
             self._nursery.start_soon(self._see_off, hand)
         taken = {hand.number for hand in self._hands}
         free = (number for number in itertools.count(1) if number not in taken)
@@ -170,13 +171,16 @@ class Crew:
             hand.slot.set_beat(began)
             try:
                 sock = self._forker.fork(hand.number - 1)
-            except OSError:
+            except ConnectionError:
                 return  # `_watch_forker` knows
-            with sock:
-                await self._listen_to(hand, Channel(sock))
-            held = hand.slot.vacate()
-            self._limits.give_back(held)
-            self._key_limits.give_back(held)
+            except OSError as exc:
+                say(f"relay: cannot begin a worker: {exc.strerror}; trying again", Priority.ERROR)
+            else:
+                with sock:
+                    await self._listen_to(hand, Channel(sock))
+                held = hand.slot.vacate()
+                self._limits.give_back(held)
+                self._key_limits.give_back(held)
             if time.monotonic() - began > STEADY_S:
                 delay_s = FIRST_DELAY_S
             with trio.move_on_after(delay_s):
@@ -226,9 +230,13 @@ class Crew:
                 for hand in self._hands:
                     if hand.number == event.slot + 1:
                         hand.pid = event.pid
-            elif event.status or not (self._is_ending or event.pid in self._dismissed):
+                        if hand.is_leaving:
+                            self._dismissed.add(event.pid)
+                continue
+            if event.status or not (self._is_ending or event.pid in self._dismissed):
                 how = signal.Signals(-event.status).name if event.status < 0 else f"status {event.status}"
                 say(f"relay: worker {event.pid} ended with {how}", Priority.ERROR)
+            self._dismissed.discard(event.pid)  # another may get the number
         if not self._is_ending:
             say("relay: the process that workers are forked from is gone; draining", Priority.ERROR)
             on_lost()

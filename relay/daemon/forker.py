@@ -22,6 +22,8 @@ from typing import Final
 import msgspec
 import trio
 
+from relay.net.notices import Priority, say
+
 _BYTES: Final = 256
 #: Signals that a terminal sends to all processes: the control process alone decides what they mean.
 _IGNORED: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -74,7 +76,10 @@ class Forker:
         return f"<Forker pid={self.pid}>"
 
     def fork(self, slot: int) -> socket.socket:
-        """Has a worker begin; answers the other end of its socket pair. Raises OSError if the helper is gone."""
+        """Has a worker begin; answers the other end of its socket pair.
+
+        Raises ConnectionError if the helper is gone, OSError if it cannot be asked now.
+        """
         mine, its = socket.socketpair()
         with its:
             socket.send_fds(self._sock, [slot.to_bytes(2, "big")], [its.fileno()])
@@ -142,7 +147,12 @@ def _serve(sock: socket.socket, work: Callable[[int, socket.socket], int]) -> in
             if not data:
                 return _wait_for_all()
             slot = int.from_bytes(data, "big")
-            pid = os.fork()
+            try:
+                pid = os.fork()
+            except OSError as exc:  # the control process sees that nobody is at the other end
+                say(f"relay: cannot fork a worker: {exc.strerror}; trying again", Priority.ERROR)
+                os.close(fds[0])
+                continue
             if not pid:
                 signal.set_wakeup_fd(-1)
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)

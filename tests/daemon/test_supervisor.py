@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import socket
@@ -29,6 +30,7 @@ from relay.net.guard import Credentials
 from relay.net.pump import Pump
 from relay.net.service import Service
 from relay.net.shares import Permits, Shares
+from tests.e2e.harness import until
 
 # -- how many
 
@@ -302,6 +304,27 @@ async def test_workers_are_forked_reaped_and_forked_again() -> None:
         forker.close()
 
 
+async def test_a_helper_that_cannot_fork_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    outcomes = iter([os.fork, None, os.fork])  # the helper itself, and two workers
+
+    def fork() -> int:
+        outcome = next(outcomes)
+        if outcome is None:
+            raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+        return outcome()
+
+    monkeypatch.setattr(os, "fork", fork)
+    forker = Forker(lambda slot, sock: len(sock.recv(10)))
+    try:
+        with trio.fail_after(10):
+            with forker.fork(0) as sock:
+                assert sock.recv(10) == b""
+            with forker.fork(0) as sock:
+                assert isinstance(await forker.next_event(), Forked)
+    finally:
+        forker.close()
+
+
 # -- all together
 
 
@@ -310,15 +333,57 @@ class Unforked:
 
     pid = 0
 
-    def __init__(self) -> None:
+    def __init__(self, *errors: OSError) -> None:
         self.ends: dict[int, socket.socket] = {}
+        self.errors = [*errors]  #: what the next are not forked for
+        self.events, self.next_events = trio.open_memory_channel[Forked | Ended](10)
 
     def fork(self, slot: int) -> socket.socket:
+        if self.errors:
+            raise self.errors.pop(0)
         mine, self.ends[slot] = socket.socketpair()
         return mine
 
-    async def next_event(self) -> None:
-        await trio.sleep_forever()
+    async def next_event(self) -> Forked | Ended:
+        return await self.next_events.receive()
+
+
+async def test_a_worker_that_cannot_be_begun_is_begun_later(
+    nursery: trio.Nursery, capsys: pytest.CaptureFixture[str]
+) -> None:
+    forker = Unforked(OSError(errno.EMFILE, "Too many open files"))
+    config = Config(pools=(PoolConfig(upstreams=(parse_upstream("http://a:1"),)),))
+    crew = Crew(Service(config, Pump(), None), Scoreboard(1), forker, Listeners())  # type: ignore[arg-type]
+    nursery.start_soon(crew.run, 1, lambda: None)
+    await until(lambda: bool(forker.ends))
+    with forker.ends[0]:
+        channel = Channel(forker.ends[0])
+        nursery.start_soon(channel.deliver)
+        assert isinstance(await channel.receive(), messages.Fleet)
+        channel.send(Done(1))
+        with trio.fail_after(5):
+            await crew.begun()
+        nursery.cancel_scope.cancel()
+    assert capsys.readouterr().err == "relay: cannot begin a worker: Too many open files; trying again\n"
+
+
+async def test_a_pid_that_comes_again_is_told_of(nursery: trio.Nursery, capsys: pytest.CaptureFixture[str]) -> None:
+    """A worker that there are to be fewer for may end; who has its pid later may not."""
+    forker = Unforked()
+    config = Config(pools=(PoolConfig(upstreams=(parse_upstream("http://a:1"),)),))
+    crew = Crew(Service(config, Pump(), None), Scoreboard(2), forker, Listeners())  # type: ignore[arg-type]
+    nursery.start_soon(crew.run, 2, lambda: None)
+    await trio.testing.wait_all_tasks_blocked()
+    crew.resize(1)
+    pid = 2**30  # nobody's
+    for slot in (1, 0):
+        for event in (Forked(slot, pid), Ended(pid, 0)):
+            await forker.events.send(event)
+        await trio.testing.wait_all_tasks_blocked()
+    assert capsys.readouterr().err == f"relay: worker {pid} ended with status 0\n"
+    for end in forker.ends.values():
+        end.close()
+    nursery.cancel_scope.cancel()
 
 
 async def test_what_waits_for_a_worker_that_does_not_read_is_bounded(nursery: trio.Nursery) -> None:
