@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import socket
@@ -149,8 +150,8 @@ def _listen(address: Address, kind: type[socket.socket]) -> socket.socket:
 def _bind_unix(sock: socket.socket, path: str) -> None:
     try:
         sock.bind(path)
-    except OSError:
-        if not _is_abandoned(path):
+    except OSError as exc:
+        if exc.errno != errno.EADDRINUSE or not _is_abandoned(path):
             raise
         os.unlink(path)
         sock.bind(path)

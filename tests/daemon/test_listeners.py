@@ -104,3 +104,8 @@ def test_a_file_that_is_in_use_or_no_socket_is_not(listeners: Listeners, tmp_pat
     with pytest.raises(StartError, match=f"^cannot listen on unix:{text}: Address already in use$"):
         listeners.change([unix(text)])
     assert text.read_text() == "mine"
+
+
+def test_where_no_file_can_be_made_it_says_why(listeners: Listeners) -> None:
+    with pytest.raises(StartError, match=r"/sys/relay: (Operation not permitted|Permission denied|Read-only file sys)"):
+        listeners.change([unix(Path("/sys/relay"))])
