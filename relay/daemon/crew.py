@@ -23,7 +23,7 @@ from relay.daemon.forker import Forked, Forker
 from relay.daemon.key_limits import Bucket, KeyLimits
 from relay.daemon.limits import Limit, Limits
 from relay.daemon.listeners import Listeners
-from relay.daemon.messages import Channel, Done, KeyLimit, Member, Message, PoolMembers, Said
+from relay.daemon.messages import Channel, Copy, Done, KeyLimit, Member, Message, PoolMembers, Said
 from relay.daemon.scoreboard import MOST_NUMBERS, Numbers, Scoreboard, Slot
 from relay.net.fleet import Pool
 from relay.net.notices import Priority, say
@@ -299,16 +299,16 @@ class Crew:
         if not self._is_over(hand) and hand.sockets != [*sockets]:
             added = [number for number in sockets if number not in hand.sockets]
             secure = [number for number in added if isinstance(sockets[number], TlsListener)]
-            hand.channel.send(messages.Listen([*sockets], added, secure), [sockets[each].fileno() for each in added])
+            hand.channel.send(messages.Listen([*sockets], added, secure), [Copy(sockets[each]) for each in added])
             hand.sockets = [*sockets]
         limits = dict(self._limits.by_number)
         new = [number for number, limit in limits.items() if hand.limits.get(number) is not limit]
         for at in range(0, len(new), messages.MOST_FDS):
             numbers = new[at : at + messages.MOST_FDS]
-            hand.channel.send(messages.Limits(numbers), [limits[number].fd for number in numbers])
+            hand.channel.send(messages.Limits(numbers), [limits[number] for number in numbers])
         hand.limits = limits
-        for order, fds in self._key_limits.orders(hand.key_limits):
-            hand.channel.send(order, fds)
+        for order, sources in self._key_limits.orders(hand.key_limits):
+            hand.channel.send(order, sources)
         config, guard = self._service.config, self._service.guard
         news = None if hand.config is config else (config, guard.credentials)
         workers = [each.number - 1 for each in self._hands]

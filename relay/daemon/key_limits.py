@@ -69,10 +69,18 @@ class Bucket:
         if self._owed >= 1:
             self._owed -= self._add(int(self._owed))
 
-    def close(self) -> None:
-        """Nobody is limited by it any more."""
-        os.close(self.fd)
+    def fileno(self) -> int:
+        return self.fd
+
+    def end(self) -> None:
+        """Nobody is limited by it any more, nor who has not been told so yet: what is read is the pipe's end."""
         os.close(self._filled_from)
+        self._filled_from = -1
+
+    def __del__(self) -> None:
+        os.close(self.fd)
+        if self._filled_from >= 0:
+            self.end()
 
     def _add(self, number: int) -> int:
         """Puts in as many tokens; answers how many the pipe has taken."""
@@ -116,7 +124,7 @@ class KeyLimits:
 
     def _settle_buckets(self, wanted: Mapping[str, int]) -> None:
         for name in self._buckets.keys() - wanted.keys():
-            self._buckets.pop(name).close()
+            self._buckets.pop(name).end()
         now = time.monotonic()
         for name, per_minute in wanted.items():
             if name in self._buckets:
@@ -124,8 +132,8 @@ class KeyLimits:
             else:
                 self._buckets[name] = Bucket(per_minute, now)
 
-    def changes(self, told: dict[KeyLimit, Limit | Bucket]) -> Iterator[tuple[KeyLimit, int | None]]:
-        """Limits that are new since `told`, each with its descriptor, or gone (None); `told` is brought up to date."""
+    def changes(self, told: dict[KeyLimit, Limit | Bucket]) -> Iterator[tuple[KeyLimit, Limit | Bucket | None]]:
+        """Limits that are new since `told`, each with its source, or gone (None); `told` is brought up to date."""
         now = dict(self._all())
         for limit in told.keys() - now.keys():
             del told[limit]
@@ -133,18 +141,18 @@ class KeyLimits:
         for limit, source in now.items():
             if told.get(limit) is not source:
                 told[limit] = source
-                yield limit, source.fd
+                yield limit, source
 
-    def orders(self, told: dict[KeyLimit, Limit | Bucket]) -> Iterator[tuple[messages.KeyLimits, list[int]]]:
+    def orders(self, told: dict[KeyLimit, Limit | Bucket]) -> Iterator[tuple[messages.KeyLimits, list[Limit | Bucket]]]:
         """What a worker is to be sent of its `changes`, with the descriptors beside it."""
         changes = [*self.changes(told)]
-        gone = [limit for limit, fd in changes if fd is None]
+        gone = [limit for limit, source in changes if source is None]
         if gone:
             yield messages.KeyLimits(gone, are_gone=True), []
-        new = [(limit, fd) for limit, fd in changes if fd is not None]
+        new = [(limit, source) for limit, source in changes if source is not None]
         for at in range(0, len(new), MOST_FDS):
             some = new[at : at + MOST_FDS]
-            yield messages.KeyLimits([limit for limit, _ in some], are_gone=False), [fd for _, fd in some]
+            yield messages.KeyLimits([limit for limit, _ in some], are_gone=False), [source for _, source in some]
 
     def give_back(self, held: Mapping[int, int]) -> None:
         """The places of a worker that is gone, by number, are free again."""
@@ -189,5 +197,5 @@ class OwnKeyLimits(KeyLimits):
     def settle(self, wanted: Mapping[str, KeyLimitsConfig]) -> None:
         """From now on these are the limits, by key."""
         super().settle(wanted)
-        for limit, fd in self.changes(self._imposed):
-            impose(self._keys, limit, None if fd is None else os.dup(fd), self._held)
+        for limit, source in self.changes(self._imposed):
+            impose(self._keys, limit, None if source is None else os.dup(source.fd), self._held)

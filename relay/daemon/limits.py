@@ -23,6 +23,9 @@ class Limit:
     def __repr__(self) -> str:
         return f"<Limit {self.most} issued={self.issued}>"
 
+    def fileno(self) -> int:
+        return self.fd
+
     def __del__(self) -> None:
         os.close(self.fd)  # when also nobody waits for its permits any more
 

@@ -11,7 +11,8 @@ import os
 import socket
 from collections import deque
 from collections.abc import Sequence
-from typing import Final
+from contextlib import suppress
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 import trio
@@ -19,6 +20,9 @@ import trio
 from relay.address import UpstreamConfig
 from relay.config import Config
 from relay.net.guard import Credentials
+
+if TYPE_CHECKING:
+    from _typeshed import HasFileno
 
 _HEAD_BYTES: Final = 4
 _READ_BYTES: Final = 65536
@@ -133,8 +137,21 @@ Order = Fleet | Listen | Limits | KeyLimits | AskStatus | AskExchanges | Call | 
 Reply = Done | Said
 Message = Order | Reply
 
-encode: Final = msgspec.msgpack.Encoder().encode
+_encode: Final = msgspec.msgpack.Encoder().encode
 _decode: Final = msgspec.msgpack.Decoder(Message).decode
+
+
+class Copy:
+    """Another descriptor of what may be closed before it has been sent."""
+
+    def __init__(self, file: HasFileno) -> None:
+        self._fd = os.dup(file.fileno())
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def __del__(self) -> None:
+        os.close(self._fd)
 
 
 class Channel:
@@ -145,19 +162,18 @@ class Channel:
         self.unsent_bytes = 0
         self.fds: deque[int] = deque()  #: received, and not yet taken by whom they are for
         self._received = bytearray()
-        self._unsent: deque[tuple[memoryview, Sequence[int]]] = deque()
+        self._unsent: deque[tuple[memoryview, Sequence[HasFileno]]] = deque()
         self._wake = trio.Event()
         sock.setblocking(False)
 
     def __repr__(self) -> str:
         return f"<Channel {self.sock.fileno()} unsent={self.unsent_bytes}>"
 
-    def send(self, message: Message, fds: Sequence[int] = ()) -> None:
-        """Sends a message, as soon as the other end takes it."""
-        data = encode(message)
+    def send(self, message: Message, files: Sequence[HasFileno] = ()) -> None:
+        """Sends a message, as soon as the other end takes it. `files` are open until then."""
+        data = _encode(message)
         self.unsent_bytes += _HEAD_BYTES + len(data)
-        kept = [os.dup(fd) for fd in fds]  # the caller's may be closed by then
-        self._unsent.append((memoryview(len(data).to_bytes(_HEAD_BYTES, "big") + data), kept))
+        self._unsent.append((memoryview(len(data).to_bytes(_HEAD_BYTES, "big") + data), files))
         self._wake.set()
 
     async def deliver(self) -> None:
@@ -166,25 +182,26 @@ class Channel:
             await self._wake.wait()
             self._wake = trio.Event()
             while self._unsent:
-                data, fds = self._unsent[0]
+                data, files = self._unsent[0]
                 try:
+                    fds = [file.fileno() for file in files]
                     sent = socket.send_fds(self.sock, [data], fds) if fds else self.sock.send(data)
                 except BlockingIOError:
                     await trio.lowlevel.wait_writable(self.sock)
                     continue
-                except OSError:
+                except OSError:  # where it is not gone, it cannot be told any more
+                    with suppress(OSError):
+                        self.sock.shutdown(socket.SHUT_RDWR)
                     return
                 self.unsent_bytes -= sent
-                for fd in fds:
-                    os.close(fd)
                 if sent == len(data):
                     self._unsent.popleft()
                 else:
                     self._unsent[0] = data[sent:], ()
 
     def close(self) -> None:
-        """Closes what has not been sent and what has not been taken; the socket is its owner's."""
-        for fd in [*self.fds, *(fd for _, fds in self._unsent for fd in fds)]:
+        """Drops what has not been sent, and closes what has not been taken; the socket is its owner's."""
+        for fd in self.fds:
             os.close(fd)
         self.fds.clear()
         self._unsent.clear()

@@ -32,8 +32,8 @@ class Workers:
         self.wanted = wanted
         self.limits.settle(wanted)
         for keys, slot, told in zip(self.keyrings, self.scoreboard.slots, self.told, strict=True):
-            for limit, fd in self.limits.changes(told):
-                impose(keys, limit, None if fd is None else os.dup(fd), slot.held)
+            for limit, source in self.limits.changes(told):
+                impose(keys, limit, None if source is None else os.dup(source.fd), slot.held)
 
     def enter(self, at: int, name: str = "alice") -> Visit | None:
         """A request to one of them; None: it is refused."""
@@ -93,8 +93,8 @@ def test_a_limit_that_went_and_came_back_is_told_anew() -> None:
     for config in ({"alice": wanted}, {}, {"alice": wanted}):
         limits.settle(config)
         if config:  # in between nobody tells the worker
-            for limit, fd in limits.changes(told):
-                impose(keyring, limit, None if fd is None else os.dup(fd), held)
+            for limit, source in limits.changes(told):
+                impose(keyring, limit, None if source is None else os.dup(source.fd), held)
             keyring.of("alice").enter(wanted).end()
     assert [*limits.changes(told)] == []
 
@@ -128,7 +128,6 @@ def test_a_bucket_holds_a_minutes_worth_and_fills_evenly(per_minute: int) -> Non
     assert abs(taken - 11 * per_minute) <= 1
     bucket.refill(now + 3600)  # it does not save up
     assert bucket.free == per_minute
-    bucket.close()
 
 
 @pytest.mark.parametrize("per_minute", [60, 5000, 50_000])
@@ -141,7 +140,6 @@ def test_a_bucket_that_is_never_empty_is_filled_up_again(per_minute: int) -> Non
             assert tokens.take()
         bucket.refill(60.0 * at)
         assert bucket.free == per_minute
-    bucket.close()
 
 
 def test_a_bucket_of_another_size_keeps_what_is_in_it() -> None:
@@ -155,7 +153,6 @@ def test_a_bucket_of_another_size_keeps_what_is_in_it() -> None:
     assert bucket.free == 50_000
     bucket.set(5, 60.0)
     assert bucket.free == 5
-    bucket.close()
 
 
 def test_a_key_that_is_refused_is_told_when_to_come_again() -> None:

@@ -16,12 +16,13 @@ import trio
 import trio.testing
 
 from relay.address import parse_upstream
-from relay.config import Config, DaemonConfig, PoolConfig, PriceConfig
+from relay.config import Config, DaemonConfig, KeyLimitsConfig, PoolConfig, PriceConfig
 from relay.core import metrics
 from relay.core.board import Board, total
 from relay.daemon import messages, worker
 from relay.daemon.crew import MOST_UNSENT_BYTES, TELL_S, Crew
 from relay.daemon.forker import Ended, Forked, Forker
+from relay.daemon.key_limits import KeyLimits
 from relay.daemon.limits import Limits
 from relay.daemon.listeners import Listeners
 from relay.daemon.messages import Channel, Done, Said
@@ -201,17 +202,42 @@ async def test_a_limit_that_goes_while_it_shrinks_leaves_no_descriptor(nursery: 
 # -- what is told
 
 
-async def test_what_a_worker_that_is_gone_was_to_be_sent_is_closed() -> None:
+async def test_what_waits_to_be_sent_takes_no_descriptors_and_is_closed_with_its_worker() -> None:
     before = descriptors()
+    scoreboard = Scoreboard(1)
+    limits = KeyLimits(scoreboard)
+    limits.settle({str(at): KeyLimitsConfig(max_in_flight=1, requests_per_minute=1) for at in range(100)})
     one, other = socket.socketpair()
     with one:
-        channel = Channel(one)
+        channels = [Channel(one) for _ in range(20)]  # as many workers
+        settled = descriptors()
+        for channel in channels:
+            for order in limits.orders({}):
+                channel.send(*order)
+        del order
+        assert descriptors() == settled
+        limits.settle({})
         other.close()
-        channel.send(messages.Limits([0, 1]), [0, 1])
-        await channel.deliver()
-        channel.send(messages.Limits([2]), [2])
-        channel.close()
+        await channels[0].deliver()
+        for channel in channels:
+            channel.close()
     assert descriptors() == before
+
+
+async def test_a_worker_that_cannot_be_told_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else it would go on with what it was told before."""
+
+    def send_fds(*_: object) -> int:
+        raise OSError(errno.ETOOMANYREFS, "Too many references: cannot splice")
+
+    monkeypatch.setattr(socket, "send_fds", send_fds)
+    async with channels() as (one, other):
+        limits = Limits()
+        limits.set(7, 1)
+        one.send(messages.Limits([7]), [limits.by_number[7]])
+        with trio.fail_after(5):
+            assert await one.receive() is None
+            assert await other.receive() is None
 
 
 @asynccontextmanager
@@ -254,8 +280,9 @@ async def test_descriptors_are_there_when_their_message_is() -> None:
     reading, writing = os.pipe()
     async with channels() as (one, other):
         one.send(Said(1, b"x" * 300_000))
-        one.send(messages.Limits([7]), [writing])
-        os.close(writing)
+        file = os.fdopen(writing, "wb")
+        one.send(messages.Limits([7]), [messages.Copy(file)])
+        file.close()
         assert isinstance(await other.receive(), Said)
         assert await other.receive() == messages.Limits([7])
         (fd,) = other.fds
