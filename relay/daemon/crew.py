@@ -18,16 +18,14 @@ from relay.config import Config
 from relay.core.board import total
 from relay.core.metrics import IN_FLIGHT
 from relay.core.status import ExchangeStatus, Status
-from relay.daemon import messages, worker
+from relay.daemon import messages
 from relay.daemon.forker import Forked, Forker
-from relay.daemon.key_limits import Bucket, KeyLimits
-from relay.daemon.limits import Limit, Limits
 from relay.daemon.listeners import Listeners
-from relay.daemon.messages import Channel, Copy, Done, KeyLimit, Member, Message, PoolMembers, Said
-from relay.daemon.scoreboard import MOST_NUMBERS, Numbers, Scoreboard, Slot
-from relay.net.fleet import Pool
+from relay.daemon.membership import Membership, Told
+from relay.daemon.messages import Channel, Copy, Done, Message, PoolMembers, Said, parts
+from relay.daemon.process import CUT_S, GRACE_S
+from relay.daemon.scoreboard import Scoreboard, Slot
 from relay.net.notices import Priority, say
-from relay.net.pool import Upstream
 from relay.net.service import Service
 from relay.net.tls import TlsListener
 
@@ -42,8 +40,6 @@ TELL_S: Final = 0.05
 ANSWER_S: Final = 2.0
 #: What may wait for a worker that does not read, beyond what is always told: of decoders' messages.
 MOST_UNSENT_BYTES: Final = 67_108_864
-#: What workers get beyond ``drain_s`` before they are ended from outside.
-GRACE_S: Final = 5.0
 #: Questions that a worker may owe answers to; it is asked no more until then.
 MOST_OWED: Final = 16
 
@@ -51,7 +47,7 @@ _decode_status: Final = msgspec.msgpack.Decoder(Status).decode
 _decode_exchanges: Final = msgspec.msgpack.Decoder(list[ExchangeStatus]).decode
 
 
-class _Hand:
+class _Worker:
     """One worker, or the place of one."""
 
     def __init__(self, number: int, slot: Slot) -> None:
@@ -60,8 +56,7 @@ class _Hand:
         self.pid: int | None = None
         self.channel: Channel | None = None  #: None: it is gone
         self.config: Config | None = None  #: what it was told last
-        self.limits: dict[int, Limit] = {}  #: likewise, by number
-        self.key_limits: dict[KeyLimit, Limit | Bucket] = {}
+        self.limits = Told()  #: likewise
         self.sockets: list[int] = []  #: likewise, listening ones by number
         self.told = 0  #: the last change it was told of
         self.confirmed = 0  #: the last it has taken on
@@ -78,10 +73,8 @@ class Crew:
         self._scoreboard = scoreboard
         self._listeners = listeners
         self._forker = forker
-        self._numbers = Numbers(scoreboard)
-        self._limits = Limits()
-        self._key_limits = KeyLimits(scoreboard)
-        self._hands: list[_Hand] = []
+        self._membership = Membership(service, scoreboard)
+        self._workers: list[_Worker] = []
         self._nursery: trio.Nursery | None = None
         self._dismissed: set[int] = set()  # pids of those that there are to be fewer for
         self._version = 1  #: of the fleet as the workers know it, or are about to
@@ -92,7 +85,7 @@ class Crew:
         self.ended = trio.Event()  #: all are gone, and no others come
 
     def __repr__(self) -> str:
-        return f"<Crew {sum(hand.channel is not None for hand in self._hands)} of {len(self._hands)}>"
+        return f"<Crew {sum(worker.channel is not None for worker in self._workers)} of {len(self._workers)}>"
 
     @property
     def blocks(self) -> list[memoryview[int]]:
@@ -102,7 +95,7 @@ class Crew:
     @property
     def pids(self) -> list[int]:
         """All processes of the daemon."""
-        return [os.getpid(), self._forker.pid, *(hand.pid for hand in self._hands if hand.pid is not None)]
+        return [os.getpid(), self._forker.pid, *(worker.pid for worker in self._workers if worker.pid is not None)]
 
     @property
     def oldest_beat(self) -> float:
@@ -110,22 +103,23 @@ class Crew:
 
         One that has died counts until it is replaced; one that has drained does not.
         """
-        expected = (hand.slot.beat for hand in self._hands if hand.channel is not None or not self._is_over(hand))
+        expected = (
+            worker.slot.beat for worker in self._workers if worker.channel is not None or not self._is_over(worker)
+        )
         return min(expected, default=math.inf)
 
     def count_in_flight(self) -> int:
         """Exchanges of all workers, at most a second ago."""
         return round(sum(cells[0] for key, cells in total(self.blocks).items() if key[0] == IN_FLIGHT.name))
 
-    def _is_over(self, hand: _Hand) -> bool:
+    def _is_over(self, worker: _Worker) -> bool:
         """Whether nobody is to come to a worker's place any more."""
-        return self._is_ending or hand.is_leaving
+        return self._is_ending or worker.is_leaving
 
     async def run(self, count: int, on_lost: Callable[[], None]) -> None:
         """Has so many workers work, until told to end they have; `on_lost`: none can be replaced any more."""
         async with trio.open_nursery() as nursery:
-            self._limits.nursery = nursery
-            nursery.start_soon(self._key_limits.run)
+            nursery.start_soon(self._membership.run)
             nursery.start_soon(self._tell_changes)
             nursery.start_soon(self._watch_forker, on_lost)
             async with trio.open_nursery() as self._nursery:
@@ -135,102 +129,100 @@ class Crew:
 
     async def begun(self) -> None:
         """Waits until each has begun to serve, or is not to."""
-        while not self._is_ending and not (self._hands and all(hand.confirmed for hand in self._hands)):
+        while not self._is_ending and not (self._workers and all(worker.confirmed for worker in self._workers)):
             await self._news.wait()
 
     def most_workers(self) -> int:
         """As many there can be, beside those that are leaving."""
-        return self._scoreboard.room - sum(hand.is_leaving for hand in self._hands)
+        return self._scoreboard.room - sum(worker.is_leaving for worker in self._workers)
 
     def resize(self, count: int) -> None:
         """Has so many workers, at most `most_workers`: others begin, or the last drain and are not replaced."""
         if self._nursery is None or self._is_ending:
             return
-        staying = [hand for hand in self._hands if not hand.is_leaving]
-        for hand in staying[count:]:
-            hand.is_leaving = True
-            if hand.pid is not None:
-                self._dismissed.add(hand.pid)
-            self._nursery.start_soon(self._see_off, hand)
-        taken = {hand.number for hand in self._hands}
+        staying = [worker for worker in self._workers if not worker.is_leaving]
+        for worker in staying[count:]:
+            worker.is_leaving = True
+            if worker.pid is not None:
+                self._dismissed.add(worker.pid)
+            self._nursery.start_soon(self._retire, worker)
+        taken = {worker.number for worker in self._workers}
         free = (number for number in itertools.count(1) if number not in taken)
         for number in itertools.islice(free, max(0, count - len(staying))):
-            hand = _Hand(number, self._scoreboard.slot(number - 1))
-            self._hands.append(hand)
-            self._nursery.start_soon(self._keep, hand)
+            worker = _Worker(number, self._scoreboard.slot(number - 1))
+            self._workers.append(worker)
+            self._nursery.start_soon(self._keep, worker)
         self.fleet_changed()
         self._announce()
 
     # -- beginning and ending
 
-    async def _keep(self, hand: _Hand) -> None:
+    async def _keep(self, worker: _Worker) -> None:
         """A worker in this place, and after it another."""
         delay_s = FIRST_DELAY_S
-        while not self._is_over(hand):
+        while not self._is_over(worker):
             began = time.monotonic()
-            hand.slot.set_beat(began)
+            worker.slot.set_beat(began)
             try:
-                sock = self._forker.fork(hand.number - 1)
+                sock = self._forker.fork(worker.number - 1)
             except ConnectionError:
                 return  # `_watch_forker` knows
             except OSError as exc:
                 say(f"relay: cannot begin a worker: {exc.strerror}; trying again", Priority.ERROR)
             else:
                 with sock:
-                    await self._listen_to(hand, Channel(sock))
-                held = hand.slot.vacate()
-                self._limits.give_back(held)
-                self._key_limits.give_back(held)
+                    await self._listen_to(worker, Channel(sock))
+                self._membership.give_back(worker.slot.vacate())
             if time.monotonic() - began > STEADY_S:
                 delay_s = FIRST_DELAY_S
             with trio.move_on_after(delay_s):
-                while not self._is_over(hand):
+                while not self._is_over(worker):
                     await self._news.wait()
             delay_s = min(2 * delay_s, LONGEST_DELAY_S)
-        self._hands.remove(hand)
+        self._workers.remove(worker)
         self.fleet_changed()
 
-    async def _see_off(self, hand: _Hand) -> None:
+    async def _retire(self, worker: _Worker) -> None:
         """Has a worker drain; ends it if it does not end by itself."""
-        if hand.channel is not None:
-            hand.channel.send(messages.Drain())
+        if worker.channel is not None:
+            worker.channel.send(messages.Drain())
         daemon = self._service.config.daemon
-        with trio.move_on_after(daemon.ready_delay_s + daemon.drain_s + worker.CUT_S + GRACE_S):
-            while hand.channel is not None:
+        with trio.move_on_after(daemon.ready_delay_s + daemon.drain_s + CUT_S + GRACE_S):
+            while worker.channel is not None:
                 await self._news.wait()
-        _kill(hand)
+        _kill(worker)
 
-    async def _listen_to(self, hand: _Hand, channel: Channel) -> None:
-        hand.channel, hand.config, hand.limits, hand.key_limits, hand.sockets = channel, None, {}, {}, []
-        hand.told = hand.confirmed = hand.owed = 0
+    async def _listen_to(self, worker: _Worker, channel: Channel) -> None:
+        worker.channel, worker.config, worker.limits, worker.sockets = channel, None, Told(), []
+        worker.told = worker.confirmed = worker.owed = 0
         async with trio.open_nursery() as nursery:
             nursery.start_soon(channel.deliver)
-            self._tell(hand, self._fleet())
-            if self._is_over(hand):
+            self._tell(worker, self._membership.fleet())
+            if self._is_over(worker):
                 channel.send(messages.Drain())
             while (message := await channel.receive()) is not None:
                 match message:
                     case Done(serial):
-                        hand.confirmed = serial
+                        worker.confirmed = serial
                         if serial < self._version:
-                            self._tell(hand, self._fleet())
+                            self._tell(worker, self._membership.fleet())
                     case Said(serial, answer):
-                        hand.owed -= 1
-                        if serial in hand.answers:
-                            hand.answers[serial] = answer
+                        worker.owed -= 1
+                        if serial in worker.answers:
+                            worker.answers[serial] = answer
                 self._announce()
             nursery.cancel_scope.cancel()
         channel.close()
-        hand.channel = hand.pid = None
+        worker.channel = worker.pid = None
         self._announce()
 
     async def _watch_forker(self, on_lost: Callable[[], None]) -> None:
         while (event := await self._forker.next_event()) is not None:
             if isinstance(event, Forked):
-                for hand in self._hands:
-                    if hand.number == event.slot + 1:
-                        hand.pid = event.pid
-                        if hand.is_leaving:
+                for worker in self._workers:
+                    if worker.number == event.slot + 1:
+                        worker.pid = event.pid
+                        if worker.is_leaving:
                             self._dismissed.add(event.pid)
                 continue
             if event.status or not (self._is_ending or event.pid in self._dismissed):
@@ -253,8 +245,8 @@ class Crew:
 
     def kill(self) -> None:
         """Ends those that do not end."""
-        for hand in self._hands:
-            _kill(hand)
+        for worker in self._workers:
+            _kill(worker)
 
     # -- telling
 
@@ -264,7 +256,7 @@ class Crew:
 
     def call(self, number: int, key: str, body: bytes) -> bool:
         """A decoder has called a worker back; False: too much waits already for that one to read."""
-        channel = next((hand.channel for hand in self._hands if hand.number == number), None)
+        channel = next((worker.channel for worker in self._workers if worker.number == number), None)
         if channel is None:
             return True  # who waited for it died with the worker
         if channel.unsent_bytes + len(body) > MOST_UNSENT_BYTES:
@@ -276,86 +268,42 @@ class Crew:
         """Waits until all workers know of the changes so far. Raises ValueError where one does not answer."""
         wanted = self._version + self._has_changed.is_set()
         with trio.move_on_after(ANSWER_S):
-            while late := [hand for hand in self._hands if hand.channel is not None and hand.confirmed < wanted]:
+            while late := [
+                worker for worker in self._workers if worker.channel is not None and worker.confirmed < wanted
+            ]:
                 await self._news.wait()
             return
-        names = ", ".join(f"{hand.number} (pid {hand.pid})" for hand in late)
-        raise ValueError(f"changed, but not confirmed within {ANSWER_S:g} s by worker {names}")
+        names = ", ".join(f"{worker.number} (pid {worker.pid})" for worker in late)
+        raise ValueError(f"not confirmed within {ANSWER_S:g} s by worker {names}")
 
     async def _tell_changes(self) -> None:
         while True:
             await self._has_changed.wait()
             self._has_changed = trio.Event()
             self._version += 1
-            pools = self._fleet()
-            for hand in self._hands:
-                if hand.channel is not None and hand.confirmed == hand.told:  # else when it has confirmed
-                    self._tell(hand, pools)
+            pools = self._membership.fleet()
+            for worker in self._workers:
+                if worker.channel is not None and worker.confirmed == worker.told:  # else when it has confirmed
+                    self._tell(worker, pools)
             await trio.sleep(TELL_S)
 
-    def _tell(self, hand: _Hand, pools: list[PoolMembers]) -> None:
-        assert hand.channel is not None
+    def _tell(self, worker: _Worker, pools: list[PoolMembers]) -> None:
+        assert worker.channel is not None
         sockets = self._listeners.numbered
-        if not self._is_over(hand) and hand.sockets != [*sockets]:
-            added = [number for number in sockets if number not in hand.sockets]
-            secure = [number for number in added if isinstance(sockets[number], TlsListener)]
-            hand.channel.send(messages.Listen([*sockets], added, secure), [Copy(sockets[each]) for each in added])
-            hand.sockets = [*sockets]
-        limits = dict(self._limits.by_number)
-        new = [number for number, limit in limits.items() if hand.limits.get(number) is not limit]
-        for at in range(0, len(new), messages.MOST_FDS):
-            numbers = new[at : at + messages.MOST_FDS]
-            hand.channel.send(messages.Limits(numbers), [limits[number] for number in numbers])
-        hand.limits = limits
-        for order, sources in self._key_limits.orders(hand.key_limits):
-            hand.channel.send(order, sources)
+        if not self._is_over(worker) and worker.sockets != [*sockets]:
+            added = [number for number in sockets if number not in worker.sockets]
+            for some in [*parts(added)] or [[]]:
+                secure = [number for number in some if isinstance(sockets[number], TlsListener)]
+                order = messages.Listen([*sockets], [*some], secure)
+                worker.channel.send(order, [Copy(sockets[number]) for number in some])
+            worker.sockets = [*sockets]
+        for semaphores, sources in self._membership.orders(worker.limits):
+            worker.channel.send(semaphores, sources)
         config, guard = self._service.config, self._service.guard
-        news = None if hand.config is config else (config, guard.credentials)
-        workers = [each.number - 1 for each in self._hands]
-        hand.channel.send(messages.Fleet(self._version, pools, news, workers))
-        hand.config, hand.told = config, self._version
-
-    def _fleet(self) -> list[PoolMembers]:
-        """The fleet as it is now, and its limits as they are to be."""
-        pools = [self._members(pool) for pool in self._service.fleet.pools]
-        subjects = {(pool.name, "", "") for pool in pools}
-        subjects |= {(pool.name, member.role, member.config.url) for pool in pools for member in pool.members}
-        for number in self._numbers.keep(subjects):
-            self._limits.drop(number)
-        self._key_limits.settle(self._service.guard.limits)
-        return pools
-
-    def _members(self, pool: Pool) -> PoolMembers:
-        number, is_limited = self._number((pool.name, "", ""), pool.config.max_in_flight)
-        members = [self._member(pool, upstream) for upstream in pool.upstreams]
-        return PoolMembers(pool.name, number, is_limited, pool.callback_url, members)
-
-    def _member(self, pool: Pool, upstream: Upstream) -> Member:
-        config, health = upstream.config, upstream.health
-        number, is_limited = self._number((pool.name, upstream.role, config.url), config.max_in_flight)
-        models = None if upstream.models is None else {name: bytes(raw) for name, raw in upstream.models.items()}
-        return Member(
-            role=upstream.role,
-            config=config,
-            number=number,
-            is_limited=is_limited,
-            is_resolved=upstream.is_resolved,
-            is_probed=health.is_probed,
-            is_up=health.is_up,
-            error=upstream.last_error,
-            probe_s=upstream.probe_s,
-            models=models,
-        )
-
-    def _number(self, subject: tuple[str, str, str], most: int) -> tuple[int | None, bool]:
-        """The number of a pool or an engine, and whether it has a limit over all workers."""
-        number = self._numbers.of(subject)
-        if number is None:
-            say(f"relay: more than {MOST_NUMBERS} engines; the limit of {subject} is each worker's", Priority.WARNING)
-            return None, False
-        if most:
-            self._limits.set(number, most)
-        return number, most > 0
+        news = None if worker.config is config else (config, guard.credentials)
+        workers = [each.number - 1 for each in self._workers]
+        worker.channel.send(messages.Fleet(self._version, pools, news, workers))
+        worker.config, worker.told = config, self._version
 
     # -- asking
 
@@ -372,16 +320,16 @@ class Crew:
         self._questions += 1
         serial = self._questions
         asked = []
-        for hand in self._hands:
-            if hand.channel is not None and hand.owed < MOST_OWED:
-                hand.channel.send(question(serial))
-                hand.answers[serial] = None
-                hand.owed += 1
-                asked.append(hand)
+        for worker in self._workers:
+            if worker.channel is not None and worker.owed < MOST_OWED:
+                worker.channel.send(question(serial))
+                worker.answers[serial] = None
+                worker.owed += 1
+                asked.append(worker)
         with trio.move_on_after(ANSWER_S):
-            while any(hand.channel is not None and hand.answers[serial] is None for hand in asked):
+            while any(worker.channel is not None and worker.answers[serial] is None for worker in asked):
                 await self._news.wait()
-        answers = [hand.answers.pop(serial) for hand in asked]
+        answers = [worker.answers.pop(serial) for worker in asked]
         return [answer for answer in answers if answer is not None]
 
     def _send_all(self, message: Message) -> None:
@@ -389,7 +337,7 @@ class Crew:
             channel.send(message)
 
     def _channels(self) -> Iterator[Channel]:
-        return (hand.channel for hand in self._hands if hand.channel is not None)
+        return (worker.channel for worker in self._workers if worker.channel is not None)
 
     def _announce(self) -> None:
         """Something has happened that somebody may wait for."""
@@ -397,7 +345,7 @@ class Crew:
         self._news = trio.Event()
 
 
-def _kill(hand: _Hand) -> None:
-    if hand.channel is not None and hand.pid is not None:
+def _kill(worker: _Worker) -> None:
+    if worker.channel is not None and worker.pid is not None:
         with suppress(ProcessLookupError):
-            os.kill(hand.pid, signal.SIGKILL)
+            os.kill(worker.pid, signal.SIGKILL)

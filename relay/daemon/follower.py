@@ -22,9 +22,10 @@ from relay.daemon.forker import name_process
 from relay.daemon.key_limits import impose
 from relay.daemon.listeners import Listeners
 from relay.daemon.messages import Channel, Done, Member, Order, PoolMembers, Said
+from relay.daemon.process import record_sink
 from relay.daemon.records import RecordWriter
 from relay.daemon.scoreboard import Scoreboard, Slot
-from relay.daemon.worker import Worker, record_sink
+from relay.daemon.worker import Worker
 from relay.net import tls
 from relay.net.callbacks import url_of_worker
 from relay.net.fleet import Pool
@@ -140,12 +141,14 @@ class Follower(Worker):
                 for each in known.keys() - {*numbers}:
                     if known[each] not in self._accepts:
                         known[each].close()
-                self._sockets = {each: known[each] for each in numbers}
+                self._sockets = {each: known[each] for each in numbers if each in known}
                 self.listeners = Listeners(self._sockets.values())
-            case messages.Limits(numbers):
+            case messages.Semaphores(numbers, are_gone):
                 for number in numbers:
-                    self._limit(number, self._channel.fds.popleft())
-            case messages.KeyLimits(limits, are_gone):
+                    self._unlimit(number)
+                    if not are_gone:
+                        self._limit(number, self._channel.fds.popleft())
+            case messages.KeySemaphores(limits, are_gone):
                 for limit in limits:
                     fd = None if are_gone else self._channel.fds.popleft()
                     impose(self.service.keys, limit, fd, self._shares.held)
@@ -167,10 +170,15 @@ class Follower(Worker):
 
     def _limit(self, number: int, fd: int) -> None:
         assert self._background is not None
-        if number in self._permits:
-            self._permits[number].retire()
         permits = self._permits[number] = Permits(fd, number, self._shares.held)
         self._background.start_soon(permits.watch)
+
+    def _unlimit(self, number: int) -> None:
+        """Lets go of a limit; places that are held of it keep it until they are given back."""
+        permits = self._permits.pop(number, None)
+        if permits is not None:
+            permits.retire()
+            permits.on_free = lambda: None  # else it and its engine would keep each other
 
     def _take_on(self, order: messages.Fleet) -> None:
         """Makes the fleet what the control process says it is; what is under way goes on."""

@@ -14,9 +14,8 @@ from typing import Final
 import trio
 
 from relay.config import KeyLimitsConfig
-from relay.daemon import messages
 from relay.daemon.limits import Limit, Limits
-from relay.daemon.messages import MOST_FDS, KeyLimit
+from relay.daemon.messages import KeyLimit, KeySemaphores, parts
 from relay.daemon.scoreboard import KEY_NUMBERS, Numbers, Scoreboard, Subject
 from relay.net.keyring import Keyring, Tokens
 from relay.net.notices import Priority, say
@@ -94,11 +93,15 @@ def _subject(name: str) -> Subject:
     return "", "", name
 
 
+def _warn_of_lack(subject: Subject) -> None:
+    say(f"relay: {subject[2]}: too many limits of keys; its max_in_flight does not hold", Priority.WARNING)
+
+
 class KeyLimits:
     """The limits of all keys. `settle` them whenever they may have changed, and `run` it."""
 
     def __init__(self, scoreboard: Scoreboard) -> None:
-        self._numbers = Numbers(scoreboard, KEY_NUMBERS)
+        self._numbers = Numbers(scoreboard, KEY_NUMBERS, _warn_of_lack)
         self._places = Limits()
         self._buckets: dict[str, Bucket] = {}
 
@@ -117,9 +120,7 @@ class KeyLimits:
             self._places.drop(number)
         for name, most in wanted.items():
             place = self._numbers.of(_subject(name))
-            if place is None:
-                say(f"relay: too many limits of keys; max_in_flight of {name} does not hold", Priority.WARNING)
-            else:
+            if place is not None:
                 self._places.set(place, most)
 
     def _settle_buckets(self, wanted: Mapping[str, int]) -> None:
@@ -143,16 +144,14 @@ class KeyLimits:
                 told[limit] = source
                 yield limit, source
 
-    def orders(self, told: dict[KeyLimit, Limit | Bucket]) -> Iterator[tuple[messages.KeyLimits, list[Limit | Bucket]]]:
+    def orders(self, told: dict[KeyLimit, Limit | Bucket]) -> Iterator[tuple[KeySemaphores, list[Limit | Bucket]]]:
         """What a worker is to be sent of its `changes`, with the descriptors beside it."""
         changes = [*self.changes(told)]
         gone = [limit for limit, source in changes if source is None]
         if gone:
-            yield messages.KeyLimits(gone, are_gone=True), []
-        new = [(limit, source) for limit, source in changes if source is not None]
-        for at in range(0, len(new), MOST_FDS):
-            some = new[at : at + MOST_FDS]
-            yield messages.KeyLimits([limit for limit, _ in some], are_gone=False), [source for _, source in some]
+            yield KeySemaphores(gone, are_gone=True), []
+        for some in parts([(limit, source) for limit, source in changes if source is not None]):
+            yield KeySemaphores([limit for limit, _ in some], are_gone=False), [source for _, source in some]
 
     def give_back(self, held: Mapping[int, int]) -> None:
         """The places of a worker that is gone, by number, are free again."""

@@ -6,9 +6,11 @@ A limit that is lowered while more are held takes its permits back one by one, a
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import trio
+
+from relay.daemon.messages import Semaphores, parts
 
 
 class Limit:
@@ -66,6 +68,16 @@ class Limits:
         if not limit.shrink() and not limit.is_shrinking and self.nursery is not None:
             limit.is_shrinking = True
             self.nursery.start_soon(self._shrink, limit)
+
+    def orders(self, told: dict[int, Limit]) -> Iterator[tuple[Semaphores, list[Limit]]]:
+        """What a worker that knows of `told` is to be sent, descriptors beside it; `told` is brought up to date."""
+        if gone := [number for number in told if number not in self.by_number]:
+            yield Semaphores(gone, are_gone=True), []
+        new = [number for number, limit in self.by_number.items() if told.get(number) is not limit]
+        for numbers in parts(new):
+            yield Semaphores([*numbers], are_gone=False), [self.by_number[number] for number in numbers]
+        told.clear()
+        told.update(self.by_number)
 
     def give_back(self, held: Mapping[int, int]) -> None:
         """The permits of a worker that is gone, by number, are free again."""

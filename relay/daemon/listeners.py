@@ -7,7 +7,7 @@ import itertools
 import os
 import socket
 import stat
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from typing import Final
 
@@ -121,6 +121,16 @@ def open_listeners(config: Config) -> tuple[Listeners, Listeners]:
         admin.close()
         raise
     return clients, admin
+
+
+def announce(urls: Collection[str], before: Collection[str] = ()) -> None:
+    """Says where clients can connect, and where they no longer can; nothing of where they could `before`, and can."""
+    for url in urls:
+        if url not in before:
+            say(f"relay: listening on {url}")
+    for url in before:
+        if url not in urls:
+            say(f"relay: no longer listening on {url}")
 
 
 def _close(listeners: Iterable[_Own]) -> None:

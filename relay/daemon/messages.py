@@ -10,9 +10,9 @@ from __future__ import annotations
 import os
 import socket
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Final
+from typing import Final, Protocol, TypeVar
 
 import msgspec
 import trio
@@ -21,13 +21,25 @@ from relay.address import UpstreamConfig
 from relay.config import Config
 from relay.net.guard import Credentials
 
-if TYPE_CHECKING:
-    from _typeshed import HasFileno
-
 _HEAD_BYTES: Final = 4
 _READ_BYTES: Final = 65536
 #: Descriptors in one message: the kernel's SCM_MAX_FD is 253.
 MOST_FDS: Final = 250
+
+
+T = TypeVar("T")
+
+
+class HasFileno(Protocol):
+    """What has a descriptor."""
+
+    def fileno(self) -> int: ...
+
+
+def parts(items: Sequence[T]) -> Iterator[Sequence[T]]:
+    """As many at a time as a message may have descriptors."""
+    for at in range(0, len(items), MOST_FDS):
+        yield items[at : at + MOST_FDS]
 
 
 class Member(msgspec.Struct, frozen=True, array_like=True):
@@ -68,14 +80,15 @@ class Listen(msgspec.Struct, frozen=True, tag=True):
     """Accept at these sockets, and at no others. In force with the next `Fleet`."""
 
     numbers: list[int]  #: for each its number, which stays while it is open
-    new: list[int]  #: of them those not known yet, a descriptor for each
+    new: list[int]  #: of them those not known yet, a descriptor for each; the next `Listen` may bring others
     secure: list[int]  #: of these, those whose clients speak TLS
 
 
-class Limits(msgspec.Struct, frozen=True, tag=True):
-    """Semaphores, a descriptor for each number."""
+class Semaphores(msgspec.Struct, frozen=True, tag=True):
+    """Those of limits that are new, a descriptor for each number, or `are_gone`, without."""
 
     numbers: list[int]
+    are_gone: bool
 
 
 class KeyLimit(msgspec.Struct, frozen=True, array_like=True):
@@ -86,8 +99,8 @@ class KeyLimit(msgspec.Struct, frozen=True, array_like=True):
     number: int  #: of requests at once: their cell in the scoreboard
 
 
-class KeyLimits(msgspec.Struct, frozen=True, tag=True):
-    """Limits of keys that are new, a descriptor for each, or `are_gone`, without."""
+class KeySemaphores(msgspec.Struct, frozen=True, tag=True):
+    """Likewise those of keys' limits."""
 
     limits: list[KeyLimit]
     are_gone: bool
@@ -133,7 +146,7 @@ class Said(msgspec.Struct, frozen=True, tag=True):
     answer: bytes
 
 
-Order = Fleet | Listen | Limits | KeyLimits | AskStatus | AskExchanges | Call | Drain | Cut
+Order = Fleet | Listen | Semaphores | KeySemaphores | AskStatus | AskExchanges | Call | Drain | Cut
 Reply = Done | Said
 Message = Order | Reply
 

@@ -7,10 +7,14 @@ generation drains; and nothing in the configuration needs them: the number of wo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+
+import trio
 
 from relay.config import Config, ConfigError
+from relay.daemon import systemd
 from relay.net.guard import Guard, GuardError
+from relay.net.notices import Priority, say
 
 
 def read_again(load_config: Callable[[], Config] | None) -> tuple[Config, Guard]:
@@ -26,10 +30,43 @@ def read_again(load_config: Callable[[], Config] | None) -> tuple[Config, Guard]
         raise ValueError("; ".join(problem.line(exc.source) for problem in exc.problems)) from None
 
 
-def what_came_of(config: Config, started_with: Config, *, left: tuple[str, ...] = ()) -> str:
-    """What is told of a reload; `left` are keys that this daemon could not take on."""
+def left_for_restart(config: Config, started_with: Config, others: tuple[str, ...] = ()) -> str:
+    """What is told of keys that a reload could not take on, `others` among them; "" if there are none."""
     if config.admin.address != started_with.admin.address:
-        left = ("admin.address", *left)
+        others = ("admin.address", *others)
     if (config.listen.tls is None) != (started_with.listen.tls is None):
-        left = ("listen.tls", *left)
-    return f"yes, but a restart is needed for: {', '.join(left)}" if left else "yes"
+        others = ("listen.tls", *others)
+    return f"a restart is needed for: {', '.join(others)}" if others else ""
+
+
+async def reload_and_tell(
+    reload: Callable[[], Awaitable[str]], settle: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint
+) -> str:
+    """Reloads and waits until all workers know, `settle`, says what came of it, and answers what takes a restart.
+
+    Raises ValueError, which has been said: nothing changed, or a worker does not answer.
+    """
+    told = "not reloaded: "
+    try:
+        left = await reload()
+        told = "reloaded, but "
+        await settle()
+    except ValueError as problem:
+        say(f"relay: {told}{problem}", Priority.ERROR)
+        raise ValueError(f"{told}{problem}") from None
+    say(f"relay: {_success(left)}", Priority.NOTICE)
+    return left
+
+
+async def reload_for_systemd(reload: Callable[[], Awaitable[str]]) -> None:
+    """Reloads by `reload_and_tell`, and has ``systemctl status`` show what came of it."""
+    systemd.reloading("reading the configuration")
+    try:
+        told = _success(await reload())
+    except ValueError as problem:
+        told = str(problem)
+    systemd.ready(told)
+
+
+def _success(left: str) -> str:
+    return f"reloaded; {left}" if left else "reloaded"

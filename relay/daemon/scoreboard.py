@@ -12,7 +12,7 @@ same board, so a worker that dies takes no counts with it. Pages that nobody wri
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from mmap import mmap
 from typing import Final
 
@@ -89,8 +89,15 @@ class Scoreboard:
 class Numbers:
     """Which cell stands for whom; a number is given anew once its subject is gone and its cells are clear."""
 
-    def __init__(self, scoreboard: Scoreboard, numbers: range = range(MOST_NUMBERS)) -> None:
+    def __init__(
+        self,
+        scoreboard: Scoreboard,
+        numbers: range = range(MOST_NUMBERS),
+        on_lack: Callable[[Subject], None] = lambda subject: None,
+    ) -> None:
         self._scoreboard = scoreboard
+        self._on_lack = on_lack  # told of a subject that there is none for, once
+        self._lacking: set[Subject] = set()
         self._of: dict[Subject, int] = {}
         self._gone: list[int] = []
         self._unused = iter(numbers)
@@ -109,12 +116,16 @@ class Numbers:
             number = self._free()
             if number is not None:
                 self._of[subject] = number
+            elif subject not in self._lacking:
+                self._lacking.add(subject)
+                self._on_lack(subject)
         return number
 
     def keep(self, subjects: set[Subject]) -> list[int]:
         """Only these are left; answers the numbers of those that are gone."""
         gone = [self._of.pop(subject) for subject in self._of.keys() - subjects]
         self._gone += gone
+        self._lacking &= subjects
         return gone
 
     def _free(self) -> int | None:

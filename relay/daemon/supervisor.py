@@ -5,8 +5,7 @@ hash of the addresses, whether its worker is idle or has ten thousand streams; w
 reset; and systemd passes one socket for all. With shared ones whoever is idle accepts, and what nobody has accepted yet
 survives any worker.
 
-With one worker there is no control process: `relay.daemon.worker` does both, in one process less, where nothing has to
-be told to anybody, shared or added up.
+With one worker there is no control process: see `relay.daemon.alone`.
 """
 
 from __future__ import annotations
@@ -20,12 +19,13 @@ from typing import Final
 import trio
 
 from relay.config import Config
-from relay.daemon import follower, systemd, worker
-from relay.daemon.crew import GRACE_S, Crew
+from relay.daemon import alone, follower, systemd
+from relay.daemon.crew import Crew
 from relay.daemon.exposure import exposures, warn_of
 from relay.daemon.forker import Forker
-from relay.daemon.listeners import Listeners, StartError, open_listeners
-from relay.daemon.reload import read_again, what_came_of
+from relay.daemon.listeners import Listeners, StartError, announce, open_listeners
+from relay.daemon.process import CUT_S, GRACE_S, count_of, raise_descriptor_limit, tell_of_drain
+from relay.daemon.reload import left_for_restart, read_again, reload_and_tell, reload_for_systemd
 from relay.daemon.scoreboard import Scoreboard
 from relay.net import tls
 from relay.net.admin import Admin
@@ -44,9 +44,6 @@ ROOM: Final = 64
 
 def run(config: Config, load_config: Callable[[], Config] | None = None) -> int:
     """Runs the daemon until SIGTERM or SIGINT; the process's exit status. `load_config` reads it again: SIGHUP."""
-    count = worker.count_of(config)
-    if count == 1:
-        return worker.run(config, load_config)
     try:
         guard, tls_context = Guard.read(config.auth), tls.read(config)
         listeners, admin = open_listeners(config)
@@ -54,7 +51,9 @@ def run(config: Config, load_config: Callable[[], Config] | None = None) -> int:
         say(f"relay: {exc}", Priority.ERROR)
         return 1
     warn_of(exposures(listeners.sockets, guard))
-    worker.raise_descriptor_limit()
+    raise_descriptor_limit()
+    if (count := count_of(config)) == 1:
+        return trio.run(alone.serve, config, guard, tls_context, listeners, admin, load_config)
     scoreboard = Scoreboard(max(ROOM, 2 * count))
     limit_s = systemd.watchdog_s()
     beat_s = BEAT_S if limit_s is None else min(BEAT_S, limit_s / 8)
@@ -114,26 +113,22 @@ class Supervisor:
                 self._status = 1
                 return
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._obey, signals)
+                nursery.start_soon(self.obey, signals, nursery)
                 nursery.start_soon(self._end)
                 self._callbacks.nursery = nursery
                 self._callbacks.take_on(prepared)
                 for listener in self._admin.sockets:
                     nursery.start_soon(Admin(self.service, self.roster, self.reload, self.crew).serve, listener)
                 await nursery.start(self.roster.run)
-                nursery.start_soon(self.crew.run, worker.count_of(self.service.config), self._lose)
+                nursery.start_soon(self.crew.run, count_of(self.service.config), self._on_forker_gone)
                 await self.crew.begun()
                 if self.service.is_ready:
-                    self._announce()
+                    announce(self._listeners.urls)
+                    systemd.ready(f"serving on {', '.join(self._listeners.urls)}")
                 if (limit_s := systemd.watchdog_s()) is not None:
                     nursery.start_soon(self._feed_watchdog, limit_s)
                 await self.crew.ended.wait()
                 nursery.cancel_scope.cancel()
-
-    def _announce(self) -> None:
-        for url in self._listeners.urls:
-            say(f"relay: listening on {url}")
-        systemd.ready(f"serving on {', '.join(self._listeners.urls)}")
 
     async def _feed_watchdog(self, limit_s: float) -> None:
         """Signs of life, as long as each worker's event loop gives some; else systemd is to begin anew."""
@@ -142,43 +137,33 @@ class Supervisor:
                 systemd.feed_watchdog()
             await trio.sleep(limit_s / 4)
 
-    async def _obey(self, signals: AsyncIterator[int]) -> None:
-        """SIGHUP reloads; the first signal to stop drains, the second cuts."""
+    async def obey(self, signals: AsyncIterator[int], nursery: trio.Nursery) -> None:
+        """SIGHUP reloads, in the background; the first signal to stop drains, the second cuts."""
         async for number in signals:
             if number == signal.SIGHUP:
-                await self._reload_for_systemd()
+                nursery.start_soon(reload_for_systemd, self.reload)
             elif self.service.is_ready:
                 self.stop()
             else:
                 self.crew.cut()
 
-    async def _reload_for_systemd(self) -> None:
-        systemd.reloading("reading the configuration")
-        priority = Priority.NOTICE
-        try:
-            said = f"reloaded: {await self.reload()}"
-            await self.crew.settle()
-        except ValueError as problem:
-            said, priority = f"not reloaded: {problem}", Priority.ERROR
-        say(f"relay: {said}", priority)
-        systemd.ready(said)
-
     async def reload(self) -> str:
-        """Takes on what the configuration file says now; what came of it. Raises ValueError: nothing changed.
+        """Takes on what the configuration file says now, and tells of it: see `reload_and_tell`."""
+        return await reload_and_tell(self._reload, self.crew.settle)
 
-        The workers are told of it in a moment: `Crew.settle`.
-        """
+    async def _reload(self) -> str:
+        """What takes a restart; the workers are told in a moment. Raises ValueError: nothing changed."""
         async with self._reloading:
             config, guard = read_again(self._load_config)
             tls.read(config)
-            count = worker.count_of(config)
+            count = count_of(config)
             if count > (most := self.crew.most_workers()):
                 raise ValueError(f"daemon.workers: {count} are too many; allowed without a restart: {most} at present")
             prepared = await self._callbacks.prepare(config)
             try:
                 if not self.service.is_ready:
                     raise StartError("the daemon is draining")
-                known = exposures(self._listeners.sockets, self.service.guard)
+                known, urls = exposures(self._listeners.sockets, self.service.guard), self._listeners.urls
                 gone = self._listeners.change(config.listen.addresses)
             except StartError as exc:
                 prepared.close()
@@ -188,8 +173,9 @@ class Supervisor:
             self.roster.reconfigure(config, guard)
             self._callbacks.take_on(prepared)
             self.crew.resize(count)
+            announce(self._listeners.urls, urls)
             warn_of(exposures(self._listeners.sockets, guard) - known)
-            return what_came_of(config, self._started_with)
+            return left_for_restart(config, self._started_with)
 
     def stop(self) -> None:
         """Begins to drain."""
@@ -198,7 +184,7 @@ class Supervisor:
         self.crew.drain()
         self._drain.set()
 
-    def _lose(self) -> None:
+    def _on_forker_gone(self) -> None:
         """No worker can be replaced any more: a new daemon can do better."""
         self._status = 1
         self.stop()
@@ -207,9 +193,9 @@ class Supervisor:
         """Once it drains: lets go of the listeners when the workers do, and ends those that hang."""
         await self._drain.wait()
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(worker.tell_of_drain, self.crew.count_in_flight)
+            nursery.start_soon(tell_of_drain, self.crew.count_in_flight)
             daemon = self.service.config.daemon
             await trio.sleep(daemon.ready_delay_s)
             self._listeners.close()
-            await trio.sleep(daemon.drain_s + worker.CUT_S + GRACE_S)
+            await trio.sleep(daemon.drain_s + CUT_S + GRACE_S)
             self.crew.kill()

@@ -1,39 +1,32 @@
-"""The worker: one trio run that accepts clients and carries their traffic until it is told to stop.
+"""The worker: it accepts clients and carries their traffic until it is told to stop.
 
-Two nurseries: accepting inside, connections outside. A signal ends the inner one; the connections then have ``drain_s``
-to finish, and what is left is cut with an error frame. A second signal cuts at once.
+Two nurseries: accepting inside, connections outside. To stop ends the inner one; the connections then have ``drain_s``
+to finish, and what is left is cut with an error frame.
 """
 
 from __future__ import annotations
 
-import gc
-import os
-import resource
-import signal
 import socket
 import ssl
-import sys
 import time
-from collections.abc import AsyncIterator, Callable
-from functools import partial
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 import trio
 
 from relay.config import Config, LogConfig
-from relay.core.timeline import Record, record_text
-from relay.daemon import systemd
+from relay.core.timeline import Record
 from relay.daemon.exposure import exposures, warn_of
 from relay.daemon.key_limits import KeyLimits, OwnKeyLimits
-from relay.daemon.listeners import Listeners, StartError, open_listeners
-from relay.daemon.records import RecordWriter
-from relay.daemon.reload import read_again, what_came_of
+from relay.daemon.listeners import Listeners, StartError, announce
+from relay.daemon.process import CUT_S, count_of
+from relay.daemon.reload import left_for_restart, read_again, reload_and_tell
 from relay.errors import ExchangeError, RequestRefused
 from relay.net import callbacks, poller, sockets, tls
 from relay.net.admin import Admin
 from relay.net.downstream import LINGER_S, BodyBudget, ClientConnection, make_room
 from relay.net.exchange import Exchange
-from relay.net.guard import Guard, GuardError
+from relay.net.guard import Guard
 from relay.net.notices import Priority, say, say_fault
 from relay.net.pump import Pump
 from relay.net.reply import refuse
@@ -50,120 +43,6 @@ ACCEPTS_PER_TURN: Final = 16
 ACCEPT_PAUSE_S: Final = 0.1
 #: Seconds between two complaints that accepting fails.
 COMPLAINT_S: Final = 10.0
-#: How often systemd is told how a drain goes on.
-DRAIN_TOLD_S: Final = 5.0
-#: Seconds that cut exchanges get for their error frames.
-CUT_S: Final = 3.0
-
-
-def run(config: Config, load_config: Callable[[], Config] | None = None) -> int:
-    """Runs the daemon until SIGTERM or SIGINT; the process's exit status. `load_config` reads it again: SIGHUP."""
-    try:
-        guard, tls_context = Guard.read(config.auth), tls.read(config)
-        listeners, admin = open_listeners(config)
-    except (GuardError, StartError, tls.TlsError) as exc:
-        say(f"relay: {exc}", Priority.ERROR)
-        return 1
-    warn_of(exposures(listeners.sockets, guard))
-    raise_descriptor_limit()
-    return trio.run(_run, config, listeners, admin, load_config, guard, tls_context)
-
-
-async def _run(
-    config: Config,
-    listeners: Listeners,
-    admin: Listeners,
-    load_config: Callable[[], Config] | None,
-    guard: Guard,
-    tls_context: ssl.SSLContext | None,
-) -> int:
-    """A worker with what a process has around it: signals, and records on standard output. The exit status."""
-    status = 0
-    writer = RecordWriter(sys.stdout.fileno())
-    sink = partial(record_sink, writer)
-    worker = Worker(config, listeners, sink, admin, load_config, guard=guard, tls_context=tls_context)
-    writer.on_drop = worker.service.tally.records_dropped
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(writer.run)
-            nursery.start_soon(_obey, worker, signals, nursery)
-            try:
-                await nursery.start(worker.run)
-            except callbacks.ListenError as exc:
-                say(f"relay: {exc}", Priority.ERROR)
-                status = 1
-            else:
-                # What lives as long as the process is not looked at again by the garbage collector.
-                gc.collect()
-                gc.freeze()
-                for url in listeners.urls:
-                    say(f"relay: listening on {url}")
-                systemd.ready(f"serving on {', '.join(listeners.urls)}")
-                if (limit_s := systemd.watchdog_s()) is not None:
-                    nursery.start_soon(_feed_watchdog, limit_s / 2)
-            await worker.stopped.wait()
-            nursery.cancel_scope.cancel()
-    return status
-
-
-def record_sink(writer: RecordWriter, config: LogConfig) -> Callable[[Record], None] | None:
-    """What writes a record in the configured form; None: nobody wants them."""
-    match config.format:
-        case "json":
-            return lambda record: writer.put(record.encode() + b"\n")
-        case "text":
-            return lambda record: writer.put(record_text(record).encode() + b"\n")
-        case _:
-            return None
-
-
-async def _feed_watchdog(interval_s: float) -> None:
-    """A sign of life from the event loop that carries the traffic: where it hangs, systemd is to begin anew."""
-    while True:
-        systemd.feed_watchdog()
-        await trio.sleep(interval_s)
-
-
-async def tell_of_drain(left: Callable[[], int]) -> None:
-    """Shows how many streams are left, and asks systemd for time, as long as somebody is there to ask.
-
-    The drain itself ends within ``drain_s``; that may be more than the unit's ``TimeoutStopSec=``.
-    """
-    while True:
-        systemd.draining(left(), 3 * DRAIN_TOLD_S)
-        await trio.sleep(DRAIN_TOLD_S)
-
-
-async def _obey(worker: Worker, signals: AsyncIterator[int], nursery: trio.Nursery) -> None:
-    """SIGHUP reloads; the first signal to stop drains, the second cuts."""
-    async for number in signals:
-        if number == signal.SIGHUP:
-            systemd.reloading("reading the configuration")
-            priority = Priority.NOTICE
-            try:
-                said = f"reloaded: {await worker.reload()}"
-            except ValueError as problem:
-                said, priority = f"not reloaded: {problem}", Priority.ERROR
-            say(f"relay: {said}", priority)
-            systemd.ready(said)
-        elif not worker.service.is_ready:
-            worker.cut()
-        else:
-            systemd.stopping("draining")
-            worker.stop()
-            nursery.start_soon(tell_of_drain, lambda: len(worker.service.active))
-
-
-def count_of(config: Config) -> int:
-    """How many workers there are to be; "auto": one for each CPU the daemon may use."""
-    workers = config.daemon.workers
-    return len(os.sched_getaffinity(0)) if workers == "auto" else workers
-
-
-def raise_descriptor_limit() -> None:
-    """Two descriptors per stream: takes what the hard limit allows, as nginx's worker_rlimit_nofile would."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 class Worker:
@@ -180,7 +59,7 @@ class Worker:
         guard: Guard | None = None,
         tls_context: ssl.SSLContext | None = None,
     ) -> None:
-        self.config = self._started_with = config
+        self._started_with = config
         self._load_config = load_config
         self.listeners = listeners
         self.tls_context = tls_context  #: what connections of a `TlsListener` are made from
@@ -198,7 +77,8 @@ class Worker:
         self.stopped = trio.Event()  #: drained, and all that is left closed
         self._stop = trio.Event()
         self._departure = trio.Event()  # set, and made anew, whenever a connection has ended
-        self._handlers: trio.Nursery | None = None
+        self._cut = trio.CancelScope()
+        self._handlers: trio.Nursery | None = None  # None: not yet
         self._accepting: trio.Nursery | None = None  # None: not yet, or not any more
         self._accepts: dict[socket.socket, trio.CancelScope] = {}
         self._complained_at = float("-inf")
@@ -212,10 +92,14 @@ class Worker:
         self._stop.set()
 
     async def reload(self) -> str:
-        """Takes on what the configuration file says now; answers what came of it. Raises ValueError: nothing changed.
+        """Takes on what the configuration file says now, and tells of it: see `reload_and_tell`.
 
         Streams in flight, and connections open already, go on under what they began with.
         """
+        return await reload_and_tell(self._reload)
+
+    async def _reload(self) -> str:
+        """What takes a restart. Raises ValueError: nothing changed."""
         async with self._reloading:
             config, guard = read_again(self._load_config)
             tls_context = tls.read(config)
@@ -223,7 +107,7 @@ class Worker:
             try:
                 if not self.service.is_ready:
                     raise StartError("the daemon is draining")
-                known = exposures(self.listeners.sockets, self.service.guard)
+                known, urls = exposures(self.listeners.sockets, self.service.guard), self.listeners.urls
                 self.listeners.change(config.listen.addresses)
             except StartError as exc:
                 prepared.close()
@@ -235,14 +119,14 @@ class Worker:
                 self._key_limits.settle(guard.limits)
             self._callbacks.take_on(prepared)
             self.accept_anew()
+            announce(self.listeners.urls, urls)
             warn_of(exposures(self.listeners.sockets, guard) - known)
             # A control process has what workers are forked from, and that is there before trio runs.
             is_alone = config.daemon.workers == self._started_with.daemon.workers or count_of(config) == 1
-            return what_came_of(config, self._started_with, left=() if is_alone else ("daemon.workers",))
+            return left_for_restart(config, self._started_with, () if is_alone else ("daemon.workers",))
 
     def take_on(self, config: Config) -> None:
         """What a worker itself has of another configuration; its fleet's part is its fleet's."""
-        self.config = config
         self.budget.limit = config.limits.max_buffered_bytes
         self.service.write_record = self._record_sink(config.log)
 
@@ -259,32 +143,16 @@ class Worker:
                 self._accepting.start_soon(self._accept, listener, scope, self._handlers)
 
     def cut(self) -> None:
-        """Ends at once whatever is still open."""
-        if self._handlers is not None:
-            self._handlers.cancel_scope.cancel()
+        """Ends at once, with whatever is still open."""
+        self._cut.cancel()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serves, from `task_status.started` on, until stopped and drained. Raises ListenError: it cannot begin."""
         try:
-            await self.open_callbacks()
-            with poller.install(self.pump) as is_installed:
-                async with trio.open_nursery() as background:
-                    if not is_installed:
-                        background.start_soon(self.pump.run_as_task)
-                    self.service.drains.nursery = background
-                    background.start_soon(self.service.tally.run, self.service)
-                    await self.look_after_fleet(background)
-                    async with trio.open_nursery() as self._handlers:
-                        async with trio.open_nursery() as accepting:
-                            self._accepting = accepting
-                            self.accept_anew()
-                            task_status.started()
-                            await self._stop.wait()
-                            await trio.sleep(self.config.daemon.ready_delay_s)
-                            self._accepting = None
-                            accepting.cancel_scope.cancel()
-                        await self._drain(self._handlers)
-                    background.cancel_scope.cancel()
+            with self._cut:
+                await self._serve_and_drain(task_status.started)
+            if self._handlers is None:  # cut before it served
+                task_status.started()
         finally:
             self.listeners.close()
             self._admin.close()
@@ -292,9 +160,30 @@ class Worker:
             self.pump.epoll.close()
             self.stopped.set()
 
+    async def _serve_and_drain(self, on_started: Callable[[], None]) -> None:
+        await self.open_callbacks()
+        with poller.install(self.pump) as is_installed:
+            async with trio.open_nursery() as background:
+                if not is_installed:
+                    background.start_soon(self.pump.run_as_task)
+                self.service.drains.nursery = background
+                background.start_soon(self.service.tally.run, self.service)
+                await self.look_after_fleet(background)
+                async with trio.open_nursery() as self._handlers:
+                    async with trio.open_nursery() as accepting:
+                        self._accepting = accepting
+                        self.accept_anew()
+                        on_started()
+                        await self._stop.wait()
+                        await trio.sleep(self.service.config.daemon.ready_delay_s)
+                        self._accepting = None
+                        accepting.cancel_scope.cancel()
+                    await self._drain(self._handlers)
+                background.cancel_scope.cancel()
+
     async def open_callbacks(self) -> None:
         """Listens for decoders. Raises ListenError."""
-        self._prepared = await self._callbacks.prepare(self.config)
+        self._prepared = await self._callbacks.prepare(self.service.config)
 
     async def look_after_fleet(self, background: trio.Nursery) -> None:
         """Begins what keeps the fleet as it should be; comes back when it is fit for requests."""
@@ -309,7 +198,7 @@ class Worker:
 
     @property
     def _is_full(self) -> bool:
-        return len(self.connections) >= self.config.limits.max_connections
+        return len(self.connections) >= self.service.config.limits.max_connections
 
     async def _accept(self, listener: socket.socket, scope: trio.CancelScope, handlers: trio.Nursery) -> None:
         """Accepts until `scope` is cancelled, as clients are to connect elsewhere; then the socket is closed."""
@@ -345,7 +234,7 @@ class Worker:
                     await trio.sleep(ACCEPT_PAUSE_S)
                     break
                 address = peer[0] if isinstance(peer, tuple) else "unix"
-                config, admit = self.config, self.service.admit
+                config, admit = self.service.config, self.service.admit
                 client = ClientConnection(source, address, config.timeouts, config.limits, self.budget, admit)
                 self.connections.add(client)
                 handlers.start_soon(self._serve, client)
@@ -398,7 +287,7 @@ class Worker:
         self.listeners.close()
         for client in self.connections:
             client.stop_waiting()
-        with trio.move_on_after(self.config.daemon.drain_s):
+        with trio.move_on_after(self.service.config.daemon.drain_s):
             while self.connections:
                 await self._departure.wait()
         for exchange in list(self.service.active):

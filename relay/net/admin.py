@@ -22,7 +22,7 @@ from relay.core.loose import UNDECODABLE
 from relay.core.status import ExchangeStatus, PoolStatus, Series, Status
 from relay.net import sockets
 from relay.net.metrics_text import CONTENT_TYPE, Processes, metrics_text
-from relay.net.notices import Priority, say, say_fault
+from relay.net.notices import say_fault
 from relay.net.report import Crew, exchanges_of, status_of
 from relay.net.roster import Roster, RosterError
 from relay.net.service import Service, local_answer
@@ -77,7 +77,7 @@ class Admin:
     ) -> None:
         self._service = service
         self._roster = roster
-        self._reload = reload  #: reads the configuration again, and says what came of it; raises ValueError
+        self._reload = reload  #: reads the configuration again, and answers what takes a restart; raises ValueError
         self._crew = crew or _Alone(service)
         self._since = time.monotonic()
         self._before = (self._since, total(self._crew.blocks))
@@ -215,14 +215,14 @@ class Admin:
         elif config.ca or config.server_name:
             raise ValueError(f"ca and server_name are of no use to {config.url}; allowed: with https://")
         self._roster.add(change.pool, change.role, config)
-        await self._crew.settle()
+        await self._settle("added")
         return _json({"added": config.url, "pool": change.pool})
 
     async def _remove(self, body: bytes) -> Answer:
         change = self._change(body)
         url = _engine(change.url).url
         self._roster.remove(change.pool, change.role, url)
-        await self._crew.settle()
+        await self._settle("removed")
         return _json({"removed": url, "pool": change.pool})
 
     def _change(self, body: bytes) -> _Change:
@@ -245,20 +245,21 @@ class Admin:
                         self._roster.add(pool.name, wanted.type, config)
                     else:
                         self._roster.remove(pool.name, wanted.type, config.url)
-                await self._crew.settle()
                 word = "added" if is_added else "removed"
+                await self._settle(word)
                 return _json({word: instances, "type": wanted.type})
         raise RosterError(f"no pool has instances of type {wanted.type}")
 
     async def _reloaded(self, _: bytes) -> Answer:
+        left = await self._reload()
+        return _json({"reloaded": f"yes, but {left}" if left else "yes"})
+
+    async def _settle(self, done: str) -> None:
+        """Waits until all workers know of what has been `done`. Raises ValueError where one does not answer."""
         try:
-            said = await self._reload()
+            await self._crew.settle()
         except ValueError as problem:
-            say(f"relay: not reloaded: {problem}", Priority.ERROR)
-            raise
-        say(f"relay: reloaded: {said}", Priority.NOTICE)
-        await self._crew.settle()
-        return _json({"reloaded": said})
+            raise ValueError(f"{done}, but {problem}") from None
 
 
 class _Alone:

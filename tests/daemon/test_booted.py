@@ -191,10 +191,10 @@ def test_reloads_under_load_break_nothing(booted: Container) -> None:
     entries = map(json.loads, booted.sh("journalctl --sync; journalctl --unit=relay --output=json").splitlines())
     told = [(entry["PRIORITY"], entry["MESSAGE"]) for entry in entries if "reloaded" in entry["MESSAGE"]]
     assert [(priority, message.partition(": ")[2][:12]) for priority, message in told] == [
-        ("5", "reloaded: ye"),
+        ("5", "reloaded"),
         ("3", "not reloaded"),
-        ("5", "reloaded: ye"),
-        ("5", "reloaded: ye"),
+        ("5", "reloaded"),
+        ("5", "reloaded"),
     ]
 
 

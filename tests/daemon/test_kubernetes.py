@@ -10,8 +10,7 @@ import yaml
 
 from relay import cli, config
 from relay.config import Config
-from relay.daemon.crew import GRACE_S
-from relay.daemon.worker import CUT_S
+from relay.daemon.process import CUT_S, GRACE_S
 from relay.net.pump import Pump
 from relay.net.service import Service, local_answer
 

@@ -19,13 +19,14 @@ from relay.address import parse_upstream
 from relay.config import Config, DaemonConfig, KeyLimitsConfig, PoolConfig, PriceConfig
 from relay.core import metrics
 from relay.core.board import Board, total
-from relay.daemon import messages, worker
+from relay.daemon import messages
 from relay.daemon.crew import MOST_UNSENT_BYTES, TELL_S, Crew
 from relay.daemon.forker import Ended, Forked, Forker
 from relay.daemon.key_limits import KeyLimits
 from relay.daemon.limits import Limits
 from relay.daemon.listeners import Listeners
 from relay.daemon.messages import Channel, Done, Said
+from relay.daemon.process import count_of
 from relay.daemon.scoreboard import MOST_NUMBERS, Numbers, Scoreboard
 from relay.net.guard import Credentials
 from relay.net.pump import Pump
@@ -39,11 +40,11 @@ from tests.e2e.harness import until
 def test_auto_is_one_for_each_core_the_daemon_may_use() -> None:
     script = (
         "import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])\n"
-        "from relay.config import Config; from relay.daemon import worker; print(worker.count_of(Config()))"
+        "from relay.config import Config; from relay.daemon.process import count_of; print(count_of(Config()))"
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
     assert result.stdout == "1\n"
-    assert worker.count_of(Config(daemon=DaemonConfig(workers=3))) == 3
+    assert count_of(Config(daemon=DaemonConfig(workers=3))) == 3
 
 
 # -- what is shared
@@ -234,7 +235,7 @@ async def test_a_worker_that_cannot_be_told_is_given_up(monkeypatch: pytest.Monk
     async with channels() as (one, other):
         limits = Limits()
         limits.set(7, 1)
-        one.send(messages.Limits([7]), [limits.by_number[7]])
+        one.send(messages.Semaphores([7], are_gone=False), [limits.by_number[7]])
         with trio.fail_after(5):
             assert await one.receive() is None
             assert await other.receive() is None
@@ -277,19 +278,18 @@ async def test_messages_arrive_whole_and_in_order() -> None:
 
 
 async def test_descriptors_are_there_when_their_message_is() -> None:
-    reading, writing = os.pipe()
+    reading, writing = socket.socketpair()
     async with channels() as (one, other):
         one.send(Said(1, b"x" * 300_000))
-        file = os.fdopen(writing, "wb")
-        one.send(messages.Limits([7]), [messages.Copy(file)])
-        file.close()
+        one.send(messages.Semaphores([7], are_gone=False), [messages.Copy(writing)])
+        writing.close()
         assert isinstance(await other.receive(), Said)
-        assert await other.receive() == messages.Limits([7])
+        assert await other.receive() == messages.Semaphores([7], are_gone=False)
         (fd,) = other.fds
         os.write(fd, b"same")
         os.close(fd)
-    assert os.read(reading, 10) == b"same"
-    os.close(reading)
+    with reading:
+        assert reading.recv(10) == b"same"
 
 
 async def test_the_end_is_told() -> None:

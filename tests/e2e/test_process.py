@@ -17,6 +17,7 @@ import pytest
 import trio
 
 from relay_bench.engine import Engine
+from tests.e2e.fleet import fakes
 from tests.e2e.harness import Client, ask, request, states, until
 
 #: A Python start-up on a loaded machine.
@@ -135,6 +136,29 @@ async def test_a_second_signal_cuts(engine: Engine) -> None:
         await until(lambda: states(engine) == ["aborted"])
     assert b"Traceback" not in relay.stderr
     assert json.loads(relay.stdout.splitlines()[-1])["outcome"] == "RD"
+
+
+async def test_who_is_stopped_while_it_starts_says_nothing_of_being_ready(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its engine's first probe holds up the start; a second signal cuts that, too."""
+    path = tmp_path / "notify"
+    with trio.socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        await manager.bind(str(path))
+        monkeypatch.setenv("NOTIFY_SOCKET", str(path))
+        async with fakes("a") as (engine,):
+            engine.health = 0  # it does not answer
+            async with relay_serve("--upstream", engine.url, "--workers", "1") as relay:
+                await until(lambda: bool(engine.probed), START_S)
+                told = b""
+                for _ in range(2):
+                    relay.signal(signal.SIGTERM)
+                    with trio.fail_after(START_S):
+                        while b"STOPPING=1" not in told:
+                            told += await manager.recv(1000)
+                assert await relay.ended() == 0
+        assert b"READY=1" not in told
+    assert relay.stderr == b""
 
 
 async def test_drain_s_is_a_limit(engine: Engine) -> None:

@@ -108,13 +108,47 @@ async def test_listeners_come_and_go_and_streams_stay(daemon: Daemon, workers: i
                 assert (await daemon.ask(name)).status == 200
             daemon.write("c", "nowhere/d", workers=workers)
             assert re.fullmatch(
-                r"cannot listen on unix:/\S+/nowhere/d: No such file or directory", await daemon.reload()
+                r"not reloaded: cannot listen on unix:/\S+/nowhere/d: No such file or directory", await daemon.reload()
             )
             assert (await daemon.ask("b")).status == 200
             await assert_whole(clients)
         rest = process.stop()
         assert "Traceback" not in rest
     assert daemon.files == set()
+    told = [line for line in rest.splitlines() if "listening" in line]
+    where = f"listening on unix:{daemon.directory}"
+    assert told[-2:] == [f"relay: {where}/c", f"relay: no longer {where}/a"]
+
+
+async def test_there_may_be_more_listeners_than_a_message_has_descriptors(daemon: Daemon) -> None:
+    names = [f"s{at}" for at in range(300)]
+    daemon.write(*names[:280], workers=2)
+    with serving(daemon):
+        assert (await daemon.ask("s279")).status == 200
+        daemon.write(*names[20:], workers=2)
+        assert await daemon.reload() == "yes"
+        assert (await daemon.ask("s299")).status == 200
+        assert (await daemon.ask("s20")).status == 200
+        assert daemon.files == {"admin", *names[20:]}
+
+
+async def test_workers_let_go_of_limits_that_are_gone(daemon: Daemon) -> None:
+    def limit(number: int) -> None:
+        daemon.write("a", workers=2)
+        engines = [f"{{ url = 'http://127.0.0.{2 + at}:9', max_in_flight = 1 }}" for at in range(number)]
+        text = daemon.path.read_text()
+        daemon.path.write_text(text.replace("upstreams = [", f"upstreams = [{', '.join(engines)}, "))
+
+    def semaphores(pid: int) -> int:
+        return [os.readlink(path) for path in Path(f"/proc/{pid}/fd").iterdir()].count("anon_inode:[eventfd]")
+
+    limit(9)
+    with serving(daemon) as process:
+        assert [semaphores(pid) for pid in workers_of(process)] == [9, 9]
+        limit(2)
+        assert await daemon.reload() == "yes"
+        await until(lambda: [semaphores(pid) for pid in workers_of(process)] == [2, 2])
+        assert "Traceback" not in process.stop()
 
 
 async def test_there_are_as_many_workers_as_the_file_says(daemon: Daemon) -> None:
@@ -134,7 +168,10 @@ async def test_there_are_as_many_workers_as_the_file_says(daemon: Daemon) -> Non
         done = b'relay_requests_total{outcome="--",pool="default",route="chat",status="200"} 9.0\n'
         assert done in (await daemon.admin("GET", "/metrics")).payload
         daemon.write("a", workers=1000)
-        assert await daemon.reload() == "daemon.workers: 1000 are too many; allowed without a restart: 64 at present"
+        assert (
+            await daemon.reload()
+            == "not reloaded: daemon.workers: 1000 are too many; allowed without a restart: 64 at present"
+        )
         assert len(workers_of(process)) == 1
         assert "ended with" not in process.stop()
 
@@ -164,9 +201,11 @@ async def test_a_listener_that_a_reload_opens_in_public_is_told_of(daemon: Daemo
             daemon.path.write_text(text.replace("addresses = [", "addresses = ['0.0.0.0:0', "))
             assert await daemon.reload() == "yes"
         rest = process.stop()
-    warning, *reloads = rest.splitlines()
+    listening, warning, *others = rest.splitlines()
+    assert re.fullmatch(r"relay: listening on http://0\.0\.0\.0:\d+", listening)
+    reloads = [line for line in others if "listening" not in line]
     assert re.fullmatch(r"relay: warning: 0\.0\.0\.0:\d+ can be reached from outside: anybody may use .*", warning)
-    assert reloads == ["relay: reloaded: yes"] * 2
+    assert reloads == ["relay: reloaded"] * 2
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -176,7 +215,7 @@ async def test_records_take_another_form(daemon: Daemon, workers: int) -> None:
         assert (await daemon.ask("a")).status == 200
         daemon.write("a", workers=workers, log="json")
         os.kill(process.pid, signal.SIGHUP)
-        assert await trio.to_thread.run_sync(process.line) == "relay: reloaded: yes\n"
+        assert await trio.to_thread.run_sync(process.line) == "relay: reloaded\n"
         assert (await daemon.ask("a")).status == 200
         process.stop()
         (record,) = process.records()

@@ -202,7 +202,7 @@ async def test_a_reload_reaches_both(engine: Engine, second_engine: Engine, tmp_
         async with relay.streams(relay.workers[0], 1, **SLOW) as (client,):
             configuration(path, f"upstreams = ['{second_engine.url}']")
             relay.process.signal(signal.SIGHUP)
-            await relay.process.prints(lambda: b"reloaded: yes" in relay.process.stderr)
+            await relay.process.prints(lambda: b"relay: reloaded" in relay.process.stderr)
             await served_by_each(relay)
             assert len((await client.answer()).frames) == 22  # what was in flight goes on
         assert (len(engine.requests()), len(second_engine.requests())) == (1, 2)

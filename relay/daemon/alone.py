@@ -1,0 +1,80 @@
+"""The daemon of one worker: no control process, and nothing to be told to anybody, shared or added up."""
+
+from __future__ import annotations
+
+import gc
+import signal
+import ssl
+import sys
+from collections.abc import AsyncIterator, Callable
+from functools import partial
+
+import trio
+
+from relay.config import Config
+from relay.daemon import systemd
+from relay.daemon.listeners import Listeners, announce
+from relay.daemon.process import record_sink, tell_of_drain
+from relay.daemon.records import RecordWriter
+from relay.daemon.reload import reload_for_systemd
+from relay.daemon.worker import Worker
+from relay.net.callbacks import ListenError
+from relay.net.guard import Guard
+from relay.net.notices import Priority, say
+
+
+async def serve(
+    config: Config,
+    guard: Guard,
+    tls_context: ssl.SSLContext | None,
+    listeners: Listeners,
+    admin: Listeners,
+    load_config: Callable[[], Config] | None,
+) -> int:
+    """A worker with what a process has around it: signals, and records on standard output. The exit status."""
+    status = 0
+    writer = RecordWriter(sys.stdout.fileno())
+    sink = partial(record_sink, writer)
+    worker = Worker(config, listeners, sink, admin, load_config, guard=guard, tls_context=tls_context)
+    writer.on_drop = worker.service.tally.records_dropped
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(writer.run)
+            nursery.start_soon(obey, worker, signals, nursery)
+            try:
+                await nursery.start(worker.run)
+            except ListenError as exc:
+                say(f"relay: {exc}", Priority.ERROR)
+                status = 1
+            else:
+                # What lives as long as the process is not looked at again by the garbage collector.
+                gc.collect()
+                gc.freeze()
+                if worker.service.is_ready:
+                    announce(listeners.urls)
+                    systemd.ready(f"serving on {', '.join(listeners.urls)}")
+                if (limit_s := systemd.watchdog_s()) is not None:
+                    nursery.start_soon(_feed_watchdog, limit_s / 2)
+            await worker.stopped.wait()
+            nursery.cancel_scope.cancel()
+    return status
+
+
+async def obey(worker: Worker, signals: AsyncIterator[int], nursery: trio.Nursery) -> None:
+    """SIGHUP reloads, in the background; the first signal to stop drains, the second cuts."""
+    async for number in signals:
+        if number == signal.SIGHUP:
+            nursery.start_soon(reload_for_systemd, worker.reload)
+        elif not worker.service.is_ready:
+            worker.cut()
+        else:
+            systemd.stopping("draining")
+            worker.stop()
+            nursery.start_soon(tell_of_drain, lambda: len(worker.service.active))
+
+
+async def _feed_watchdog(interval_s: float) -> None:
+    """A sign of life from the event loop that carries the traffic: where it hangs, systemd is to begin anew."""
+    while True:
+        systemd.feed_watchdog()
+        await trio.sleep(interval_s)

@@ -1,0 +1,55 @@
+"""What a process of the daemon has around its work: records on standard output, descriptors, and time to end in."""
+
+from __future__ import annotations
+
+import os
+import resource
+from collections.abc import Callable
+from typing import Final
+
+import trio
+
+from relay.config import Config, LogConfig
+from relay.core.timeline import Record, record_text
+from relay.daemon import systemd
+from relay.daemon.records import RecordWriter
+
+#: Seconds that cut exchanges get for their error frames.
+CUT_S: Final = 3.0
+#: What workers get beyond ``drain_s`` and `CUT_S` before they are ended from outside.
+GRACE_S: Final = 5.0
+#: How often systemd is told how a drain goes on.
+DRAIN_TOLD_S: Final = 5.0
+
+
+def count_of(config: Config) -> int:
+    """How many workers there are to be; "auto": one for each CPU the daemon may use."""
+    workers = config.daemon.workers
+    return len(os.sched_getaffinity(0)) if workers == "auto" else workers
+
+
+def raise_descriptor_limit() -> None:
+    """Two descriptors per stream: takes what the hard limit allows, as nginx's worker_rlimit_nofile would."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def record_sink(writer: RecordWriter, config: LogConfig) -> Callable[[Record], None] | None:
+    """What writes a record in the configured form; None: nobody wants them."""
+    match config.format:
+        case "json":
+            return lambda record: writer.put(record.encode() + b"\n")
+        case "text":
+            return lambda record: writer.put(record_text(record).encode() + b"\n")
+        case _:
+            return None
+
+
+async def tell_of_drain(left: Callable[[], int]) -> None:
+    """Shows how many streams are left, and asks systemd for time, as long as somebody is there to ask.
+
+    The drain itself ends within ``drain_s``; that may be more than the unit's ``TimeoutStopSec=``.
+    """
+    while True:
+        systemd.draining(left(), 3 * DRAIN_TOLD_S)
+        await trio.sleep(DRAIN_TOLD_S)
