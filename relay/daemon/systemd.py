@@ -6,9 +6,11 @@ ready-made libraries are dormant or need systemd's headers. Outside of systemd a
 
 from __future__ import annotations
 
+import itertools
 import os
 import socket
 import time
+from contextlib import suppress
 from typing import NamedTuple
 
 #: Passed descriptors begin here; below are standard input, output and error.
@@ -16,13 +18,6 @@ _FIRST_FD = 3
 
 #: Seconds a notification may wait for room in systemd's queue: its senders must not stop when it does.
 _SEND_LIMIT_S = 0.5
-
-
-class PassedSocket(NamedTuple):
-    """A descriptor from systemd, and what its unit calls it (``FileDescriptorName=``; "" if it does not)."""
-
-    fd: int
-    name: str
 
 
 class PassedListeners(NamedTuple):
@@ -33,51 +28,47 @@ class PassedListeners(NamedTuple):
     admin: list[int]
 
 
-def notify(*lines: str) -> bool:
-    """Send systemd state lines such as ``READY=1``; whether they were sent. Never raises, does nothing elsewhere."""
+def notify(*lines: str) -> None:
+    """Send systemd state lines such as ``READY=1``. Never raises, does nothing elsewhere."""
     path = os.environ.get("NOTIFY_SOCKET", "")
     if not path.startswith(("/", "@")):
-        return False
+        return
     address = "\0" + path[1:] if path.startswith("@") else path  # "@": the abstract namespace, unix(7)
-    try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
-            sender.settimeout(_SEND_LIMIT_S)
-            sender.sendto("\n".join(lines).encode(), address)
-    except OSError:
-        return False
-    return True
+    with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+        sender.settimeout(_SEND_LIMIT_S)
+        sender.sendto("\n".join(lines).encode(), address)
 
 
-def ready(status: str) -> bool:
+def ready(status: str) -> None:
     """Started, or reloaded: requests are served. `status` is shown by ``systemctl status``, as all are below."""
-    return notify("READY=1", _status(status))
+    notify("READY=1", _status(status))
 
 
-def reloading(status: str) -> bool:
+def reloading(status: str) -> None:
     """A reload has begun; `ready` ends it, whether it succeeded or not.
 
     The time lets systemd (253 and later, ``Type=notify-reload``) tell this reload from one that was asked for earlier.
     """
-    return notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}", _status(status))
+    notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}", _status(status))
 
 
-def stopping(status: str) -> bool:
+def stopping(status: str) -> None:
     """The drain has begun."""
-    return notify("STOPPING=1", _status(status))
+    notify("STOPPING=1", _status(status))
 
 
-def draining(left: int, seconds: float) -> bool:
+def draining(left: int, seconds: float) -> None:
     """The drain goes on: so many streams are `left`, and the stop may take `seconds` more from now.
 
     Counts once ``TimeoutStopSec=`` is used up, and has to be repeated before each extension ends (sd_notify(3)).
     """
     streams = "1 stream" if left == 1 else f"{left} streams"
-    return notify(f"EXTEND_TIMEOUT_USEC={_microseconds(seconds)}", _status(f"draining, {streams} left"))
+    notify(f"EXTEND_TIMEOUT_USEC={round(seconds * 1_000_000)}", _status(f"draining, {streams} left"))
 
 
-def feed_watchdog() -> bool:
+def feed_watchdog() -> None:
     """A sign of life; systemd kills a service that owes one for longer than `watchdog_s`."""
-    return notify("WATCHDOG=1")
+    notify("WATCHDOG=1")
 
 
 def watchdog_s() -> float | None:
@@ -88,34 +79,27 @@ def watchdog_s() -> float | None:
     return int(limit) / 1e6 or None
 
 
-def listen_fds() -> list[PassedSocket]:
-    """Take the sockets that systemd passes to this process; a second call, or a child's, finds none."""
+def passed_listeners() -> PassedListeners:
+    """Take the sockets that systemd passes to this process; a second call, or a child's, finds none.
+
+    They are sorted by what their units call them (``FileDescriptorName=``): of another name, or none, is http.
+    """
+    found = PassedListeners([], [], [])
     pid = os.environ.pop("LISTEN_PID", "")
     count = os.environ.pop("LISTEN_FDS", "")
     names = os.environ.pop("LISTEN_FDNAMES", "").split(":")
     if pid != str(os.getpid()) or not _is_number(count):
-        return []
+        return found
     fds = range(_FIRST_FD, _FIRST_FD + int(count))
-    for fd in fds:
+    for fd, name in itertools.zip_longest(fds, names[: len(fds)]):
         os.set_inheritable(fd, False)  # FD_CLOEXEC
-    return [PassedSocket(fd, names[at] if at < len(names) else "") for at, fd in enumerate(fds)]
-
-
-def passed_listeners() -> PassedListeners:
-    """Take systemd's sockets as `listen_fds` does, sorted by their names; one of another name, or none, is http."""
-    found = PassedListeners([], [], [])
-    for passed in listen_fds():
-        {"https": found.https, "admin": found.admin}.get(passed.name, found.http).append(passed.fd)
+        {"https": found.https, "admin": found.admin}.get(name, found.http).append(fd)
     return found
 
 
 def _status(text: str) -> str:
     """A status line; a line break in it would begin another assignment."""
     return "STATUS=" + " ".join(text.splitlines())
-
-
-def _microseconds(seconds: float) -> int:
-    return round(seconds * 1_000_000)
 
 
 def _is_number(text: str) -> bool:
