@@ -29,6 +29,11 @@ _FLAG_OF_KEY = {
     "listen.": "listen", "admin.": "admin", "pool[0].upstreams": "upstream", "pool[0].prefill": "prefill",
     "pool[0].decode": "decode",
 }  # fmt: skip
+#: Of a pool's settings those that `relay check` tells of under their own names, where they are not the defaults.
+_SHOWN_OF_POOL = (
+    "session_header", "callback_address", "on_missing_kv", "drain_kv", "cached_tokens_from", "force_stream",
+    "include_usage", "keepalive_comment_s",
+)  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -83,11 +88,20 @@ def _check(arguments: argparse.Namespace) -> int:
     from relay.net.guard import Guard, GuardError
 
     config = settings.load(arguments.config)
+    errors, doubts = [], [*settings.doubts(config)]
     try:
-        Guard.read(config.auth)
+        names = Guard.read(config.auth).unmatched_limits()
+        doubts += [Problem(f'auth.limits."{name}"', f"fits no key of {config.auth.keys_file}") for name in names]
+    except GuardError as error:
+        errors.append(str(error))
+    try:
         tls.read(config)
-    except (GuardError, tls.TlsError) as error:
-        print(error, file=sys.stderr)
+    except tls.TlsError as error:
+        errors.append(f"{arguments.config}:{error}")
+    warnings = [Problem(doubt.key, f"warning: {doubt.message}").line(arguments.config) for doubt in doubts]
+    for line in (*errors, *warnings):
+        print(line, file=sys.stderr)
+    if errors:
         return _WRONG_USAGE
     print(f"{arguments.config}: ok")
     for line in _summary(config):
@@ -251,7 +265,7 @@ def _with_flags(config: Config, arguments: argparse.Namespace) -> Config:
 def _with_ascend_flags(arguments: argparse.Namespace) -> None:
     """Reads the flags of the vLLM-Ascend example proxy as those of relay's own that mean the same.
 
-    Raises `ConfigError` where a host has no port, or they are none.
+    Raises `ConfigError` where a host has no port, they are none, or relay's own stand beside them.
     """
 
     def read(flag: str, setting: Any, text: str) -> Any:
@@ -261,6 +275,9 @@ def _with_ascend_flags(arguments: argparse.Namespace) -> None:
             raise ConfigError("relay serve", [Problem(flag, str(error))]) from None
 
     if arguments.host is not None or arguments.port is not None:
+        if arguments.listen is not None:
+            flag = "--port" if arguments.host is None else "--host"
+            raise ConfigError("relay serve", [Problem(flag, "stands beside --listen; allowed: one or the other")])
         address = f"{arguments.host or '127.0.0.1'}:{8000 if arguments.port is None else arguments.port}"
         arguments.listen = [read("--host", settings.Listener, address)]
     for name, role in (("prefiller", "prefill"), ("decoder", "decode")):
@@ -307,13 +324,13 @@ def _summary(config: Config) -> Iterator[str]:
             yield f"  at most {pool.max_in_flight} in flight"
         if pool.max_queue:
             yield f"  at most {pool.max_queue} waiting"
-        for name in ("force_stream", "include_usage", "keepalive_comment_s"):
-            if (value := getattr(pool, name)) is not None:
+        for name in _SHOWN_OF_POOL:
+            if (value := getattr(pool, name)) != getattr(PoolConfig(), name):
                 yield f"  {name} = {_toml(value)}"
     if config.prices:
         yield f"prices for {', '.join(config.prices)}"
     changed = [*_differences(config)]
-    yield "differs from the defaults:" if changed else "all limits are the defaults"
+    yield "differs from the defaults:" if changed else "all else is the default"
     yield from changed
 
 
@@ -328,7 +345,3 @@ def _differences(config: Config) -> Iterator[str]:
 
 def _toml(value: Any) -> str:
     return msgspec.json.encode(value).decode()
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -39,7 +39,7 @@ _STYLE_OF_STATE: Final = {
     "unhealthy": "red",
 }  # fmt: skip
 
-_DONE, _UNREACHABLE = 0, 2
+_DONE, _UNREACHABLE = 0, 1
 
 _T = TypeVar("_T")
 
@@ -51,7 +51,7 @@ class StatusError(Exception):
 def main(admin_url: str, watch: bool, as_json: bool) -> int:
     """Print the status of the daemon whose admin side is `admin_url` (``http://…`` or ``unix:/path``).
 
-    `watch`: again and again, until Ctrl-C; `as_json`: as the daemon sent it. Answers the exit status: 2 if the daemon
+    `watch`: again and again, until Ctrl-C; `as_json`: as the daemon sent it. Answers the exit status: 1 if the daemon
     cannot be reached or does not answer with its status.
     """
     transport, base_url = None, admin_url
@@ -91,8 +91,8 @@ def show(
 ) -> None:
     """Prints one status; with `watch` another after each `pause`, until that raises.
 
-    Raises `StatusError` for the first one. Later ones that cannot be had are told of in the picture's place: a daemon
-    that is watched may well be restarted.
+    Raises `StatusError` for the first one, and as JSON for any. Later ones that cannot be had are told of in the
+    picture's place: a daemon that is watched may well be restarted.
     """
     if as_json:
         _print_json(console, fetch())

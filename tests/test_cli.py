@@ -20,6 +20,7 @@ import relay
 from relay.address import Address
 from relay.cli import main
 from relay.config import Config
+from relay.core.auth import keys_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -258,6 +259,25 @@ def test_check_tells_the_halves_of_a_split_pool(file: Callable[[str], str], caps
     ]
 
 
+def test_check_tells_what_a_pool_has_of_its_own(file: Callable[[str], str], capsys: pytest.CaptureFixture[str]) -> None:
+    settings = [
+        'session_header = "X-Chat"',
+        'callback_address = "10.0.0.9:9000"',
+        'on_missing_kv = "error"',
+        "drain_kv = false",
+        'cached_tokens_from = "decode"',
+        "force_stream = true",
+        'include_usage = "always"',
+        "keepalive_comment_s = 5.0",
+    ]
+    pool = ["[[pool]]", 'prefill = ["http://a:1"]', 'decode = ["http://b:2"]', 'connector = "ascend_layerwise"']
+    assert main(["check", "--config", file("\n".join(pool + settings))]) == 0
+    assert capsys.readouterr().out.splitlines()[6:] == [
+        *[f"    {setting}" for setting in settings],
+        "  all else is the default",
+    ]
+
+
 def test_check_reports_every_problem(file: Callable[[str], str], capsys: pytest.CaptureFixture[str]) -> None:
     path = file("[other]\n[[pool]]\nupstreams = []\n[limits]\nmax_connections = 0")
     assert main(["check", "--config", path]) == 2
@@ -273,7 +293,7 @@ def test_check_reports_every_problem(file: Callable[[str], str], capsys: pytest.
 def test_the_example_is_right(capsys: pytest.CaptureFixture[str]) -> None:
     """Its values are the defaults that its comments call them."""
     assert main(["check", "--config", str(ROOT / "systemd/relay.toml")]) == 0
-    assert capsys.readouterr().out.endswith("all limits are the defaults\n")
+    assert capsys.readouterr().out.endswith("all else is the default\n")
 
 
 @pytest.fixture
@@ -309,12 +329,12 @@ def test_status_wants_an_address(address: str, refused: Callable[..., str]) -> N
     assert refused("status", "--admin", address).startswith(f'relay status: --admin: "{address}" ')
 
 
-def test_status_of_nobody(refused: Callable[..., str]) -> None:
+def test_status_of_nobody(capsys: pytest.CaptureFixture[str]) -> None:
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))
         port = held.getsockname()[1]
-        line = refused("status", "--admin", f"127.0.0.1:{port}")
-    assert line.startswith(f"relay status: no answer from http://127.0.0.1:{port} (")
+        assert main(["status", "--admin", f"127.0.0.1:{port}"]) == 1
+    assert capsys.readouterr().err.startswith(f"relay status: no answer from http://127.0.0.1:{port} (")
 
 
 def test_the_flags_of_a_split_pool(served: Callable[..., Config]) -> None:
@@ -499,3 +519,53 @@ def test_check_reads_the_keys(file: Callable[[str], str], tmp_path: Path, capsys
     keys.unlink()
     assert main(["check", "--config", path]) == 2
     assert capsys.readouterr().err == f"{keys}: cannot be read: No such file or directory (auth.keys_file)\n"
+
+
+def test_check_reads_all_other_files(
+    file: Callable[[str], str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    none = tmp_path / "none"
+    path = file(
+        f"[[pool]]\nupstreams = ['http://a:1', {{ url = 'https://b:2', ca = '{none}' }}]\n[auth]\nkeys_file = '{none}'"
+    )
+    assert main(["check", "--config", path]) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        f"{none}: cannot be read: No such file or directory (auth.keys_file)",
+        f"{path}:pool[0].upstreams[1].ca: {none}: cannot be read: No such file or directory",
+    ]
+
+
+def test_check_warns_of_limits_that_fit_no_key(
+    file: Callable[[str], str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text(keys_line("team-alice", b"secret"))
+    limits = [f'[auth.limits."{name}"]\nmax_in_flight = 1' for name in ("team-alice", "team-*", "team-bob", "dev-*")]
+    path = file("\n".join(['[[pool]]\nupstreams = ["http://a:1"]', f'[auth]\nkeys_file = "{keys}"', *limits]))
+    assert main(["check", "--config", path]) == 0
+    assert capsys.readouterr().err.splitlines() == [
+        f'{path}:auth.limits."{name}": warning: fits no key of {keys}' for name in ("team-bob", "dev-*")
+    ]
+
+
+def test_check_warns_of_engines_that_share_kv_sockets(
+    file: Callable[[str], str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = file("""
+        [[pool]]
+        connector = "p2p_nccl"
+        prefill = ["http://a:1", { url = "http://b:1", kv_address = "b:7" }]
+        decode = ["http://a:2", { url = "http://b:2", kv_address = "b:8" }, { url = "http://b:3", kv_address = "b:7" }]
+    """)
+    assert main(["check", "--config", path]) == 0
+    shared = "warning: has the KV sockets of pool[0].prefill"
+    assert capsys.readouterr().err.splitlines() == [
+        f"{path}:pool[0].decode[0]: {shared}[0], a:14579; give each its kv_address",
+        f"{path}:pool[0].decode[2]: {shared}[1], b:7; give each its kv_address",
+    ]
+
+
+@pytest.mark.parametrize("flag", [("--host", "::1"), ("--port", "9000")])
+def test_one_way_to_say_where_to_listen(refused: Callable[..., str], flag: tuple[str, str]) -> None:
+    said = refused("serve", *UPSTREAM, "--listen", "127.0.0.1:8000", *flag)
+    assert said == f"relay serve: {flag[0]}: stands beside --listen; allowed: one or the other"

@@ -352,11 +352,11 @@ def test_main_asks_over_a_unix_socket(tmp_path: Path, capsys: pytest.CaptureFixt
     assert msgspec.json.decode(capsys.readouterr().out, type=Status) == WORKING
 
 
-def test_nobody_there_is_one_line_and_exit_status_2(capsys: pytest.CaptureFixture[str]) -> None:
+def test_nobody_there_is_one_line_and_exit_status_1(capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     for watch in (False, True):
-        assert main(f"http://127.0.0.1:{port}", watch=watch, as_json=False) == 2
+        assert main(f"http://127.0.0.1:{port}", watch=watch, as_json=False) == 1
         printed = capsys.readouterr()
         assert printed.out == ""
         assert printed.err.startswith(f"relay status: no answer from http://127.0.0.1:{port} (")

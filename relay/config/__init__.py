@@ -7,6 +7,7 @@ import tomllib
 from typing import TYPE_CHECKING, Any
 
 from relay.config.checks import conflicts
+from relay.config.checks import doubts as doubts
 from relay.config.reading import Problem as Problem
 from relay.config.reading import read_table, read_value
 from relay.config.tables import *  # noqa: F403 - the settings are this package's interface

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from relay.address import parse_address
 from relay.config.endpoints import endpoint_of
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from relay.core.connectors.base import Role
 
 _NO_UPSTREAM = "no upstream to send requests to; give --upstream http://HOST:PORT, or upstreams in a [[pool]]"
+_SPLIT: Final[tuple[Role, ...]] = ("prefill", "decode")
 
 
 def conflicts(config: Config, wrong: Collection[str] = ()) -> Iterator[Problem]:
@@ -36,6 +37,13 @@ def conflicts(config: Config, wrong: Collection[str] = ()) -> Iterator[Problem]:
     if "limits" not in wrong and config.limits.max_buffered_bytes < config.limits.max_body_bytes:
         least = config.limits.max_body_bytes
         yield Problem("limits.max_buffered_bytes", f"has no room for max_body_bytes; allowed: {least} or more")
+
+
+def doubts(config: Config) -> Iterator[Problem]:
+    """What can hardly be meant, though a relay could work with it; of a configuration without `conflicts`."""
+    for at, pool in enumerate(config.pools):
+        if pool.connector == "p2p_nccl":
+            yield from _shared_kv_sockets(pool, f"pool[{at}]")
 
 
 def _own_addresses(config: Config) -> list[tuple[str, Address]]:
@@ -86,8 +94,7 @@ def _roles(pool: PoolConfig, key: str) -> Iterator[Problem]:
 
 def _endpoints(pool: PoolConfig, key: str) -> Iterator[Problem]:
     """Engines that a split pool's connector cannot tell of each other."""
-    roles: tuple[Role, ...] = ("prefill", "decode")
-    for role in roles:
+    for role in _SPLIT:
         for at, upstream in enumerate(getattr(pool, role)):
             try:
                 endpoint_of(upstream.at("127.0.0.1") if upstream.is_dns else upstream, pool.connector, role)
@@ -99,6 +106,20 @@ def _endpoints(pool: PoolConfig, key: str) -> Iterator[Problem]:
                 raise ValueError("is no address to call; allowed: HOST:PORT with the host that decoders reach")
         except ValueError as problem:
             yield Problem(f"{key}.callback_address", f"{shown(pool.callback_address)} {problem}")
+
+
+def _shared_kv_sockets(pool: PoolConfig, key: str) -> Iterator[Problem]:
+    known: dict[str, str] = {}
+    for role in _SPLIT:
+        for at, upstream in enumerate(getattr(pool, role)):
+            if upstream.is_dns:
+                continue
+            address = endpoint_of(upstream, pool.connector, role).kv_address
+            if first := known.get(address):
+                yield Problem(
+                    f"{key}.{role}[{at}]", f"has the KV sockets of {first}, {address}; give each its kv_address"
+                )
+            known.setdefault(address, f"{key}.{role}[{at}]")
 
 
 def _useless_trust(pool: PoolConfig, key: str) -> Iterator[Problem]:

@@ -42,6 +42,7 @@ class Guard:
 
     def __init__(self, config: AuthConfig, credentials: Credentials) -> None:
         self.credentials = credentials
+        self._config = config
         self.access: Access | None = None  #: None: everybody may, everywhere
         if credentials.names is not None:
             self.access = Access(Keys(credentials.names), Routes(config.routes))
@@ -74,6 +75,11 @@ class Guard:
 
     def __repr__(self) -> str:
         return f"<Guard {self.access!r}>"
+
+    def unmatched_limits(self) -> list[str]:
+        """Names and patterns of ``auth.limits`` that fit no key."""
+        names = {*(self.credentials.names or {}).values()}
+        return [pattern for pattern in self._config.limits if not any(map(ByModel([(pattern, True)]).get, names))]
 
     def admit(self, method: bytes, target: bytes, fields: headers.Headers) -> str | None:
         """The name of the key a request comes with; None where none is asked for. Raises RequestRefused: 401 or 404."""

@@ -149,7 +149,7 @@ def client_context(ca: str = "") -> ssl.SSLContext:
     Read once, until `read` reads it again. Raises TlsError.
     """
     if ca not in _trusted:
-        _trusted[ca] = _client_context(ca)
+        _trusted[ca] = _client_context(ca, "ca")
     return _trusted[ca]
 
 
@@ -158,9 +158,7 @@ def read(config: Config) -> ssl.SSLContext | None:
 
     The system's own certificates are read once in the life of a process. Raises TlsError: nothing has changed.
     """
-    upstreams = [upstream for pool in config.pools for role in pool.roles for upstream in pool.upstreams_of(role)]
-    used = {upstream.ca for upstream in upstreams if upstream.is_tls}
-    contexts = {ca: _client_context(ca) if ca else client_context() for ca in used}
+    contexts = {ca: _client_context(ca, setting) if ca else client_context() for ca, setting in _used(config).items()}
     server = server_context(config.listen.tls) if config.listen.tls is not None else None
     _trusted.update(contexts)
     return server
@@ -169,16 +167,27 @@ def read(config: Config) -> ssl.SSLContext | None:
 _trusted: Final[dict[str, ssl.SSLContext]] = {}  # by file; for all pools, as the system's takes 10 ms to read
 
 
-def _client_context(ca: str) -> ssl.SSLContext:
+def _used(config: Config) -> dict[str, str]:
+    """The files of certificates that vouch for engines, each with a setting that names it."""
+    return {
+        upstream.ca: f"pool[{at}].{name}[{index}].ca"
+        for at, pool in enumerate(config.pools)
+        for name in ("upstreams", "prefill", "decode")
+        for index, upstream in enumerate(getattr(pool, name))
+        if upstream.is_tls
+    }
+
+
+def _client_context(ca: str, setting: str) -> ssl.SSLContext:
     context = _context(ssl.PROTOCOL_TLS_CLIENT)
     if not ca:
         context.load_default_certs()
         return context
-    _check_readable("ca", ca)
+    _check_readable(setting, ca)
     try:
         context.load_verify_locations(ca)
     except ssl.SSLError as error:
-        raise TlsError(f"ca: {ca} has no certificates in PEM: {reason_of(error)}") from None
+        raise TlsError(f"{setting}: {ca} has no certificates in PEM: {reason_of(error)}") from None
     return context
 
 
