@@ -28,7 +28,7 @@ Subject = tuple[str, str, str]
 _CELL: Final = 8
 _PAGE: Final = 4096
 _CELLS: Final = MOST_NUMBERS + KEY_NUMBERS.stop
-_SLOT_BYTES: Final = BOARD_BYTES + -(-_CELLS * _CELL // _PAGE) * _PAGE + _PAGE
+_SLOT_BYTES: Final = BOARD_BYTES + -(-(_CELLS + 1) * _CELL // _PAGE) * _PAGE
 
 
 class Slot:
