@@ -91,6 +91,18 @@ def test_a_query_fits_the_metrics(query: Query) -> None:
     assert [*problems(query)] == []
 
 
+def alerts() -> list[str]:
+    """The expressions that the README gives for alerts."""
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    paragraph = readme.partition("For alerts, ")[2].split("\n\n")[1]
+    return [line.strip() for line in paragraph.splitlines()]
+
+
+@pytest.mark.parametrize("expression", alerts())
+def test_an_alert_fits_the_metrics(expression: str) -> None:
+    assert [*problems(Query("README.md", expression, ""))] == []
+
+
 @pytest.mark.parametrize(
     ("expression", "legend", "problem"),
     [
