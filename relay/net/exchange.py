@@ -58,7 +58,7 @@ class Exchange:
         self.editor: UsageEditor | None = None  #: changes the usage in the answer
         self.meter = Meter(self.route)
         self.gaps = Histogram()
-        self.gaps_folded = 0  #: of its gaps, how many the metrics have
+        self.gaps_folded = 0  #: what of its gaps the metrics have: the answer of the last `Buckets.fold`
         self.phase = Phase.REQUEST
         self.attempts = 0
         self.frames = 0
