@@ -25,10 +25,11 @@ from relay.core.framing import Buffer
 from relay.core.histogram import Histogram
 from relay.core.request import may_stream, peek, route_of
 from relay.core.timeline import Record, make_record
-from relay.errors import NORMAL, ClientGone, Draining, ExchangeError, NoUpstream, Phase, Side, UpstreamTimeout
+from relay.errors import NORMAL, ClientGone, Draining, ExchangeError, NoUpstream, Phase, UpstreamTimeout
 from relay.net.downstream import ClientConnection, Request
 from relay.net.fleet import Pool
 from relay.net.group import Ask
+from relay.net.notices import say_fault
 from relay.net.place import Place
 from relay.net.plain import PlainAttempt
 from relay.net.pool import Upstream
@@ -67,7 +68,6 @@ class Exchange:
         self.prefill_upstream: Upstream | None = None
         self.failure: ExchangeError | None = None
         self.cost: Cost | None = None  #: known at its end, where its tokens and the model's prices are
-        self.is_complete = False  #: the answer went out to its end
         self.pair: Pair
 
     def __repr__(self) -> str:
@@ -82,9 +82,11 @@ class Exchange:
             self.client.scope.deadline = trio.current_time() + self.config.timeouts.total_s
         try:
             await self._serve()
-            self.is_complete = True
         except ExchangeError as failure:
             self.failure = failure
+        except Exception as exc:  # a fault of ours ends this exchange alone
+            say_fault(exc)
+            self.failure = ExchangeError("the relay failed; its standard error says how", phase=self.phase)
         except trio.Cancelled:
             self.failure = self._interruption()
             raise
@@ -223,9 +225,7 @@ class Exchange:
     @property
     def outcome(self) -> str:
         """The record's two letters."""
-        if self.failure is not None:
-            return self.failure.outcome
-        return NORMAL if self.is_complete else Side.RELAY.value + self.phase.value
+        return NORMAL if self.failure is None else self.failure.outcome
 
     @property
     def status(self) -> int | None:
@@ -269,8 +269,6 @@ class Exchange:
         """What the record says went wrong, beyond the engine's own error."""
         if self.failure is not None:
             return self.failure.message
-        if not self.is_complete:
-            return "the relay was stopped"
         meter = self.meter
         if self.reply.is_stream and meter.expects_end_mark and not meter.saw_end and meter.error is None:
             return "the stream ended without its end mark"

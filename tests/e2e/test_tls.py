@@ -271,6 +271,19 @@ async def test_the_relay_says_goodbye_behind_a_body_without_length(engine: Engin
         assert (cut.end, error_frames(cut)) == ("rst", cut.frames[-1:])
 
 
+async def test_a_fault_of_the_relays_own_is_no_end(
+    engine: Engine, authority: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a body that a goodbye would end."""
+
+    async def fail(*_: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("relay.net.delivery.Delivery._pump", fail)
+    async with secured("client", engine.url, authority) as path:
+        assert (await path.ask(request(version="1.0"))).end == "rst"
+
+
 async def test_a_client_that_reads_nothing(engine: Engine, authority: Authority) -> None:
     timeouts = TimeoutsConfig(client_stall_s=0.2)
     async with secured("both", engine.url, authority, timeouts=timeouts) as path:
