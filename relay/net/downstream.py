@@ -132,6 +132,7 @@ class ClientConnection:
         self._reader = HeadReader(limits.max_head_bytes)
         #: what the connection's task runs in; cancelled by draining, a client's hang-up, and while it waits for budget
         self.scope = trio.CancelScope()
+        self.waiting_since_ns = 0  #: when it first waited in its present phase (monotonic clock)
         self._limit_s = 0.0
         self._limit_at_ns: int | None = None  # None: nothing has been waited for yet
 
@@ -287,7 +288,8 @@ class ClientConnection:
     def _limit_now(self) -> int:
         """When the phase ends, whose clock starts at the latest now; 0: never."""
         if self._limit_at_ns is None:
-            self._limit_at_ns = time.monotonic_ns() + int(self._limit_s * 1e9) if self._limit_s else 0
+            self.waiting_since_ns = now = time.monotonic_ns()
+            self._limit_at_ns = now + int(self._limit_s * 1e9) if self._limit_s else 0
         return self._limit_at_ns
 
     async def _more(self) -> bool:
@@ -395,7 +397,7 @@ def make_room(connections: Collection[ClientConnection]) -> None:
     (``ngx_drain_connections``).
     """
     waiting = [client for client in connections if client.is_waiting]
-    waiting.sort(key=lambda client: client.source.limit_at_ns)
+    waiting.sort(key=lambda client: client.waiting_since_ns)
     left = max(1, len(connections) // _ROOM_SHARE)
     for client in waiting:
         left -= client.stop_waiting()

@@ -635,9 +635,11 @@ async def test_connections_are_limited(engine: Engine) -> None:
             assert (await third.answer()).status == 200
 
 
-async def test_who_idles_longest_makes_room_for_who_comes(engine: Engine) -> None:
+@pytest.mark.parametrize("client_idle_s", [75.0, 0.0])
+async def test_who_idles_longest_makes_room_for_who_comes(engine: Engine, client_idle_s: float) -> None:
+    limits, timeouts = LimitsConfig(max_connections=3), TimeoutsConfig(client_idle_s=client_idle_s)
     async with (
-        running_relay(engine.url, limits=LimitsConfig(max_connections=3)) as relay,
+        running_relay(engine.url, limits=limits, timeouts=timeouts) as relay,
         await Client.connect(relay.port) as busy,
         await Client.connect(relay.port) as idle,
         await Client.connect(relay.port) as newer,
