@@ -178,13 +178,14 @@ class Exchange:
                 raise NoUpstream(message, phase=Phase.QUEUE, retry_after_s=1)
             self.attempts += 1
             may_go_on = self.attempts < failover.attempts and pool.has_others(place, ask, tried)
-            attempt = (PlainAttempt if "serve" in ask.roles else SplitAttempt)(self, pool, place, may_go_on=may_go_on)
+            go_on_until = no_more_after if may_go_on else -math.inf
+            kind = PlainAttempt if "serve" in ask.roles else SplitAttempt
+            attempt = kind(self, pool, place, go_on_until=go_on_until)
             try:
                 await attempt.run()
                 return
             except ExchangeError as failure:
-                is_in_time = may_go_on and time.monotonic() < no_more_after
-                if self.reply.is_committed or not (failure.may_retry and is_in_time):
+                if self.reply.is_committed or not failure.may_retry or time.monotonic() >= go_on_until:
                     raise
                 tried[attempt.role].append(place.upstreams[attempt.role])
                 if not place.take_others(ask, tried):  # there were some when the attempt began

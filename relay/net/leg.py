@@ -34,7 +34,7 @@ class Leg:
         sends: Sends,
         *,
         failure_statuses: Collection[int],
-        may_go_on: bool,
+        go_on_until: float,
     ) -> None:
         self.exchange = exchange
         self.group = group
@@ -42,7 +42,8 @@ class Leg:
         self.sends = sends
         self.is_sent = False  #: the engine may have got the request
         self.failure_statuses = failure_statuses  #: that another engine is tried after
-        self.may_go_on = may_go_on  #: another engine is left, so this one's failure need not be the client's answer
+        #: until when another engine is tried instead, so that this one's failure need not be the client's answer
+        self.go_on_until = go_on_until
         self._timeouts = exchange.config.timeouts
 
     async def open(self) -> Opening:
@@ -149,8 +150,8 @@ class Leg:
             )
 
     def _refuse_failure(self, answer: wire.Answer) -> None:
-        """Raises UpstreamRefused for a status that another engine is tried after, if there is one."""
-        if self.may_go_on and answer.status in self.failure_statuses:
+        """Raises UpstreamRefused for a status that another engine is tried after, if one is left."""
+        if answer.status in self.failure_statuses and time.monotonic() < self.go_on_until:
             raise UpstreamRefused(f"{self.upstream.config.url} answered {answer.status}", phase=Phase.HEAD)
 
     async def _ask(self, connection: UpstreamConnection) -> wire.Answer:

@@ -71,7 +71,7 @@ async def test_the_statuses_that_fail_over_are_a_setting() -> None:
         assert outcome(await relay.record(3)) == ("--", 503, 1)
 
 
-@pytest.mark.parametrize("why", ["only one", "both the same", "attempts", "other down", "other full"])
+@pytest.mark.parametrize("why", ["only one", "both the same", "attempts", "budget", "other down", "other full"])
 @pytest.mark.parametrize("status", [502, 503, 504])
 async def test_with_no_other_left_the_engines_answer_goes_through_untouched(why: str, status: int) -> None:
     body = b'{"error":"busy"}'
@@ -79,6 +79,8 @@ async def test_with_no_other_left_the_engines_answer_goes_through_untouched(why:
         one.answer = two.answer = answer(status, body, "retry-after: 7", "x-engine: mine")
         urls = [one.url] if why == "only one" else [one.url, two.url]
         tables: dict[str, Any] = {"failover": FailoverConfig(attempts=1)} if why == "attempts" else {}
+        if why == "budget":
+            tables["failover"] = FailoverConfig(budget_s=1e-9)  # it is over before any answer
         if why == "other down":
             two.health = 500
             tables["health"] = HealthConfig(interval_s=60)
