@@ -56,17 +56,11 @@ class Leg:
         except ExchangeError as failure:
             if failure.side is Side.UPSTREAM:
                 attempt.failed(time.monotonic())
-                self.note(failure)
+                note_failure(self.exchange, self.upstream, failure)
             raise
         finally:
             attempt.abandoned(time.monotonic())
             self.group.refresh(self.upstream)
-
-    def note(self, failure: ExchangeError) -> None:
-        """Counts a failure as the engine's."""
-        self.upstream.failures += 1
-        self.upstream.last_error = failure.message
-        self.exchange.service.tally.upstream_failed(failure.phase)
 
     def close(self, connection: UpstreamConnection, *, is_reusable: bool) -> None:
         """Parks the connection, or drops it, which frees the engine at once."""
@@ -167,6 +161,13 @@ class Leg:
                 fields = list(event.headers)
                 await reply.send(reply.head(event.status_code, event.reason, fields, "none"))
         return answer
+
+
+def note_failure(exchange: Exchange, upstream: Upstream, failure: ExchangeError) -> None:
+    """Counts a failure as the engine's."""
+    upstream.failures += 1
+    upstream.last_error = failure.message
+    exchange.service.tally.upstream_failed(failure.phase)
 
 
 def is_plain_json(answer: wire.Answer) -> bool:

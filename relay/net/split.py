@@ -32,7 +32,7 @@ from relay.core.request import Route
 from relay.errors import ExchangeError, Phase, Side, UpstreamAnswered, UpstreamProtocolError, UpstreamTimeout
 from relay.net.delivery import Delivery
 from relay.net.fetch import fetch, transport_of
-from relay.net.leg import Leg
+from relay.net.leg import Leg, note_failure
 from relay.net.second_frame import see_second_frame
 from relay.net.whole import WholeAnswer, ask_whole
 
@@ -295,9 +295,7 @@ class SplitAttempt:
             failure.phase = Phase.PREFILL
             if failure.side is Side.UPSTREAM:  # and not the relay, out of descriptors
                 attempt.failed(time.monotonic())
-                upstream.failures += 1
-                upstream.last_error = failure.message
-                self._exchange.service.tally.upstream_failed(failure.phase)
+                note_failure(self._exchange, upstream, failure)
             raise
         finally:
             attempt.abandoned(time.monotonic())
@@ -320,8 +318,9 @@ class SplitAttempt:
             await see_second_frame(self._exchange.pair, opening)
         except BaseException as exc:
             leg.close(opening.connection, is_reusable=False)
-            if isinstance(exc, ExchangeError):
-                leg.note(exc)
+            is_refusal = isinstance(exc, UpstreamAnswered) and exc.status < 500  # the request's own fault
+            if isinstance(exc, ExchangeError) and exc.side is Side.UPSTREAM and not is_refusal:
+                note_failure(self._exchange, leg.upstream, exc)
             raise
         return opening
 

@@ -523,6 +523,7 @@ async def test_a_wrong_request_told_in_the_stream_is_not_tried_again() -> None:
     async with split_pair(2, 2) as pair:
         pair.decode.usual = says(head + b"%x\r\n%b\r\n0\r\n\r\n" % (len(frame), frame))
         got = await ask(pair.relay.port, sent())
+        assert pair.metric("relay_upstream_failures_total") == 0  # nor is it an engine's failure
     assert (got.status, got.error["message"], pair.order) == (400, "no", "pd")
 
 
