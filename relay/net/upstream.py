@@ -71,7 +71,11 @@ class Waits(Protocol):
 
 
 class ConnectionDied(UpstreamDisconnected):
-    """The connection ended before a single byte of an answer: on a reused one, the engine may just have closed it."""
+    """The connection ended before a single byte of an answer: on a reused one, the engine may just have closed it.
+
+    So the request is sent again. RFC 9110 §9.2.2 has a proxy not do so with a POST, as it might be applied twice; of
+    what engines do with one, the worst is an answer generated for nobody.
+    """
 
 
 async def ask(
@@ -85,12 +89,12 @@ async def ask(
     await pair.wait_upstream()  # no engine has answered by now, so trying first would fail
     try:
         data = await receive(pair, connection)
-        while data and len(data) < len(_INTERIM[0]):
-            data += await receive(pair, connection) or b"\0"  # a byte that no head begins with
     except UpstreamDisconnected as exc:
         raise ConnectionDied(exc.message, phase=Phase.HEAD) from None
     if not data:
         raise ConnectionDied("the engine closed the connection before its answer", phase=Phase.HEAD)
+    while len(data) < len(_INTERIM[0]) and (more := await receive(pair, connection)):
+        data += more  # at the engine's end, `_read_head` says what is wrong
     heads = connection.upstream.heads
     size = data.find(_HEAD_END) + len(_HEAD_END)
     known = heads.get(data[:size]) if method != b"HEAD" else None  # whose answers' bodies are framed otherwise

@@ -100,6 +100,17 @@ async def test_with_no_other_left_the_engines_answer_goes_through_untouched(why:
             assert outcome(await relay.record()) == ("--", status, 2 if why == "both the same" else 1)
 
 
+@pytest.mark.parametrize("how", ["fin", "rst"])
+async def test_what_has_begun_to_be_answered_is_not_asked_again(how: str) -> None:
+    """Over a connection that was used before: without a byte of an answer, the engine could have closed it just then."""
+    async with fakes("a") as (engine,), running_fleet(pool_of(engine.url)) as relay:
+        assert (await ask(relay.port, CHAT)).status == 200
+        engine.answer, engine.then = b"HTTP/1", how
+        got = await ask(relay.port, CHAT)
+        assert (got.status, got.error["code"]) == (502, "upstream_disconnected")
+        assert len(engine.asked) == 2
+
+
 async def test_the_budget_bounds_attempts() -> None:
     failover, timeouts = FailoverConfig(budget_s=SHORT_S / 2), TimeoutsConfig(first_token_s=SHORT_S)
     tables: dict[str, Any] = {"failover": failover, "timeouts": timeouts}
