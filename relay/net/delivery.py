@@ -92,12 +92,15 @@ class Delivery:
             if relay.decoder.error is not None:
                 raise _failure_of(Stop.UPSTREAM_MALFORMED, relay, idle_s)
             stop = await pair.stream(relay, exchange.gaps, idle_limit_s=idle_s)
+            exchange.frames = relay.finder.frames
             if stop is Stop.CLIENT_BLOCKED:
                 began_ns = time.monotonic_ns()
                 await exchange.reply.send(pair.unsent)
                 pair.unsent = b""
                 pair.last_comment_ns = time.monotonic_ns()
-                pair.last_read_ns += pair.last_comment_ns - began_ns  # the client's delay is not the engine's silence
+                delay_ns = pair.last_comment_ns - began_ns  # the client's, and not the engine's silence
+                pair.last_read_ns += delay_ns
+                pair.last_frame_ns += delay_ns
             elif stop is not Stop.DONE:
                 raise _failure_of(stop, relay, idle_s)
 
