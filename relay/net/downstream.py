@@ -73,7 +73,11 @@ Admit = Callable[[Request], Visit | None]
 
 
 class BodyBudget:
-    """How many bytes of request bodies a worker holds at once; beyond that, readers wait."""
+    """How many bytes of request bodies a worker holds at once; beyond that, readers wait.
+
+    Where bodies that are half read fill it, all of them wait, until ``client_body_s`` refuses the first and so makes
+    room for the others. Nobody is let in beyond the limit to prevent that: its size is the promise.
+    """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -127,10 +131,9 @@ class ClientConnection:
         self._budget = budget
         self._held = 0
         self._visit: Visit | None = None
-        self._awaits_budget = False
         self._buffer = bytearray()
         self._reader = HeadReader(limits.max_head_bytes)
-        #: what the connection's task runs in; cancelled by draining, a client's hang-up, and while it waits for budget
+        #: what the connection's task runs in; cancelled by draining and a client's hang-up
         self.scope = trio.CancelScope()
         self.waiting_since_ns = 0  #: when it first waited in its present phase (monotonic clock)
         self._limit_s = 0.0
@@ -236,14 +239,6 @@ class ClientConnection:
             raise RequestTimeout("the request did not arrive in time", phase=Phase.REQUEST) from None
         self.refused = None
         return request
-
-    def interruption(self) -> ExchangeError | None:
-        """Why `scope` was cancelled between two exchanges; None where nobody needs to be told."""
-        if not self._awaits_budget or self.scope.deadline == math.inf:
-            return None
-        # Too many bodies are held: not this client's fault, so no 408.
-        message = "too many request bodies are waiting to be served; try again"
-        return RequestRefused(503, "no_upstream", message, phase=Phase.QUEUE)
 
     def release(self) -> None:
         """The current request has ended: neither its body nor its key's part is held any longer."""
@@ -372,11 +367,11 @@ class ClientConnection:
     async def _hold(self, size: int) -> None:
         """Counts body bytes against the worker's budget, waiting for room within the limit of the body's phase."""
         if not self._budget.take_now(size):
-            self._awaits_budget = True
-            self.scope.deadline = trio.current_time() + (self._limit_s or math.inf)
-            await self._budget.take(size)
-            self.scope.deadline = math.inf
-            self._awaits_budget = False
+            with trio.move_on_after(self._limit_s or math.inf) as limit:
+                await self._budget.take(size)
+            if limit.cancelled_caught:  # too many bodies are held: not this client's fault, so no 408
+                message = "too many request bodies are waiting to be served; try again"
+                raise RequestRefused(503, "no_upstream", message, phase=Phase.QUEUE, retry_after_s=1)
         self._held += size
 
     async def _send_continue(self) -> None:

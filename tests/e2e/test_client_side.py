@@ -318,6 +318,7 @@ async def test_bodies_beyond_the_budget_wait_for_so_long(engine: Engine, is_seco
         await first.frames(2)
         answer = await second.ask(request(body={"user": "x" * 600}))
         assert (answer.status, answer.error["code"]) == (503, "no_upstream")
+        assert answer.headers["retry-after"] == "1"
         record = await relay.record(2 if is_second else 1)
         assert (record.outcome, record.status) == ("RQ", 503)
 

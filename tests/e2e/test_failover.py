@@ -102,7 +102,7 @@ async def test_with_no_other_left_the_engines_answer_goes_through_untouched(why:
 
 @pytest.mark.parametrize("how", ["fin", "rst"])
 async def test_what_has_begun_to_be_answered_is_not_asked_again(how: str) -> None:
-    """Over a connection that was used before: without a byte of an answer, the engine could have closed it just then."""
+    """Over a used connection: without a byte of an answer, the engine could have closed it just then."""
     async with fakes("a") as (engine,), running_fleet(pool_of(engine.url)) as relay:
         assert (await ask(relay.port, CHAT)).status == 200
         engine.answer, engine.then = b"HTTP/1", how
