@@ -13,7 +13,7 @@ _BUCKETS = _STEPS * 29
 
 
 class Histogram:
-    """A log-linear histogram of times in nanoseconds, after HdrHistogram; two can be added up."""
+    """A log-linear histogram of times in nanoseconds, after HdrHistogram."""
 
     __slots__ = ("count", "counts", "max_ns")
 
@@ -44,15 +44,6 @@ class Histogram:
             self.counts = array("I", bytes(4 * _BUCKETS))
         self.counts[0] += number
         self.count += number
-
-    def merge(self, other: Histogram) -> None:
-        """Adds the values of `other`."""
-        if other.counts is None:
-            return
-        mine = self.counts or array("I", bytes(4 * _BUCKETS))
-        self.counts = array("I", map(sum, zip(mine, other.counts, strict=True)))
-        self.count += other.count
-        self.max_ns = max(self.max_ns, other.max_ns)
 
     def quantile(self, q: float) -> int | None:
         """The value below which the share `q` of all values lies, in ns; None where there is none.

@@ -361,7 +361,7 @@ class ClientConnection:
                 break
             if not await self._more():
                 raise ClientGone("the client left in the middle of a request's body", phase=Phase.REQUEST)
-        strict.check_trailers([(name, b"") for name in decoder.trailer_names])
+        strict.check_trailers(decoder.trailer_names)
         request.body = bytes(body)
 
     async def _hold(self, size: int) -> None:
