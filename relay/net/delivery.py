@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 #: Of a JSON answer, at most this much is kept for its usage.
 MOST_METERED_BYTES: Final = 1_048_576
+#: Of an error's answer that becomes a frame of a stream, at most about this much is read.
+MOST_ERROR_BYTES: Final = 1_048_576
 
 
 class Delivery:
@@ -120,7 +122,7 @@ class Delivery:
         body = bytearray()
         while True:
             decode_into(body, decoder, data)
-            if decoder.is_done or decoder.error is not None or len(body) > MOST_METERED_BYTES:
+            if decoder.is_done or decoder.error is not None or len(body) > MOST_ERROR_BYTES:
                 return bytes(body)
             data = await self._read_body()
             if not data:
@@ -142,16 +144,17 @@ class Delivery:
         out = reply.head(answer.status, answer.reason, answer.fields, framing)
         kept = bytearray()
         data = answer.rest
+        is_metered = exchange.route is not Route.OTHER
+        exchange.commit(answer.status)
         while True:
             payload = bytearray()
             has_excess = decode_into(payload, decoder, data) < len(data)
-            if len(kept) + len(payload) <= MOST_METERED_BYTES:
+            if is_metered and len(kept) + len(payload) <= MOST_METERED_BYTES:
                 kept += payload
             if payload:
                 out += b"%x\r\n%b\r\n" % (len(payload), bytes(payload)) if framing == "chunked" else payload
             if decoder.is_done and framing == "chunked":
                 out += LAST_CHUNK
-            exchange.commit(answer.status)
             await reply.send(out)
             out = b""
             if decoder.is_done:
@@ -163,7 +166,7 @@ class Delivery:
                 decoder.at_close()
                 if decoder.error is not None:
                     raise UpstreamDisconnected(f"the engine's answer is cut: {decoder.error}", phase=Phase.DATA)
-        if exchange.route is not Route.OTHER:
+        if is_metered:
             exchange.meter.take_body(bytes(kept))
         return answer.is_reusable and not has_excess
 

@@ -330,7 +330,7 @@ class ClientConnection:
             await self._chunked_body(request, limit)
 
     async def _body_of_length(self, request: Request, length: int) -> None:
-        """A body of ``Content-Length``, which `strict` has made sure is one number; no need of h11 for that."""
+        """A body of ``Content-Length``, which `strict` has made sure is one number."""
         buffer = self._buffer
         while True:
             # What has come, not what is announced: a client that sends nothing must not take the others' room.

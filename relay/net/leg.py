@@ -156,7 +156,7 @@ class Leg:
         self.is_sent = True
         answer, interim = await wire.ask(exchange.pair, connection, request.method, head, self.sends.body)
         timeline.head = time.monotonic()
-        if request.version >= b"1.1" and not reply.is_early:
+        if request.version >= b"1.1" and not reply.is_early:  # in HTTP/1.0 there are none (RFC 9110 §15.2)
             for event in interim:
                 fields = list(event.headers)
                 await reply.send(reply.head(event.status_code, event.reason, fields, "none"))
