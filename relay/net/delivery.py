@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 import trio
 
 from relay.core import headers
-from relay.core.frames import LAST_CHUNK, FrameRelay
+from relay.core.frames import LAST_CHUNK, FrameRelay, without_mark
 from relay.core.framing import BodyKind, decode_into
 from relay.core.request import Route
 from relay.errors import (
@@ -65,8 +65,9 @@ class Delivery:
         now_ns = time.monotonic_ns()
         framing: headers.Framing = "chunked" if relay.is_chunked else "close"
         reply.keep_alive = reply.keep_alive and relay.is_chunked
-        head = b""
-        if not reply.is_early:
+        if reply.is_early:
+            head, opening.first = b"", without_mark(opening.first, is_chunked=relay.is_chunked)
+        else:
             head = reply.head(answer.status, answer.reason, answer.fields, framing, event_stream=True)
         exchange.commit(answer.status)
         reply.is_stream = reply.is_torn = True
