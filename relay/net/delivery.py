@@ -5,8 +5,6 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Final
 
-import trio
-
 from relay.core import headers
 from relay.core.frames import LAST_CHUNK, FrameRelay, without_mark
 from relay.core.framing import BodyKind, decode_into
@@ -135,7 +133,7 @@ class Delivery:
         head = exchange.reply.head(answer.status, answer.reason, answer.fields, len(body))
         exchange.commit(answer.status)
         await exchange.reply.send(head + body)
-        return self.opening.is_reusable
+        return answer.is_reusable
 
     async def _relay_body(self) -> bool:
         """An answer that is no event stream, as it comes; True if the engine's connection can be used again."""
@@ -184,17 +182,9 @@ class Delivery:
         return "close"
 
     async def _read_body(self) -> bytes:
-        pair = self.exchange.pair
-        limit_s = self._timeouts.between_tokens_s
-        pair.limit(limit_s)
-        try:
-            await pair.wait_upstream()  # also where bytes wait already: other tasks' turn
-            return await wire.receive(pair, self.opening.connection)
-        except UpstreamDisconnected as exc:
-            raise UpstreamDisconnected(exc.message, phase=self.exchange.phase) from None
-        except trio.TooSlowError:
-            message = f"the engine was silent for between_tokens_s = {limit_s:g} s"
-            raise UpstreamTimeout(message, phase=self.exchange.phase) from None
+        """The next bytes of the answer; empty at the end."""
+        exchange, limit_s = self.exchange, self._timeouts.between_tokens_s
+        return await wire.receive_next(exchange.pair, self.opening.connection, limit_s, exchange.phase)
 
 
 def _failure_of(stop: Stop, relay: FrameRelay, idle_s: float) -> ExchangeError:

@@ -8,17 +8,21 @@ so h11 is only told that one went out.
 from __future__ import annotations
 
 import errno
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 import h11
+import trio
 
 from relay.core import headers
 from relay.core.answer_head import AnswerHead
 from relay.core.framing import BodyDecoder, Buffer, FramingError, decoder_for
-from relay.errors import Phase, UpstreamDisconnected, UpstreamProtocolError
+from relay.errors import Phase, UpstreamDisconnected, UpstreamProtocolError, UpstreamTimeout
 from relay.net import sockets
 from relay.net.pool import UpstreamConnection
 from relay.net.sockets import READ_BYTES
+
+if TYPE_CHECKING:
+    from relay.net.pump import Pair
 
 #: Largest head of an answer, with the interim ones before it, and most fields of one: what `strict` allows requests.
 MAX_ANSWER_HEAD_BYTES: Final = 65536
@@ -161,8 +165,8 @@ def _check_head(event: h11.Response, size: int) -> None:
         raise UpstreamProtocolError(message, phase=Phase.HEAD)
 
 
-async def receive(pair: Waits, connection: UpstreamConnection) -> bytes:
-    """The next bytes from the engine; empty at its end. Raises UpstreamDisconnected or OutOfResources (phase H)."""
+async def receive(pair: Waits, connection: UpstreamConnection, phase: Phase = Phase.HEAD) -> bytes:
+    """The next bytes from the engine; empty at its end. Raises UpstreamDisconnected or OutOfResources."""
     source = connection.source
     while True:
         try:
@@ -175,8 +179,22 @@ async def receive(pair: Waits, connection: UpstreamConnection) -> bytes:
                 source.has_news = False
             await pair.wait_upstream()
         except OSError as exc:
-            failure = UpstreamDisconnected(f"the engine's connection broke: {exc.strerror}", phase=Phase.HEAD)
-            raise sockets.shortage(exc, Phase.HEAD) or failure from None
+            failure = UpstreamDisconnected(f"the engine's connection broke: {exc.strerror}", phase=phase)
+            raise sockets.shortage(exc, phase) or failure from None
+
+
+async def receive_next(pair: Pair, connection: UpstreamConnection, limit_s: float, phase: Phase) -> bytes:
+    """As `receive`, after other tasks' turn also where bytes wait already.
+
+    Raises UpstreamTimeout after `limit_s` of silence (``between_tokens_s``; 0: no limit).
+    """
+    pair.limit(limit_s)
+    try:
+        await pair.wait_upstream()
+        return await receive(pair, connection, phase)
+    except trio.TooSlowError:
+        message = f"the engine was silent for between_tokens_s = {limit_s:g} s"
+        raise UpstreamTimeout(message, phase=phase) from None
 
 
 async def _send(pair: Waits, connection: UpstreamConnection, head: bytes, body: Buffer) -> bool:
