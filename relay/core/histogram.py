@@ -9,7 +9,7 @@ _STEPS = 8
 _STEP_BITS = 3
 #: Values are counted in units of 2**10 ns, about a microsecond; the last bucket takes all beyond about 20 minutes.
 _UNIT_BITS = 10
-_BUCKETS = _STEPS * 29
+BUCKETS = _STEPS * 29  #: how many there are
 
 
 class Histogram:
@@ -26,7 +26,7 @@ class Histogram:
         """Counts one value; negative ones (a clock is monotonic, but a bug is a bug) as 0."""
         counts = self.counts
         if counts is None:
-            counts = self.counts = array("I", bytes(4 * _BUCKETS))
+            counts = self.counts = array("I", bytes(4 * BUCKETS))
         if ns > self.max_ns:
             self.max_ns = ns
         self.count += 1
@@ -36,12 +36,12 @@ class Histogram:
             return
         shift = units.bit_length() - _STEP_BITS - 1
         index = (shift << _STEP_BITS) + (units >> shift)
-        counts[index if index < _BUCKETS else _BUCKETS - 1] += 1
+        counts[index if index < BUCKETS else BUCKETS - 1] += 1
 
     def add_zeros(self, number: int) -> None:
         """Counts `number` values of 0: frames that came in one read."""
         if self.counts is None:
-            self.counts = array("I", bytes(4 * _BUCKETS))
+            self.counts = array("I", bytes(4 * BUCKETS))
         self.counts[0] += number
         self.count += number
 
@@ -57,11 +57,11 @@ class Histogram:
         for index, number in enumerate(self.counts):
             seen += number
             if number and seen > rank:
-                return min(_middle(index), self.max_ns)
+                return min(middle(index), self.max_ns)
         return self.max_ns
 
 
-def _middle(index: int) -> int:
+def middle(index: int) -> int:
     """The middle of a bucket, in ns."""
     if index < _STEPS:
         return (index << _UNIT_BITS) + (1 << (_UNIT_BITS - 1)) if index else 0
