@@ -94,6 +94,7 @@ async def test_a_client_is_told_of_a_fault_of_the_relays_own(
     fails: str, outcome: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], engine: Engine
 ) -> None:
     async def fail(*_: object) -> None:
+        await trio.lowlevel.checkpoint()
         raise RuntimeError("a bug")
 
     monkeypatch.setattr(Delivery, fails, fail)

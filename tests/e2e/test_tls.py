@@ -277,6 +277,7 @@ async def test_a_fault_of_the_relays_own_is_no_end(
     """Of a body that a goodbye would end."""
 
     async def fail(*_: object) -> None:
+        await trio.lowlevel.checkpoint()
         raise RuntimeError("a bug")
 
     monkeypatch.setattr("relay.net.delivery.Delivery._pump", fail)
