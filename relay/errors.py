@@ -69,8 +69,10 @@ class ExchangeError(Exception):
 class RequestRefused(ExchangeError):
     """The relay will not take this request: malformed, too large, not allowed, or for a model nobody serves."""
 
-    def __init__(self, status: int, code: str, message: str, *, phase: Phase = Phase.REQUEST) -> None:
-        super().__init__(message, phase=phase)
+    def __init__(
+        self, status: int, code: str, message: str, *, phase: Phase = Phase.REQUEST, retry_after_s: int | None = None
+    ) -> None:
+        super().__init__(message, phase=phase, retry_after_s=retry_after_s)
         self.status = status
         self.code = code
 
@@ -79,8 +81,7 @@ class RateLimited(RequestRefused):
     """The request's key is over one of its limits."""
 
     def __init__(self, message: str, *, retry_after_s: int) -> None:
-        super().__init__(429, "rate_limit_exceeded", message)
-        self.retry_after_s = retry_after_s
+        super().__init__(429, "rate_limit_exceeded", message, retry_after_s=retry_after_s)
 
 
 class RequestTimeout(ExchangeError):

@@ -143,8 +143,8 @@ class Buckets:
 
 
 #: Of the buckets of `histogram.Histogram`: the size of all counts, and what a value in each is taken for, in seconds.
-_GAPS_BYTES: Final = array("I").itemsize * histogram._BUCKETS
-_MIDDLES: Final = tuple(histogram._middle(index) / 1e9 for index in range(histogram._BUCKETS))
+_GAPS_BYTES: Final = array("I").itemsize * histogram.BUCKETS
+_MIDDLES: Final = tuple(histogram.middle(index) / 1e9 for index in range(histogram.BUCKETS))
 
 
 @cache

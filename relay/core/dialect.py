@@ -4,8 +4,8 @@ Most frames of a stream are alike, one more piece of content, and are merely cou
 others are inspected: decoded by narrow structs that skip over the content, and never fatal. A frame that is not JSON is
 counted and passed on, since a relay that dies of `data:` serves nobody.
 
-Which field means what is in vLLM's ``entrypoints/openai/protocol.py`` and Anthropic's and OpenAI's streaming
-references; the recordings of a real engine in ``tests/captures`` are the judge.
+Which field means what is in vLLM's ``entrypoints/openai`` (each route's ``protocol.py``), and in Anthropic's and
+OpenAI's streaming references; the recordings of a real engine in ``tests/captures`` are the judge.
 """
 
 from __future__ import annotations

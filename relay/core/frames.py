@@ -18,7 +18,7 @@ from relay.core import ordinary
 from relay.core.dialect import Meter
 from relay.core.editor import UsageEditor
 from relay.core.framing import BodyDecoder, Buffer, ChunkDecoder
-from relay.core.sse import FrameFinder, missing_blank_line, split_frames
+from relay.core.sse import BOM, FrameFinder, missing_blank_line, split_frames
 
 LAST_CHUNK: Final = b"0\r\n\r\n"
 #: A comment, with the blank line without which `vllm bench serve` drops the next event.
@@ -29,6 +29,19 @@ _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})\r\n")
 _ONE_LINE = re.compile(rb"([0-9A-Fa-f]{1,8}+)\r\ndata: ([^\r\n]*+)\n\n\r\n")
 
 Pieces = list[bytes | memoryview]
+
+
+def without_mark(data: bytes, *, is_chunked: bool) -> bytes:
+    """What begins an engine's stream, less its byte order mark: behind a comment of the relay's it would be none.
+
+    There it is a part of the first line, whose field nobody knows then (WHATWG HTML §9.2.5, "stream = [ bom ] *event").
+    """
+    if not is_chunked:
+        return data.removeprefix(BOM)
+    size = _CHUNK_SIZE.match(data)
+    if size is None or not data.startswith(BOM, size.end()):
+        return data
+    return b"%x\r\n%b" % (int(size[1], 16) - len(BOM), data[size.end() + len(BOM) :])
 
 
 class FrameRelay:

@@ -149,7 +149,7 @@ def request_head(
     headers: Headers,
     *,
     host: bytes,
-    body: int | Literal["chunked", "none"],
+    body: int | Literal["none"],
     version: bytes,
     client_ip: str,
     scheme: bytes,
@@ -204,9 +204,7 @@ def request_head(
         parts.append(b"\r\naccept-encoding: identity")
     for name, value in extra:
         parts += (b"\r\n", name, b": ", value)
-    if body == "chunked":
-        parts.append(b"\r\ntransfer-encoding: chunked")
-    elif body != "none":
+    if body != "none":
         parts.append(b"\r\ncontent-length: %d" % body)
     parts.append(b"\r\n\r\n")
     return b"".join(parts)
@@ -223,7 +221,6 @@ def response_head(
     request_id: str,
     server_timing: bytes = b"",
     event_stream: bool = False,
-    extra: Sequence[tuple[bytes, bytes]] = (),
 ) -> bytes:
     """Write the head of a response on its way to the client, an engine's or the relay's own.
 
@@ -262,8 +259,6 @@ def response_head(
     parts += (b"\r\nx-request-id: ", request_id.encode("ascii"))
     if server_timing:
         parts += (b"\r\nserver-timing: ", server_timing)
-    for name, value in extra:
-        parts += (b"\r\n", name, b": ", value.translate(_WITHOUT_CONTROLS))
     if framing == "chunked":
         parts.append(b"\r\ntransfer-encoding: chunked")
     elif framing == "none":

@@ -65,12 +65,12 @@ class HealthRules(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class State(Enum):
-    """What an upstream's health comes to."""
+    """What an upstream's health comes to, in the words of ``/-/status``."""
 
     HEALTHY = "healthy"
-    DOWN = "down"  #: fails its probes
+    UNHEALTHY = "unhealthy"  #: fails its probes
     EJECTED = "ejected"  #: fails requests, and is left alone
-    PROBING = "probing"  #: open for one request at a time
+    HALF_OPEN = "half-open"  #: for one request at a time
 
 
 class Health:
@@ -99,10 +99,10 @@ class Health:
     def state(self, now: float) -> State:
         """Both verdicts in one word."""
         if not self.is_up:
-            return State.DOWN
+            return State.UNHEALTHY
         if not self.is_open:
             return State.HEALTHY
-        return State.EJECTED if now < self.ejected_until else State.PROBING
+        return State.EJECTED if now < self.ejected_until else State.HALF_OPEN
 
     def is_available(self, now: float) -> bool:
         """Whether the next request may go to it."""

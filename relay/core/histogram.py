@@ -9,11 +9,11 @@ _STEPS = 8
 _STEP_BITS = 3
 #: Values are counted in units of 2**10 ns, about a microsecond; the last bucket takes all beyond about 20 minutes.
 _UNIT_BITS = 10
-_BUCKETS = _STEPS * 29
+BUCKETS = _STEPS * 29  #: how many there are
 
 
 class Histogram:
-    """A log-linear histogram of times in nanoseconds, after HdrHistogram; two can be added up."""
+    """A log-linear histogram of times in nanoseconds, after HdrHistogram."""
 
     __slots__ = ("count", "counts", "max_ns")
 
@@ -26,7 +26,7 @@ class Histogram:
         """Counts one value; negative ones (a clock is monotonic, but a bug is a bug) as 0."""
         counts = self.counts
         if counts is None:
-            counts = self.counts = array("I", bytes(4 * _BUCKETS))
+            counts = self.counts = array("I", bytes(4 * BUCKETS))
         if ns > self.max_ns:
             self.max_ns = ns
         self.count += 1
@@ -36,23 +36,14 @@ class Histogram:
             return
         shift = units.bit_length() - _STEP_BITS - 1
         index = (shift << _STEP_BITS) + (units >> shift)
-        counts[index if index < _BUCKETS else _BUCKETS - 1] += 1
+        counts[index if index < BUCKETS else BUCKETS - 1] += 1
 
     def add_zeros(self, number: int) -> None:
         """Counts `number` values of 0: frames that came in one read."""
         if self.counts is None:
-            self.counts = array("I", bytes(4 * _BUCKETS))
+            self.counts = array("I", bytes(4 * BUCKETS))
         self.counts[0] += number
         self.count += number
-
-    def merge(self, other: Histogram) -> None:
-        """Adds the values of `other`."""
-        if other.counts is None:
-            return
-        mine = self.counts or array("I", bytes(4 * _BUCKETS))
-        self.counts = array("I", map(sum, zip(mine, other.counts, strict=True)))
-        self.count += other.count
-        self.max_ns = max(self.max_ns, other.max_ns)
 
     def quantile(self, q: float) -> int | None:
         """The value below which the share `q` of all values lies, in ns; None where there is none.
@@ -66,11 +57,11 @@ class Histogram:
         for index, number in enumerate(self.counts):
             seen += number
             if number and seen > rank:
-                return min(_middle(index), self.max_ns)
+                return min(middle(index), self.max_ns)
         return self.max_ns
 
 
-def _middle(index: int) -> int:
+def middle(index: int) -> int:
     """The middle of a bucket, in ns."""
     if index < _STEPS:
         return (index << _UNIT_BITS) + (1 << (_UNIT_BITS - 1)) if index else 0

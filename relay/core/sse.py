@@ -21,7 +21,8 @@ _LF, _CR = 0x0A, 0x0D
 _LINE_END = re.compile(rb"\r\n|\n|\r")
 # Atomic groups: without them, CR LF alone would match as CR and LF.
 _BLANK_LINE = re.compile(rb"(?>\r\n|\n|\r)(?>\r\n|\n|\r)")
-_BOM: Final = b"\xef\xbb\xbf"
+#: What a stream may begin with, and that says nothing.
+BOM: Final = b"\xef\xbb\xbf"
 _LINE_STARTS = (b"data:", b"event:", b"id:", b"retry:", b":")
 _FIELD_LINE = re.compile(rb"(?:\xef\xbb\xbf)?[\r\n]*(?:data|event|id|retry)?(?::|[\r\n]|$)")
 
@@ -121,7 +122,7 @@ def fields(frame: bytes) -> tuple[bytes, bytes | None, Sequence[bytes]]:
     event = b""
     data: list[bytes] = []
     others: list[bytes] = []
-    for line in _LINE_END.split(frame.removeprefix(_BOM)):
+    for line in _LINE_END.split(frame.removeprefix(BOM)):
         name, _, value = line.partition(b":")
         value = value.removeprefix(b" ")
         if name == b"data":
@@ -142,7 +143,7 @@ def looks_like_event_stream(body_start: bytes) -> bool | None:
     For answers whose content type lies: vLLM-Ascend's example proxy labels streams ``application/json``. Blank bytes
     and a byte order mark are passed over; then the first line must be a comment or name a field.
     """
-    text = body_start.removeprefix(_BOM).lstrip(b" \t\r\n")
+    text = body_start.removeprefix(BOM).lstrip(b" \t\r\n")
     if text.startswith(_LINE_STARTS):
         return True
     return None if any(start.startswith(text) for start in _LINE_STARTS) else False

@@ -22,16 +22,13 @@ from relay.core.metrics import Family, HistogramFamily
 #: All series of the boards by family name and label values, as `relay.core.board.total` answers them.
 Series = Mapping[tuple[str, ...], Sequence[float]]
 
-STATES: Final = ("ready", "draining")
-UPSTREAM_STATES: Final = ("healthy", "unhealthy", "ejected", "half-open", "draining")
-
 
 class UpstreamStatus(msgspec.Struct, frozen=True, kw_only=True):
     """One engine as the relay sees it."""
 
     url: str
     role: str = "serve"  #: of `relay.core.metrics.ROLES`
-    state: str  #: of `UPSTREAM_STATES`
+    state: str  #: a value of `relay.core.health.State`
     weight: int = 1
     in_flight: int = 0
     idle: int = 0  #: connections kept for later requests
@@ -82,7 +79,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     """The whole daemon."""
 
     version: str
-    state: str  #: of `STATES`
+    state: str  #: ready or draining
     uptime_s: float
     workers: int = 1
     in_flight: int = 0
@@ -146,7 +143,7 @@ def _merged_upstream(whole: UpstreamStatus, parts: Sequence[UpstreamStatus]) -> 
 
 
 #: Of an upstream's states the better before the worse.
-_SEVERITY: Final = ("healthy", "half-open", "ejected", "unhealthy", "draining")
+_SEVERITY: Final = ("healthy", "half-open", "ejected", "unhealthy")
 
 
 def rates(pool: str, before: Series, after: Series, elapsed_s: float) -> Rates:

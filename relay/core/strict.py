@@ -34,6 +34,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from relay.errors import RequestRefused
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     import h11
 
     from relay.core.headers import Headers
@@ -109,13 +111,7 @@ def leading_crlf(data: bytes | bytearray) -> int:
     return 2 if data.startswith(b"\r\n") else 0
 
 
-def head_end(
-    data: bytes | bytearray,
-    searched: int = 0,
-    *,
-    max_head_bytes: int = MAX_HEAD_BYTES,
-    max_line_bytes: int = MAX_REQUEST_LINE_BYTES,
-) -> int:
+def head_end(data: bytes | bytearray, searched: int = 0, *, max_head_bytes: int = MAX_HEAD_BYTES) -> int:
     """Find the end of the head that `data` begins with.
 
     `searched` is how many bytes an earlier call has seen. Returns the offset just behind the head's empty line, or 0
@@ -132,8 +128,8 @@ def head_end(
     end = data.find(b"\r\n\r\n", start) + 4
     if end > 3 and end <= max_head_bytes:
         return end
-    if data.find(b"\n", 0, max_line_bytes + 2) < 0 and len(data) > max_line_bytes + 1:
-        raise _line_too_long(max_line_bytes)
+    if data.find(b"\n", 0, MAX_REQUEST_LINE_BYTES + 2) < 0 and len(data) > MAX_REQUEST_LINE_BYTES + 1:
+        raise _line_too_long(MAX_REQUEST_LINE_BYTES)
     if end > 3 or len(data) > max_head_bytes:
         raise RequestRefused(431, "headers_too_large", f"the request's head exceeds {max_head_bytes} bytes")
     if _EMPTY_LINE_WITHOUT_CR.search(data, start) is not None:
@@ -141,7 +137,7 @@ def head_end(
     return 0
 
 
-def check_raw_head(head: bytes, *, max_line_bytes: int = MAX_REQUEST_LINE_BYTES, max_fields: int = MAX_FIELDS) -> None:
+def check_raw_head(head: bytes) -> None:
     """Judge a request head as it was received, from the request line up to and including the empty line.
 
     Raises `RequestRefused`:
@@ -150,17 +146,17 @@ def check_raw_head(head: bytes, *, max_line_bytes: int = MAX_REQUEST_LINE_BYTES,
       control bytes, NUL); ``Content-Length`` that is not one number (§6.3); ``Transfer-Encoding`` that does not end in
       ``chunked``, comes in HTTP/1.0, or beside ``Content-Length`` (§6.1); names that become one of these two where a
       gateway reads ``_`` as ``-``.
-    - 414 and 431: a request line longer than `max_line_bytes`; more than `max_fields` fields.
+    - 414 and 431: a request line longer than `MAX_REQUEST_LINE_BYTES`; more than `MAX_FIELDS` fields.
     - 501: a transfer coding besides ``chunked`` (§6.1).
     - 505: a version other than 1.0 and 1.1 (RFC 9110 §15.6.6).
     """
-    if head.count(b"\n") > max_fields + 2:
-        raise RequestRefused(431, "headers_too_large", f"the request has more than {max_fields} header fields")
+    if head.count(b"\n") > MAX_FIELDS + 2:
+        raise RequestRefused(431, "headers_too_large", f"the request has more than {MAX_FIELDS} header fields")
     match = _HEAD.fullmatch(head)
     if match is None:
         raise _what_is_wrong(head)
-    if match.end("minor") > max_line_bytes:
-        raise _line_too_long(max_line_bytes)
+    if match.end("minor") > MAX_REQUEST_LINE_BYTES:
+        raise _line_too_long(MAX_REQUEST_LINE_BYTES)
     framing = _FRAMING_FIELD.findall(head)
     if framing:
         _check_framing(framing, is_http10=match["minor"] == b"0")
@@ -206,9 +202,9 @@ def check_request(method: bytes, target: bytes, version: bytes, headers: Headers
     return _from_absolute_form(method, target)
 
 
-def check_trailers(trailers: Headers) -> None:
+def check_trailers(names: Iterable[bytes]) -> None:
     """Raise `RequestRefused` (400) for trailer fields that have no business there (RFC 9110 §6.5.1)."""
-    for name, _ in trailers:
+    for name in names:
         if name.replace(b"_", b"-") in FORBIDDEN_TRAILERS:
             raise _bad_request(f"{name.decode('ascii')} is not allowed as a trailer (RFC 9110 §6.5.1)")
 
@@ -216,7 +212,7 @@ def check_trailers(trailers: Headers) -> None:
 def refusal_of(error: h11.RemoteProtocolError) -> RequestRefused:
     """The refusal that h11's complaint about a client's bytes amounts to: 431, 501, or 400."""
     if error.error_status_hint == 431:
-        return RequestRefused(431, "headers_too_large", "the request's head, or a chunk's, is too large")
+        return RequestRefused(431, "headers_too_large", "the request's head is too large")
     return RequestRefused(error.error_status_hint, "bad_request", f"not a valid HTTP/1.1 request: {str(error)[:200]}")
 
 

@@ -258,8 +258,6 @@ class Worker:
                         await self._exchange(client)
                 except ExchangeError as refusal:
                     failure = refusal
-            if client.scope.cancelled_caught:
-                failure = client.interruption()
             if failure is not None:
                 await refuse(self.service, client, failure)
             must_linger = client.has_unread or isinstance(failure, RequestRefused)

@@ -170,11 +170,16 @@ class Callbacks:
         return (pool for pool in self._service.fleet.pools if pool.is_split and pool.connector.calls_back)
 
     async def _is_decoder(self, peer: str) -> bool:
-        for pool in self._pools():
-            for upstream in pool.groups["decode"].upstreams.values():
-                host = upstream.config.host or "127.0.0.1"  # behind a unix socket, a decoder is on this machine
-                if peer == host or peer in await _resolved(host, None):
-                    return True
+        hosts = {
+            upstream.config.host or "127.0.0.1"  # behind a unix socket, a decoder is on this machine
+            for pool in self._pools()
+            for upstream in pool.groups["decode"].upstreams.values()
+        }
+        if peer in hosts:
+            return True
+        for host in hosts:
+            if peer in await _resolved(host, None):
+                return True
         return False
 
 

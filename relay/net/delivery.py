@@ -5,10 +5,8 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Final
 
-import trio
-
 from relay.core import headers
-from relay.core.frames import LAST_CHUNK, FrameRelay
+from relay.core.frames import LAST_CHUNK, FrameRelay, without_mark
 from relay.core.framing import BodyKind, decode_into
 from relay.core.request import Route
 from relay.errors import (
@@ -30,6 +28,8 @@ if TYPE_CHECKING:
 
 #: Of a JSON answer, at most this much is kept for its usage.
 MOST_METERED_BYTES: Final = 1_048_576
+#: Of an error's answer that becomes a frame of a stream, at most about this much is read.
+MOST_ERROR_BYTES: Final = 1_048_576
 
 
 class Delivery:
@@ -63,8 +63,9 @@ class Delivery:
         now_ns = time.monotonic_ns()
         framing: headers.Framing = "chunked" if relay.is_chunked else "close"
         reply.keep_alive = reply.keep_alive and relay.is_chunked
-        head = b""
-        if not reply.is_early:
+        if reply.is_early:
+            head, opening.first = b"", without_mark(opening.first, is_chunked=relay.is_chunked)
+        else:
             head = reply.head(answer.status, answer.reason, answer.fields, framing, event_stream=True)
         exchange.commit(answer.status)
         reply.is_stream = reply.is_torn = True
@@ -92,12 +93,15 @@ class Delivery:
             if relay.decoder.error is not None:
                 raise _failure_of(Stop.UPSTREAM_MALFORMED, relay, idle_s)
             stop = await pair.stream(relay, exchange.gaps, idle_limit_s=idle_s)
+            exchange.frames = relay.finder.frames
             if stop is Stop.CLIENT_BLOCKED:
                 began_ns = time.monotonic_ns()
                 await exchange.reply.send(pair.unsent)
                 pair.unsent = b""
                 pair.last_comment_ns = time.monotonic_ns()
-                pair.last_read_ns += pair.last_comment_ns - began_ns  # the client's delay is not the engine's silence
+                delay_ns = pair.last_comment_ns - began_ns  # the client's, and not the engine's silence
+                pair.last_read_ns += delay_ns
+                pair.last_frame_ns += delay_ns
             elif stop is not Stop.DONE:
                 raise _failure_of(stop, relay, idle_s)
 
@@ -117,7 +121,7 @@ class Delivery:
         body = bytearray()
         while True:
             decode_into(body, decoder, data)
-            if decoder.is_done or decoder.error is not None or len(body) > MOST_METERED_BYTES:
+            if decoder.is_done or decoder.error is not None or len(body) > MOST_ERROR_BYTES:
                 return bytes(body)
             data = await self._read_body()
             if not data:
@@ -129,7 +133,7 @@ class Delivery:
         head = exchange.reply.head(answer.status, answer.reason, answer.fields, len(body))
         exchange.commit(answer.status)
         await exchange.reply.send(head + body)
-        return self.opening.is_reusable
+        return answer.is_reusable
 
     async def _relay_body(self) -> bool:
         """An answer that is no event stream, as it comes; True if the engine's connection can be used again."""
@@ -139,16 +143,17 @@ class Delivery:
         out = reply.head(answer.status, answer.reason, answer.fields, framing)
         kept = bytearray()
         data = answer.rest
+        is_metered = exchange.route is not Route.OTHER
+        exchange.commit(answer.status)
         while True:
             payload = bytearray()
             has_excess = decode_into(payload, decoder, data) < len(data)
-            if len(kept) + len(payload) <= MOST_METERED_BYTES:
+            if is_metered and len(kept) + len(payload) <= MOST_METERED_BYTES:
                 kept += payload
             if payload:
                 out += b"%x\r\n%b\r\n" % (len(payload), bytes(payload)) if framing == "chunked" else payload
             if decoder.is_done and framing == "chunked":
                 out += LAST_CHUNK
-            exchange.commit(answer.status)
             await reply.send(out)
             out = b""
             if decoder.is_done:
@@ -160,7 +165,7 @@ class Delivery:
                 decoder.at_close()
                 if decoder.error is not None:
                     raise UpstreamDisconnected(f"the engine's answer is cut: {decoder.error}", phase=Phase.DATA)
-        if exchange.route is not Route.OTHER:
+        if is_metered:
             exchange.meter.take_body(bytes(kept))
         return answer.is_reusable and not has_excess
 
@@ -177,17 +182,9 @@ class Delivery:
         return "close"
 
     async def _read_body(self) -> bytes:
-        pair = self.exchange.pair
-        limit_s = self._timeouts.between_tokens_s
-        pair.limit(limit_s)
-        try:
-            await pair.wait_upstream()  # also where bytes wait already: other tasks' turn
-            return await wire.receive(pair, self.opening.connection)
-        except UpstreamDisconnected as exc:
-            raise UpstreamDisconnected(exc.message, phase=self.exchange.phase) from None
-        except trio.TooSlowError:
-            message = f"the engine was silent for between_tokens_s = {limit_s:g} s"
-            raise UpstreamTimeout(message, phase=self.exchange.phase) from None
+        """The next bytes of the answer; empty at the end."""
+        exchange, limit_s = self.exchange, self._timeouts.between_tokens_s
+        return await wire.receive_next(exchange.pair, self.opening.connection, limit_s, exchange.phase)
 
 
 def _failure_of(stop: Stop, relay: FrameRelay, idle_s: float) -> ExchangeError:

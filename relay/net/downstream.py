@@ -73,7 +73,11 @@ Admit = Callable[[Request], Visit | None]
 
 
 class BodyBudget:
-    """How many bytes of request bodies a worker holds at once; beyond that, readers wait."""
+    """How many bytes of request bodies a worker holds at once; beyond that, readers wait.
+
+    Where bodies that are half read fill it, all of them wait, until ``client_body_s`` refuses the first and so makes
+    room for the others. Nobody is let in beyond the limit to prevent that: its size is the promise.
+    """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -127,11 +131,11 @@ class ClientConnection:
         self._budget = budget
         self._held = 0
         self._visit: Visit | None = None
-        self._awaits_budget = False
         self._buffer = bytearray()
         self._reader = HeadReader(limits.max_head_bytes)
-        #: what the connection's task runs in; cancelled by draining, a client's hang-up, and while it waits for budget
+        #: what the connection's task runs in; cancelled by draining and a client's hang-up
         self.scope = trio.CancelScope()
+        self.waiting_since_ns = 0  #: when it first waited in its present phase (monotonic clock)
         self._limit_s = 0.0
         self._limit_at_ns: int | None = None  # None: nothing has been waited for yet
 
@@ -236,14 +240,6 @@ class ClientConnection:
         self.refused = None
         return request
 
-    def interruption(self) -> ExchangeError | None:
-        """Why `scope` was cancelled between two exchanges; None where nobody needs to be told."""
-        if not self._awaits_budget or self.scope.deadline == math.inf:
-            return None
-        # Too many bodies are held: not this client's fault, so no 408.
-        message = "too many request bodies are waiting to be served; try again"
-        return RequestRefused(503, "no_upstream", message, phase=Phase.QUEUE)
-
     def release(self) -> None:
         """The current request has ended: neither its body nor its key's part is held any longer."""
         if self._visit is not None:
@@ -287,7 +283,8 @@ class ClientConnection:
     def _limit_now(self) -> int:
         """When the phase ends, whose clock starts at the latest now; 0: never."""
         if self._limit_at_ns is None:
-            self._limit_at_ns = time.monotonic_ns() + int(self._limit_s * 1e9) if self._limit_s else 0
+            self.waiting_since_ns = now = time.monotonic_ns()
+            self._limit_at_ns = now + int(self._limit_s * 1e9) if self._limit_s else 0
         return self._limit_at_ns
 
     async def _more(self) -> bool:
@@ -333,7 +330,7 @@ class ClientConnection:
             await self._chunked_body(request, limit)
 
     async def _body_of_length(self, request: Request, length: int) -> None:
-        """A body of ``Content-Length``, which `strict` has made sure is one number; no need of h11 for that."""
+        """A body of ``Content-Length``, which `strict` has made sure is one number."""
         buffer = self._buffer
         while True:
             # What has come, not what is announced: a client that sends nothing must not take the others' room.
@@ -364,17 +361,17 @@ class ClientConnection:
                 break
             if not await self._more():
                 raise ClientGone("the client left in the middle of a request's body", phase=Phase.REQUEST)
-        strict.check_trailers([(name, b"") for name in decoder.trailer_names])
+        strict.check_trailers(decoder.trailer_names)
         request.body = bytes(body)
 
     async def _hold(self, size: int) -> None:
         """Counts body bytes against the worker's budget, waiting for room within the limit of the body's phase."""
         if not self._budget.take_now(size):
-            self._awaits_budget = True
-            self.scope.deadline = trio.current_time() + (self._limit_s or math.inf)
-            await self._budget.take(size)
-            self.scope.deadline = math.inf
-            self._awaits_budget = False
+            with trio.move_on_after(self._limit_s or math.inf) as limit:
+                await self._budget.take(size)
+            if limit.cancelled_caught:  # too many bodies are held: not this client's fault, so no 408
+                message = "too many request bodies are waiting to be served; try again"
+                raise RequestRefused(503, "no_upstream", message, phase=Phase.QUEUE, retry_after_s=1)
         self._held += size
 
     async def _send_continue(self) -> None:
@@ -395,7 +392,7 @@ def make_room(connections: Collection[ClientConnection]) -> None:
     (``ngx_drain_connections``).
     """
     waiting = [client for client in connections if client.is_waiting]
-    waiting.sort(key=lambda client: client.source.limit_at_ns)
+    waiting.sort(key=lambda client: client.waiting_since_ns)
     left = max(1, len(connections) // _ROOM_SHARE)
     for client in waiting:
         left -= client.stop_waiting()

@@ -25,10 +25,11 @@ from relay.core.framing import Buffer
 from relay.core.histogram import Histogram
 from relay.core.request import may_stream, peek, route_of
 from relay.core.timeline import Record, make_record
-from relay.errors import NORMAL, ClientGone, Draining, ExchangeError, NoUpstream, Phase, Side, UpstreamTimeout
+from relay.errors import NORMAL, ClientGone, Draining, ExchangeError, NoUpstream, Phase, UpstreamTimeout
 from relay.net.downstream import ClientConnection, Request
 from relay.net.fleet import Pool
 from relay.net.group import Ask
+from relay.net.notices import say_fault
 from relay.net.place import Place
 from relay.net.plain import PlainAttempt
 from relay.net.pool import Upstream
@@ -58,7 +59,7 @@ class Exchange:
         self.editor: UsageEditor | None = None  #: changes the usage in the answer
         self.meter = Meter(self.route)
         self.gaps = Histogram()
-        self.gaps_folded = 0  #: of its gaps, how many the metrics have
+        self.gaps_folded = 0  #: what of its gaps the metrics have: the answer of the last `Buckets.fold`
         self.phase = Phase.REQUEST
         self.attempts = 0
         self.frames = 0
@@ -67,7 +68,6 @@ class Exchange:
         self.prefill_upstream: Upstream | None = None
         self.failure: ExchangeError | None = None
         self.cost: Cost | None = None  #: known at its end, where its tokens and the model's prices are
-        self.is_complete = False  #: the answer went out to its end
         self.pair: Pair
 
     def __repr__(self) -> str:
@@ -82,9 +82,11 @@ class Exchange:
             self.client.scope.deadline = trio.current_time() + self.config.timeouts.total_s
         try:
             await self._serve()
-            self.is_complete = True
         except ExchangeError as failure:
             self.failure = failure
+        except Exception as exc:  # a fault of ours ends this exchange alone
+            say_fault(exc)
+            self.failure = ExchangeError("the relay failed; its standard error says how", phase=self.phase)
         except trio.Cancelled:
             self.failure = self._interruption()
             raise
@@ -176,13 +178,14 @@ class Exchange:
                 raise NoUpstream(message, phase=Phase.QUEUE, retry_after_s=1)
             self.attempts += 1
             may_go_on = self.attempts < failover.attempts and pool.has_others(place, ask, tried)
-            attempt = (PlainAttempt if "serve" in ask.roles else SplitAttempt)(self, pool, place, may_go_on=may_go_on)
+            go_on_until = no_more_after if may_go_on else -math.inf
+            kind = PlainAttempt if "serve" in ask.roles else SplitAttempt
+            attempt = kind(self, pool, place, go_on_until=go_on_until)
             try:
                 await attempt.run()
                 return
             except ExchangeError as failure:
-                is_in_time = may_go_on and time.monotonic() < no_more_after
-                if self.reply.is_committed or not (failure.may_retry and is_in_time):
+                if self.reply.is_committed or not failure.may_retry or time.monotonic() >= go_on_until:
                     raise
                 tried[attempt.role].append(place.upstreams[attempt.role])
                 if not place.take_others(ask, tried):  # there were some when the attempt began
@@ -223,9 +226,7 @@ class Exchange:
     @property
     def outcome(self) -> str:
         """The record's two letters."""
-        if self.failure is not None:
-            return self.failure.outcome
-        return NORMAL if self.is_complete else Side.RELAY.value + self.phase.value
+        return NORMAL if self.failure is None else self.failure.outcome
 
     @property
     def status(self) -> int | None:
@@ -269,8 +270,6 @@ class Exchange:
         """What the record says went wrong, beyond the engine's own error."""
         if self.failure is not None:
             return self.failure.message
-        if not self.is_complete:
-            return "the relay was stopped"
         meter = self.meter
         if self.reply.is_stream and meter.expects_end_mark and not meter.saw_end and meter.error is None:
             return "the stream ended without its end mark"

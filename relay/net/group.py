@@ -66,7 +66,7 @@ class Group:
             if url not in self.upstreams:
                 self.add(config).is_resolved = resolved.get(url) == config
 
-    def remove(self, url: str) -> Upstream:
+    def remove(self, url: str) -> None:
         """Takes out an engine; what it is doing goes on. Raises KeyError if it is not there."""
         upstream = self.upstreams.pop(url)
         self.balancer.remove(upstream.seat)
@@ -74,7 +74,6 @@ class Group:
         self._ejected.discard(upstream)
         upstream.is_leaving = True
         upstream.close_idle()
-        return upstream
 
     def refresh(self, upstream: Upstream) -> None:
         """Takes note that an engine's health, or what it has to do, has changed."""

@@ -109,7 +109,9 @@ class Visit:
 
     def __init__(self, use: KeyUse, places: Semaphore | None) -> None:
         self._use = use
-        self._places = places  # of which this request has one; the key may have got others since
+        # Of which this request has one; the key may have got others since. None: it came when there was no limit, and
+        # is not counted under one that the key gets meanwhile.
+        self._places = places
 
     def end(self) -> None:
         """The request has ended."""

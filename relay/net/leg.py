@@ -34,7 +34,7 @@ class Leg:
         sends: Sends,
         *,
         failure_statuses: Collection[int],
-        may_go_on: bool,
+        go_on_until: float,
     ) -> None:
         self.exchange = exchange
         self.group = group
@@ -42,7 +42,8 @@ class Leg:
         self.sends = sends
         self.is_sent = False  #: the engine may have got the request
         self.failure_statuses = failure_statuses  #: that another engine is tried after
-        self.may_go_on = may_go_on  #: another engine is left, so this one's failure need not be the client's answer
+        #: until when another engine is tried instead, so that this one's failure need not be the client's answer
+        self.go_on_until = go_on_until
         self._timeouts = exchange.config.timeouts
 
     async def open(self) -> Opening:
@@ -55,17 +56,11 @@ class Leg:
         except ExchangeError as failure:
             if failure.side is Side.UPSTREAM:
                 attempt.failed(time.monotonic())
-                self.note(failure)
+                note_failure(self.exchange, self.upstream, failure)
             raise
         finally:
             attempt.abandoned(time.monotonic())
             self.group.refresh(self.upstream)
-
-    def note(self, failure: ExchangeError) -> None:
-        """Counts a failure as the engine's."""
-        self.upstream.failures += 1
-        self.upstream.last_error = failure.message
-        self.exchange.service.tally.upstream_failed(failure.phase)
 
     def close(self, connection: UpstreamConnection, *, is_reusable: bool) -> None:
         """Parks the connection, or drops it, which frees the engine at once."""
@@ -149,8 +144,8 @@ class Leg:
             )
 
     def _refuse_failure(self, answer: wire.Answer) -> None:
-        """Raises UpstreamRefused for a status that another engine is tried after, if there is one."""
-        if self.may_go_on and answer.status in self.failure_statuses:
+        """Raises UpstreamRefused for a status that another engine is tried after, if one is left."""
+        if answer.status in self.failure_statuses and time.monotonic() < self.go_on_until:
             raise UpstreamRefused(f"{self.upstream.config.url} answered {answer.status}", phase=Phase.HEAD)
 
     async def _ask(self, connection: UpstreamConnection) -> wire.Answer:
@@ -161,11 +156,18 @@ class Leg:
         self.is_sent = True
         answer, interim = await wire.ask(exchange.pair, connection, request.method, head, self.sends.body)
         timeline.head = time.monotonic()
-        if request.version >= b"1.1" and not reply.is_early:
+        if request.version >= b"1.1" and not reply.is_early:  # in HTTP/1.0 there are none (RFC 9110 §15.2)
             for event in interim:
                 fields = list(event.headers)
                 await reply.send(reply.head(event.status_code, event.reason, fields, "none"))
         return answer
+
+
+def note_failure(exchange: Exchange, upstream: Upstream, failure: ExchangeError) -> None:
+    """Counts a failure as the engine's."""
+    upstream.failures += 1
+    upstream.last_error = failure.message
+    exchange.service.tally.upstream_failed(failure.phase)
 
 
 def is_plain_json(answer: wire.Answer) -> bool:

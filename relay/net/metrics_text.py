@@ -68,7 +68,7 @@ def _metric(family: Family, series: Iterable[tuple[board.Key, list[float]]]) -> 
     return metric
 
 
-class Usage(NamedTuple):
+class ProcessUsage(NamedTuple):
     """What a process has taken of the machine, or several together."""
 
     cpu_s: float
@@ -107,7 +107,7 @@ class Processes(Collector):
             yield GaugeMetricFamily(f"process_{name}", help_text, value)
 
 
-def process_usage(pid: int) -> Usage | None:
+def process_usage(pid: int) -> ProcessUsage | None:
     """What a process has taken so far (proc(5)); None if it is gone or not to be looked at."""
     proc = Path("/proc", str(pid))
     try:
@@ -121,7 +121,7 @@ def process_usage(pid: int) -> Usage | None:
     user, system, started, virtual, resident = (int(fields[number - 3]) for number in (14, 15, 22, 23, 24))
     max_fds = next(int(line.split()[3]) for line in limits if line.startswith("Max open files"))
     boot = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
-    return Usage(
+    return ProcessUsage(
         cpu_s=(user + system) / _TICKS_PER_S,
         virtual_bytes=virtual,
         resident_bytes=resident * _PAGE_BYTES,

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-import trio
-
 from relay.core.aggregate import Collector, EngineError, TooLarge, Truncated, aggregator_for
 from relay.core.dialect import Meter
 from relay.core.editor import UsageEditor
@@ -35,7 +33,7 @@ BODY_END_S: Final = 0.25
 class Opening:
     """An answer to commit to: its head, and the first frame where it is an event stream."""
 
-    __slots__ = ("answer", "body", "connection", "first", "is_reusable", "leg", "relay")
+    __slots__ = ("answer", "body", "connection", "first", "leg", "relay")
 
     def __init__(self, leg: Leg, connection: UpstreamConnection, answer: upstream.Answer) -> None:
         self.leg = leg
@@ -43,8 +41,7 @@ class Opening:
         self.answer = answer
         self.relay: FrameRelay | None = None  #: an event stream's
         self.first = b""  #: the frames that go out with its head
-        self.body: bytes | None = None  #: the whole answer's, where it has been read to its end,
-        self.is_reusable = False  #: after which the connection can carry another exchange
+        self.body: bytes | None = None  #: the whole answer's, where it has been read to its end
 
     def __repr__(self) -> str:
         return f"<Opening {self.answer!r} {'stream' if self.relay else 'body' if self.body is None else 'whole'}>"
@@ -125,7 +122,7 @@ class Opening:
             raise AnswerTooLarge(message, phase=Phase.HEAD) from None
         answer.fields = [field for field in answer.fields if field[0] not in (b"content-type", b"x-accel-buffering")]
         answer.fields.append((b"content-type", b"application/json"))
-        self.is_reusable = collector.decoder.is_done and answer.is_reusable and not collector.has_excess
+        answer.is_reusable = answer.is_reusable and collector.decoder.is_done and not collector.has_excess
         return collector.finder.frames
 
     async def _collect(self, pair: Pair, collector: Collector, idle_s: float) -> None:
@@ -140,8 +137,12 @@ class Opening:
                 message = f"the engine's stream is malformed: {decoder.error}"
                 raise UpstreamProtocolError(message, phase=Phase.HEAD)
             try:
-                limit_s = BODY_END_S if aggregator.is_complete else idle_s
-                data = await self._next(pair, limit_s if collector.finder.frames else None)
+                if collector.finder.frames:
+                    limit_s = BODY_END_S if aggregator.is_complete else idle_s
+                    data = await upstream.receive_next(pair, self.connection, limit_s, Phase.HEAD)
+                else:  # until the first, ``first_token_s`` goes on
+                    await pair.wait_upstream()
+                    data = await upstream.receive(pair, self.connection)
             except UpstreamTimeout:
                 if aggregator.is_complete:
                     return
@@ -153,19 +154,6 @@ class Opening:
                     raise UpstreamDisconnected(message, phase=Phase.HEAD)
                 return
 
-    async def _next(self, pair: Pair, idle_s: float | None) -> bytes:
-        """The next bytes; empty at the end. Raises UpstreamTimeout after `idle_s`, None: the limit set before holds."""
-        if idle_s is not None:
-            pair.limit(idle_s)
-        try:
-            await pair.wait_upstream()  # also where bytes wait already: other tasks' turn
-            return await upstream.receive(pair, self.connection)
-        except trio.TooSlowError:
-            if idle_s is None:
-                raise
-            message = f"the engine was silent for between_tokens_s = {idle_s:g} s"
-            raise UpstreamTimeout(message, phase=Phase.HEAD) from None
-
     async def read_whole(self, pair: Pair, meter: Meter, editor: UsageEditor, *, max_bytes: int, idle_s: float) -> None:
         """Reads a JSON answer to its end, and edits it; one that is longer, or breaks off, goes on as it comes."""
         answer = self.answer
@@ -173,7 +161,7 @@ class Opening:
         raw, payload = bytearray(answer.rest), bytearray()
         position = decode_into(payload, decoder, raw)
         while not decoder.is_done and decoder.error is None and len(raw) <= max_bytes:
-            data = await self._next(pair, idle_s)
+            data = await upstream.receive_next(pair, self.connection, idle_s, Phase.HEAD)
             if not data:
                 decoder.at_close()
                 break
@@ -181,6 +169,6 @@ class Opening:
             raw += data
         if decoder.is_done and len(payload) <= max_bytes:
             self.body = editor.edit_body(bytes(payload), meter)
-            self.is_reusable = answer.is_reusable and position == len(raw)
+            answer.is_reusable = answer.is_reusable and position == len(raw)
         else:
             answer.rest = bytes(raw)

@@ -19,7 +19,7 @@ class PlainAttempt:
 
     role: Final = "serve"
 
-    def __init__(self, exchange: Exchange, pool: Pool, place: Place, *, may_go_on: bool) -> None:
+    def __init__(self, exchange: Exchange, pool: Pool, place: Place, *, go_on_until: float) -> None:
         self._exchange = exchange
         exchange.upstream = place.upstreams[self.role]
         self._leg = Leg(
@@ -28,7 +28,7 @@ class PlainAttempt:
             place.upstreams[self.role],
             Sends(exchange.body, exchange.attempt_id),
             failure_statuses=exchange.config.failover.statuses,
-            may_go_on=may_go_on,
+            go_on_until=go_on_until,
         )
 
     async def run(self) -> None:

@@ -15,25 +15,18 @@ from __future__ import annotations
 import select
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import trio
 
-
-class Turner(Protocol):
-    """What a poller serves while trio sleeps: the pump."""
-
-    epoll: select.epoll
-
-    def turn(self, timeout: float) -> bool:
-        """Serves what comes until trio has to run (True), or for `timeout` seconds (False); 0: what is ready, once."""
-        ...
+if TYPE_CHECKING:
+    from relay.net.pump import Pump
 
 
 class NestedPoller:
     """Takes the place of trio's epoll object; everything but the waiting goes to the real one."""
 
-    def __init__(self, real: select.epoll, pump: Turner) -> None:
+    def __init__(self, real: select.epoll, pump: Pump) -> None:
         self.real = real
         self._turn = pump.turn
         self.register = real.register
@@ -60,7 +53,7 @@ def _io_manager() -> object | None:
 
 
 @contextmanager
-def install(pump: Turner) -> Iterator[bool]:
+def install(pump: Pump) -> Iterator[bool]:
     """Makes the current trio run sleep in the pump; yields False, and does nothing, where that is not possible."""
     manager = _io_manager()
     if manager is None:

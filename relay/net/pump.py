@@ -59,7 +59,7 @@ class Pair:
     """The two sockets of one exchange, as the pump sees them. Made by `Pump.open`; always `close` it."""
 
     __slots__ = (
-        "_pump", "bytes_in", "bytes_out", "client", "comment_every_ns", "content_read_ns", "content_sent_ns", "gaps",
+        "_pump", "bytes_out", "client", "comment_every_ns", "content_read_ns", "content_sent_ns", "gaps",
         "idle_limit_ns", "is_gone", "last_comment_ns", "last_frame_ns", "last_read_ns", "limit_at_ns", "on_gone",
         "on_quiet", "relay", "send", "sendmsg", "stop", "unsent", "upstream",
     )  # fmt: skip
@@ -71,7 +71,7 @@ class Pair:
         self.is_gone = False  #: the client has hung up
         self.upstream: Source | None = None
         self.relay: FrameRelay | None = None
-        self.gaps: Histogram | None = None
+        self.gaps: Histogram  #: of the stream, while there is one
         self.last_read_ns = 0  #: when bytes last came from the engine (monotonic clock)
         self.last_frame_ns = 0  #: when a frame last became whole
         self.idle_limit_ns = 0  #: longest silence while streaming
@@ -81,7 +81,6 @@ class Pair:
         self.on_quiet: Callable[[], bool] | None = None  #: speaks in the pump's place, while that is not streaming
         self.content_read_ns = 0  #: when the first content frame came, and
         self.content_sent_ns = 0  #: when it had been handed to the kernel (monotonic clock)
-        self.bytes_in = 0
         self.bytes_out = 0
         self.unsent = b""  #: of the last read, what the client's socket did not take
         self.stop = Stop.DONE  #: why the pump last gave the pair back
@@ -298,7 +297,6 @@ class Pump:
         out = self._out
         decoder = relay.decoder
         if received:
-            pair.bytes_in += received
             relay.feed(self._buffer, self._view, received, out)
         else:
             decoder.at_close()
@@ -306,10 +304,9 @@ class Pump:
             relay.finish(out)
         if frames := finder.frames - before:
             self.frames += frames
-            if pair.gaps is not None:
-                pair.gaps.add(now - pair.last_frame_ns)
-                if frames > 1:
-                    pair.gaps.add_zeros(frames - 1)
+            pair.gaps.add(now - pair.last_frame_ns)
+            if frames > 1:
+                pair.gaps.add_zeros(frames - 1)
             pair.last_frame_ns = now
         pair.last_read_ns = now
         stop = self._flush(pair, out) if out else None

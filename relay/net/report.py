@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import relay
-from relay.core.health import State
 from relay.core.status import ExchangeStatus, PoolStatus, Status, UpstreamStatus
 
 if TYPE_CHECKING:
@@ -15,13 +14,6 @@ if TYPE_CHECKING:
     from relay.net.fleet import Pool
     from relay.net.pool import Upstream
     from relay.net.service import Service
-
-_STATES: Final = {
-    State.HEALTHY: "healthy",
-    State.DOWN: "unhealthy",
-    State.EJECTED: "ejected",
-    State.PROBING: "half-open",
-}
 
 
 class Crew(Protocol):
@@ -78,7 +70,7 @@ def _upstream(upstream: Upstream, now: float) -> UpstreamStatus:
     return UpstreamStatus(
         url=upstream.config.url,
         role=upstream.role,
-        state=_STATES[upstream.health.state(now)],
+        state=upstream.health.state(now).value,
         weight=upstream.config.weight,
         in_flight=upstream.outstanding,
         idle=upstream.idle,

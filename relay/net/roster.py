@@ -253,9 +253,10 @@ class Roster:
                 say(f"relay: {url} does not resolve: {exc.strerror}", Priority.WARNING)
             else:
                 wanted = [config.at(ip) for ip in {str(each[4][0]) for each in found}]
-                before, mine = mine, _settle(pool.groups[role], mine, wanted)
-                if mine != before:
-                    self._on_change()
+                if role in pool.groups:  # a reload may have taken it away meanwhile
+                    before, mine = mine, _settle(pool.groups[role], mine, wanted)
+                    if mine != before:
+                        self._on_change()
             self._unresolved.discard((pool, role, url))
             self._look_around()
             pool.advance()

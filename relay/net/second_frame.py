@@ -49,6 +49,7 @@ async def see_second_frame(pair: Pair, opening: Opening) -> None:
 
 
 async def _read_on(pair: Pair, opening: Opening, relay: FrameRelay) -> None:
+    await pair.wait_upstream()  # also where bytes wait already: other tasks' turn, and the limit's
     data = await wire.receive(pair, opening.connection)
     out: Pieces = []
     if data:

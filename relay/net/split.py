@@ -32,7 +32,7 @@ from relay.core.request import Route
 from relay.errors import ExchangeError, Phase, Side, UpstreamAnswered, UpstreamProtocolError, UpstreamTimeout
 from relay.net.delivery import Delivery
 from relay.net.fetch import fetch, transport_of
-from relay.net.leg import Leg
+from relay.net.leg import Leg, note_failure
 from relay.net.second_frame import see_second_frame
 from relay.net.whole import WholeAnswer, ask_whole
 
@@ -59,12 +59,12 @@ _rng = SystemRandom()  # ids shared by two requests could mix up their keys and 
 class SplitAttempt:
     """One attempt of an exchange in a split pool."""
 
-    def __init__(self, exchange: Exchange, pool: Pool, place: Place, *, may_go_on: bool) -> None:
+    def __init__(self, exchange: Exchange, pool: Pool, place: Place, *, go_on_until: float) -> None:
         self._exchange = exchange
         self._pool = pool
         self._groups = dict(pool.groups)  # as they are now: a reload may take a role away between the legs
         self._place = place
-        self._may_go_on = may_go_on
+        self._go_on_until = go_on_until
         self.role = "prefill"  #: whose engine an error is about
         self._failure: ExchangeError | None = None
         self._refusal: WholeAnswer | None = None
@@ -295,9 +295,7 @@ class SplitAttempt:
             failure.phase = Phase.PREFILL
             if failure.side is Side.UPSTREAM:  # and not the relay, out of descriptors
                 attempt.failed(time.monotonic())
-                upstream.failures += 1
-                upstream.last_error = failure.message
-                self._exchange.service.tally.upstream_failed(failure.phase)
+                note_failure(self._exchange, upstream, failure)
             raise
         finally:
             attempt.abandoned(time.monotonic())
@@ -308,7 +306,7 @@ class SplitAttempt:
         # In a split pool a 500 is a failed attempt too: a lost handle shows as one.
         statuses = (*exchange.config.failover.statuses, 500)
         group, upstream = self._groups["decode"], self._place.upstreams["decode"]
-        return Leg(exchange, group, upstream, sends, failure_statuses=statuses, may_go_on=self._may_go_on)
+        return Leg(exchange, group, upstream, sends, failure_statuses=statuses, go_on_until=self._go_on_until)
 
     async def _open(self, leg: Leg) -> Opening:
         self.role = "decode"
@@ -320,8 +318,9 @@ class SplitAttempt:
             await see_second_frame(self._exchange.pair, opening)
         except BaseException as exc:
             leg.close(opening.connection, is_reusable=False)
-            if isinstance(exc, ExchangeError):
-                leg.note(exc)
+            is_refusal = isinstance(exc, UpstreamAnswered) and exc.status < 500  # the request's own fault
+            if isinstance(exc, ExchangeError) and exc.side is Side.UPSTREAM and not is_refusal:
+                note_failure(self._exchange, leg.upstream, exc)
             raise
         return opening
 

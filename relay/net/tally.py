@@ -126,7 +126,7 @@ class Tally:
 
     def fold(self, exchange: Exchange) -> None:
         """Adds the gaps that an exchange's stream has had since the last time."""
-        if exchange.gaps.count > exchange.gaps_folded and exchange.pool is not None:
+        if exchange.gaps.count and exchange.pool is not None:
             exchange.gaps_folded = self._gaps(exchange).fold(exchange.gaps, exchange.gaps_folded)
 
     def _gaps(self, exchange: Exchange) -> Buckets:

@@ -8,17 +8,21 @@ so h11 is only told that one went out.
 from __future__ import annotations
 
 import errno
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 import h11
+import trio
 
 from relay.core import headers
 from relay.core.answer_head import AnswerHead
 from relay.core.framing import BodyDecoder, Buffer, FramingError, decoder_for
-from relay.errors import Phase, UpstreamDisconnected, UpstreamProtocolError
+from relay.errors import Phase, UpstreamDisconnected, UpstreamProtocolError, UpstreamTimeout
 from relay.net import sockets
 from relay.net.pool import UpstreamConnection
 from relay.net.sockets import READ_BYTES
+
+if TYPE_CHECKING:
+    from relay.net.pump import Pair
 
 #: Largest head of an answer, with the interim ones before it, and most fields of one: what `strict` allows requests.
 MAX_ANSWER_HEAD_BYTES: Final = 65536
@@ -71,7 +75,11 @@ class Waits(Protocol):
 
 
 class ConnectionDied(UpstreamDisconnected):
-    """The connection ended before a single byte of an answer: on a reused one, the engine may just have closed it."""
+    """The connection ended before a single byte of an answer: on a reused one, the engine may just have closed it.
+
+    So the request is sent again. RFC 9110 §9.2.2 has a proxy not do so with a POST, as it might be applied twice; of
+    what engines do with one, the worst is an answer generated for nobody.
+    """
 
 
 async def ask(
@@ -85,12 +93,12 @@ async def ask(
     await pair.wait_upstream()  # no engine has answered by now, so trying first would fail
     try:
         data = await receive(pair, connection)
-        while data and len(data) < len(_INTERIM[0]):
-            data += await receive(pair, connection) or b"\0"  # a byte that no head begins with
     except UpstreamDisconnected as exc:
         raise ConnectionDied(exc.message, phase=Phase.HEAD) from None
     if not data:
         raise ConnectionDied("the engine closed the connection before its answer", phase=Phase.HEAD)
+    while len(data) < len(_INTERIM[0]) and (more := await receive(pair, connection)):
+        data += more  # at the engine's end, `_read_head` says what is wrong
     heads = connection.upstream.heads
     size = data.find(_HEAD_END) + len(_HEAD_END)
     known = heads.get(data[:size]) if method != b"HEAD" else None  # whose answers' bodies are framed otherwise
@@ -157,8 +165,8 @@ def _check_head(event: h11.Response, size: int) -> None:
         raise UpstreamProtocolError(message, phase=Phase.HEAD)
 
 
-async def receive(pair: Waits, connection: UpstreamConnection) -> bytes:
-    """The next bytes from the engine; empty at its end. Raises UpstreamDisconnected or OutOfResources (phase H)."""
+async def receive(pair: Waits, connection: UpstreamConnection, phase: Phase = Phase.HEAD) -> bytes:
+    """The next bytes from the engine; empty at its end. Raises UpstreamDisconnected or OutOfResources."""
     source = connection.source
     while True:
         try:
@@ -171,8 +179,22 @@ async def receive(pair: Waits, connection: UpstreamConnection) -> bytes:
                 source.has_news = False
             await pair.wait_upstream()
         except OSError as exc:
-            failure = UpstreamDisconnected(f"the engine's connection broke: {exc.strerror}", phase=Phase.HEAD)
-            raise sockets.shortage(exc, Phase.HEAD) or failure from None
+            failure = UpstreamDisconnected(f"the engine's connection broke: {exc.strerror}", phase=phase)
+            raise sockets.shortage(exc, phase) or failure from None
+
+
+async def receive_next(pair: Pair, connection: UpstreamConnection, limit_s: float, phase: Phase) -> bytes:
+    """As `receive`, after other tasks' turn also where bytes wait already.
+
+    Raises UpstreamTimeout after `limit_s` of silence (``between_tokens_s``; 0: no limit).
+    """
+    pair.limit(limit_s)
+    try:
+        await pair.wait_upstream()
+        return await receive(pair, connection, phase)
+    except trio.TooSlowError:
+        message = f"the engine was silent for between_tokens_s = {limit_s:g} s"
+        raise UpstreamTimeout(message, phase=phase) from None
 
 
 async def _send(pair: Waits, connection: UpstreamConnection, head: bytes, body: Buffer) -> bool:

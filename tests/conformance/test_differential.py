@@ -49,7 +49,7 @@ def forward(data: bytes) -> tuple[bytes, bytes, bytes] | None:
             raise RequestRefused(400, "bad_request", str(decoder.error))
         if not decoder.is_done:
             return None
-        strict.check_trailers([(name, b"") for name in decoder.trailer_names])
+        strict.check_trailers(decoder.trailer_names)
     else:
         stop = end + int(length or 0)
         if stop > len(data):

@@ -86,14 +86,6 @@ def test_who_leaves_spreads_its_keys_over_all_others(count: int) -> None:
     assert owners(balancer) == before
 
 
-def test_a_weight_that_grows_moves_keys_to_its_seat_only() -> None:
-    balancer, seats = fleet(6)
-    before = owners(balancer)
-    balancer.set_weight(seats[2], 3)
-    after = owners(balancer)
-    assert {after[key] for key in KEYS if after[key] is not before[key]} == {seats[2]}
-
-
 @given(st.sampled_from(KEYS), st.integers(2, 12))
 @settings(max_examples=80, deadline=None)
 def test_the_next_in_order_is_whose_the_key_would_be_without_the_first(key: bytes, count: int) -> None:

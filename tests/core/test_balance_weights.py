@@ -149,13 +149,3 @@ def test_without_the_tried_the_others_keep_their_chances(weights: list[int], out
         chance = seat.weight / total
         assert abs(turns[seat] - 500 * chance) <= 6 * sqrt(500 * chance * (1 - chance)) + 1
     assert sum(turns[seat] for seat in left) == (500 if left else 0)
-
-
-def test_changed_weights_count_at_once() -> None:
-    for policy in ("random", "round_robin"):
-        seats = seats_of([1, 1])
-        balancer = make_balancer(policy, seats, rng=random.Random(1))
-        balancer.pick()
-        balancer.set_weight(seats[0], 9)
-        turns = Counter(balancer.pick() for _ in range(1000))
-        assert turns[seats[0]] == pytest.approx(900, abs=40)

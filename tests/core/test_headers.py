@@ -225,7 +225,6 @@ def test_forwarding_fields() -> None:
 def test_request_framing_is_the_relays() -> None:
     theirs: Headers = [(b"content-length", b"9"), (b"transfer-encoding", b"chunked")]
     assert engine_sees(theirs, body=0) == [(b"content-length", b"0")]
-    assert engine_sees(theirs, body="chunked") == [(b"transfer-encoding", b"chunked")]
     assert engine_sees(theirs, body="none") == []
 
 
@@ -285,15 +284,14 @@ def test_response_head_of_a_stream_whole() -> None:
 
 
 def test_response_head_of_the_relays_own_answer_whole() -> None:
-    head = to_client(
-        [(b"content-type", b"application/json")], 503, b"", framing=17, keep_alive=False, extra=[(b"retry-after", b"3")]
-    )
+    fields = [(b"content-type", b"application/json"), (b"retry-after", b"3")]
+    head = to_client(fields, 503, b"", framing=17, keep_alive=False)
     assert head.split(b"\r\n") == [
         b"HTTP/1.1 503 Service Unavailable",
         b"content-type: application/json",
+        b"retry-after: 3",
         b"date: " + DATE,
         b"x-request-id: id-1",
-        b"retry-after: 3",
         b"content-length: 17",
         b"connection: close",
         b"",
@@ -360,11 +358,10 @@ def test_status_line(status: int, reason: bytes, line: bytes) -> None:
     "value", [b"a\r\nset-cookie: x", b"a\r\n\r\nbody", b"a\nb", b"a\rb", b"a\0b", b"a\x0bb\x7f\x1b[0m"]
 )
 def test_a_value_cannot_split_the_response(value: bytes) -> None:
-    plain = to_client([(b"x", b"y")], extra=[(b"retry-after", b"1")])
+    plain = to_client([(b"x", b"y")])
     for head in (
-        to_client([(b"x", value)], extra=[(b"retry-after", b"1")]),
-        to_client([(b"x", b"y")], extra=[(b"retry-after", value)]),
-        to_client([(b"x", b"y"), (b"content-length", value)], framing="none", extra=[(b"retry-after", b"1")]),
+        to_client([(b"x", value)]),
+        to_client([(b"x", b"y"), (b"content-length", value)], framing="none"),
     ):
         assert head.count(b"\r\n") == head.count(b"\r") == head.count(b"\n") == plain.count(b"\n")
         assert head.translate(None, bytes(range(32)) + b"\x7f") == head.replace(b"\r\n", b"")
@@ -383,7 +380,7 @@ VALUES = st.text("aZ09 \t,;:=\"'\\/{}éÿ\x80", max_size=12).map(lambda text: te
 MEMBERS = st.lists(NAMES | st.sampled_from([b"close", b"keep-alive", b""]), max_size=3).map(b", ".join)
 LISTS = st.one_of(st.tuples(NAMES, VALUES), st.tuples(st.just(b"connection"), MEMBERS))
 SECTIONS = st.lists(LISTS, max_size=8)
-FRAMINGS = st.sampled_from(["chunked", "none"]) | st.integers(0, 2**63)
+LENGTHS = st.just("none") | st.integers(0, 2**63)
 
 
 def end_to_end(headers: Headers, *, rewritten: set[bytes]) -> Headers:
@@ -395,7 +392,7 @@ def end_to_end(headers: Headers, *, rewritten: set[bytes]) -> Headers:
     return [(name, value) for name, value in headers if name not in gone]
 
 
-@given(SECTIONS, FRAMINGS, st.booleans())
+@given(SECTIONS, LENGTHS, st.booleans())
 def test_a_written_request_is_one_request(headers: Headers, body: Any, identity: bool) -> None:
     head = to_engine(headers, body=body, identity=identity)
     assert strict.head_end(head) == len(head)
@@ -420,7 +417,7 @@ def test_a_written_request_is_one_request(headers: Headers, body: Any, identity:
 
 @given(
     SECTIONS,
-    FRAMINGS | st.just("close"),
+    LENGTHS | st.sampled_from(["chunked", "close"]),
     st.sampled_from([200, 201, 400, 503]),
     st.booleans(),
     st.booleans(),

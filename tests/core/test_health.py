@@ -87,7 +87,7 @@ def test_who_fails_its_probes_is_never_available() -> None:
     for _ in range(50):
         health.begin().answered(200, 0.0)
     assert not health.is_available(inf)
-    assert health.state(0.0) is State.DOWN
+    assert health.state(0.0) is State.UNHEALTHY
 
 
 def test_passing_probes_do_not_close_the_breaker() -> None:
@@ -103,10 +103,10 @@ def test_who_comes_back_by_its_probes_has_a_trial_at_once() -> None:
     health = ejected()
     for _ in range(3):
         health.on_probe(False, 1.0)
-    assert health.state(1.0) is State.DOWN
+    assert health.state(1.0) is State.UNHEALTHY
     health.on_probe(True, 1.5)
     health.on_probe(True, 2.0)
-    assert health.state(2.0) is State.PROBING
+    assert health.state(2.0) is State.HALF_OPEN
     health.begin().answered(200, 2.0)
     assert health.state(2.0) is State.HEALTHY
 
@@ -209,7 +209,7 @@ def test_one_trial_at_a_time() -> None:
     health = ejected()
     assert not health.is_available(health.ejected_until - 0.001)
     now = health.ejected_until
-    assert health.state(now) is State.PROBING
+    assert health.state(now) is State.HALF_OPEN
     assert health.is_available(now)
     trial = health.begin()
     assert not health.is_available(now)
@@ -247,7 +247,7 @@ def test_what_was_begun_before_the_ejection_says_nothing_after_it() -> None:
     fail(health, CONSECUTIVE_FAILURES)
     now = health.ejected_until
     old[0].answered(200, now)
-    assert health.state(now) is State.PROBING
+    assert health.state(now) is State.HALF_OPEN
     trial = health.begin()
     old[1].failed(now)
     old[2].abandoned(now)
@@ -357,7 +357,7 @@ class AnyOrder(RuleBasedStateMachine):
     @rule()
     def request(self) -> None:
         assert self.health.is_up
-        assert self.health.state(self.now) in (State.HEALTHY, State.PROBING)
+        assert self.health.state(self.now) in (State.HEALTHY, State.HALF_OPEN)
         if self.health.is_open:
             assert not self.trials
             assert self.now >= self.health.ejected_until
@@ -438,7 +438,7 @@ TestAnyOrder.settings = settings(max_examples=150, stateful_step_count=40, deadl
 def test_another_process_has_probed() -> None:
     health = health_of()
     health.on_verdict(False, 0.0)
-    assert (health.is_probed, health.state(0.0)) == (True, State.DOWN)
+    assert (health.is_probed, health.state(0.0)) == (True, State.UNHEALTHY)
     health.on_verdict(True, 1.0)
     assert health.state(1.0) is State.HEALTHY
 
@@ -447,7 +447,7 @@ def test_one_that_another_process_finds_up_again_gets_a_trial_at_once() -> None:
     health = ejected(0.0)
     health.on_verdict(False, 0.0)
     health.on_verdict(True, 0.1)
-    assert health.state(0.1) is State.PROBING
+    assert health.state(0.1) is State.HALF_OPEN
     still = ejected(0.0)
     still.on_verdict(True, 0.1)  # it was not down: what requests say stands
     assert still.state(0.1) is State.EJECTED

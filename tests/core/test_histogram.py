@@ -51,25 +51,6 @@ def test_every_boundary_between_buckets() -> None:
             assert abs(found - value) <= max(0.0625 * value, UNIT_NS)
 
 
-@given(TIMES, TIMES)
-def test_merging_is_counting_both(left: list[int], right: list[int]) -> None:
-    merged = histogram(left)
-    merged.merge(histogram(right))
-    both = histogram(left + right)
-    assert (merged.count, merged.max_ns, merged.counts) == (both.count, both.max_ns, both.counts)
-
-
-def test_merging_with_an_empty_one() -> None:
-    empty, some = Histogram(), histogram([5000, 7000])
-    some.merge(empty)
-    assert some.count == 2
-    empty.merge(some)
-    assert (empty.count, empty.max_ns, empty.quantile(0.5)) == (2, 7000, some.quantile(0.5))
-    empty.add(9000)
-    assert some.max_ns == 7000
-    assert some.count == 2  # nothing is shared
-
-
 def test_nothing_counted() -> None:
     assert Histogram().quantile(0.5) is None
     assert Histogram().count == 0

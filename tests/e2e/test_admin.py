@@ -274,6 +274,19 @@ async def test_metrics_after_known_traffic(engine: Engine) -> None:
     assert scrape("process_resident_memory_bytes") is not None
 
 
+async def test_gaps_of_a_stream_that_runs_on_are_all_counted(engine: Engine) -> None:
+    async with running_fleet(pool_of(engine.url)) as relay, await Client.connect(relay.port) as client:
+        service = relay.worker.service
+        await client.send(request(body={"max_tokens": 8}, sim_step_ms="5"))
+        for number in range(1, 10):  # as if a beat came between any two frames
+            await client.frames(number)
+            service.tally.take_in(service)
+        record = await relay.record()
+        scrape = Scrape(await relay.admin("GET", "/metrics"))
+    gaps = scrape.sum("relay_inter_frame_seconds_count")
+    assert record.frames - 2 <= gaps <= record.frames - 1  # one that comes together with the first has none
+
+
 async def test_failovers_and_probes_in_the_metrics() -> None:
     async with fakes("a", "b") as (bad, good), running_fleet(pool_of(bad.url, good.url)) as relay:
         await eject(relay, bad, CHAT)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from pathlib import Path
 
 import pytest
@@ -317,6 +318,7 @@ async def test_bodies_beyond_the_budget_wait_for_so_long(engine: Engine, is_seco
         await first.frames(2)
         answer = await second.ask(request(body={"user": "x" * 600}))
         assert (answer.status, answer.error["code"]) == (503, "no_upstream")
+        assert answer.headers["retry-after"] == "1"
         record = await relay.record(2 if is_second else 1)
         assert (record.outcome, record.status) == ("RQ", 503)
 
@@ -439,6 +441,7 @@ async def test_a_client_that_does_not_read_costs_bounded_memory_and_delays_nobod
         assert sent < MANY_TOKENS
         (exchange,) = relay.worker.service.active
         assert len(exchange.pair.unsent) <= 2 * 65536
+        assert 0 < exchange.frames_so_far <= sent + 1
         began = trio.current_time()
         other = await ask(relay.port, request())
         assert (other.status, other.end) == (200, "whole")
@@ -449,14 +452,15 @@ async def test_a_client_that_does_not_read_costs_bounded_memory_and_delays_nobod
         assert (await relay.record(2)).outcome == "CD"
 
 
-async def test_a_client_that_reads_on_gets_everything(engine: Engine) -> None:
-    tokens = 60_000
+async def test_a_client_that_reads_on_gets_everything(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens, an_hour_ns, now_ns = 60_000, 3600 * 10**9, time.monotonic_ns
     async with (
         running_relay(engine.url) as relay,
         await Client.connect(relay.port, receive_buffer=4096) as client,
     ):
         await client.send(request(body={"max_tokens": tokens}))
         await blocked(engine)
+        monkeypatch.setattr(time, "monotonic_ns", lambda: now_ns() + an_hour_ns)  # it takes its time
         count, tail = 0, b""
         with trio.fail_after(15):
             while not tail.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n"):
@@ -467,6 +471,8 @@ async def test_a_client_that_reads_on_gets_everything(engine: Engine) -> None:
         assert count == tokens + 2
         record = await relay.record()
         assert (record.outcome, record.status, record.frames) == ("--", 200, tokens + 2)
+        assert record.gap_max_ms is not None
+        assert record.gap_max_ms < an_hour_ns / 1e6  # and that is none of the engine's
 
 
 async def test_a_client_that_stops_reading_is_dropped(engine: Engine) -> None:
@@ -635,9 +641,11 @@ async def test_connections_are_limited(engine: Engine) -> None:
             assert (await third.answer()).status == 200
 
 
-async def test_who_idles_longest_makes_room_for_who_comes(engine: Engine) -> None:
+@pytest.mark.parametrize("client_idle_s", [75.0, 0.0])
+async def test_who_idles_longest_makes_room_for_who_comes(engine: Engine, client_idle_s: float) -> None:
+    limits, timeouts = LimitsConfig(max_connections=3), TimeoutsConfig(client_idle_s=client_idle_s)
     async with (
-        running_relay(engine.url, limits=LimitsConfig(max_connections=3)) as relay,
+        running_relay(engine.url, limits=limits, timeouts=timeouts) as relay,
         await Client.connect(relay.port) as busy,
         await Client.connect(relay.port) as idle,
         await Client.connect(relay.port) as newer,

@@ -16,6 +16,7 @@ from relay.address import parse_upstream
 from tests.e2e.fleet import (
     FakeEngine,
     config_of,
+    engines_of,
     pool_of,
     running_fleet,
 )
@@ -30,12 +31,15 @@ class Resolver(trio.abc.HostnameResolver):
     def __init__(self) -> None:
         self.addresses: list[str] | None = []  #: None: the name is not known
         self.asked = 0
+        self.gate = trio.Event()  #: answers wait for it
+        self.gate.set()
 
     async def getaddrinfo(self, host: Any, port: Any, family: int = 0, *_: Any, **__: Any) -> Any:
         await trio.lowlevel.checkpoint()
         if host not in ("engines", b"engines"):
             return socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)
         self.asked += 1
+        await self.gate.wait()
         if self.addresses is None:
             raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
         found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port)) for address in self.addresses]
@@ -188,4 +192,19 @@ async def test_reloads_and_names(resolver: Resolver) -> None:
             await reload(pool_of(name))  # at once another pool of a name that was there before
             await until(lambda: list(relay.upstreams) == [two.url])
             await rounds()
+            assert (await ask(relay.port, CHAT)).status == 200
+
+
+async def test_a_reload_takes_away_the_role_of_a_name_that_is_being_resolved(resolver: Resolver) -> None:
+    async with named_engines(1) as (name, (engine,)):
+        resolver.addresses = ["127.0.0.1"]
+        url = engines_of([engine.url])
+        split = settings.PoolConfig(prefill=url, decode=url, connector="none")
+        async with running_fleet(pool_of(name), load_config=lambda: config_of(split)) as relay:
+            resolver.gate = trio.Event()
+            asked = resolver.asked
+            await until(lambda: resolver.asked > asked)
+            assert (await relay.admin("POST", "/-/reload")).status == 200
+            resolver.gate.set()
+            await until(lambda: "names=0" in repr(relay.worker.roster))
             assert (await ask(relay.port, CHAT)).status == 200

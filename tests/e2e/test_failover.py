@@ -71,7 +71,7 @@ async def test_the_statuses_that_fail_over_are_a_setting() -> None:
         assert outcome(await relay.record(3)) == ("--", 503, 1)
 
 
-@pytest.mark.parametrize("why", ["only one", "both the same", "attempts", "other down", "other full"])
+@pytest.mark.parametrize("why", ["only one", "both the same", "attempts", "budget", "other down", "other full"])
 @pytest.mark.parametrize("status", [502, 503, 504])
 async def test_with_no_other_left_the_engines_answer_goes_through_untouched(why: str, status: int) -> None:
     body = b'{"error":"busy"}'
@@ -79,6 +79,8 @@ async def test_with_no_other_left_the_engines_answer_goes_through_untouched(why:
         one.answer = two.answer = answer(status, body, "retry-after: 7", "x-engine: mine")
         urls = [one.url] if why == "only one" else [one.url, two.url]
         tables: dict[str, Any] = {"failover": FailoverConfig(attempts=1)} if why == "attempts" else {}
+        if why == "budget":
+            tables["failover"] = FailoverConfig(budget_s=1e-9)  # it is over before any answer
         if why == "other down":
             two.health = 500
             tables["health"] = HealthConfig(interval_s=60)
@@ -96,6 +98,17 @@ async def test_with_no_other_left_the_engines_answer_goes_through_untouched(why:
             assert (got.status, got.payload) == (status, body)
             assert (got.headers["retry-after"], got.headers["x-engine"]) == ("7", "mine")
             assert outcome(await relay.record()) == ("--", status, 2 if why == "both the same" else 1)
+
+
+@pytest.mark.parametrize("how", ["fin", "rst"])
+async def test_what_has_begun_to_be_answered_is_not_asked_again(how: str) -> None:
+    """Over a used connection: without a byte of an answer, the engine could have closed it just then."""
+    async with fakes("a") as (engine,), running_fleet(pool_of(engine.url)) as relay:
+        assert (await ask(relay.port, CHAT)).status == 200
+        engine.answer, engine.then = b"HTTP/1", how
+        got = await ask(relay.port, CHAT)
+        assert (got.status, got.error["code"]) == (502, "upstream_disconnected")
+        assert len(engine.asked) == 2
 
 
 async def test_the_budget_bounds_attempts() -> None:

@@ -281,6 +281,24 @@ async def test_another_engine_may_still_answer(how: str) -> None:
             assert sorted(outcome(record) for record in relay.records) == [("--", 200, 1), ("--", 200, 2)]
 
 
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+@pytest.mark.parametrize("is_early", [True, False])
+async def test_behind_a_comment_there_is_no_byte_order_mark(version: str, is_early: bool) -> None:
+    """Clients know one at the beginning of a stream alone, and would lose the first event."""
+    mark, stream = b"\xef\xbb\xbf", COMMENTED if is_early else StreamConfig()
+    async with fakes("a") as (engine,), running_fleet(pool_of(engine.url), stream=stream) as relay:
+        engine.answer = CHUNKED + chunk(mark + STREAM) + b"0\r\n\r\n"
+        async with await Client.connect(relay.port) as client:
+            if is_early:
+                engine.hold()
+            await client.send(request(version=version))
+            if is_early:
+                await early(client)
+                engine.gate.set()
+            got = await client.answer()
+    assert (comments(got) > 0, got.payload) == (is_early, STREAM if is_early else mark + STREAM)
+
+
 async def test_after_the_first_byte_of_an_engine_there_is_no_other() -> None:
     timeouts = TimeoutsConfig(between_tokens_s=SHORT_S)
     async with fakes("a", "b") as engines:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import socket
+from types import SimpleNamespace
 from typing import Any, Final
 
 import pytest
@@ -15,6 +16,7 @@ from relay.config import FailoverConfig, TimeoutsConfig
 from relay.core.connectors import CONNECTORS
 from relay.core.request import Route
 from relay.core.rewrite import edit
+from relay.net.pool import UpstreamConnection
 from tests.core.test_connectors_peers import Refused, address_in, ids_of, need, one_token, parsed, raw_params
 from tests.e2e.fleet import answer
 from tests.e2e.harness import Answer, Client, ask, assert_cut_off, until
@@ -523,6 +525,7 @@ async def test_a_wrong_request_told_in_the_stream_is_not_tried_again() -> None:
     async with split_pair(2, 2) as pair:
         pair.decode.usual = says(head + b"%x\r\n%b\r\n0\r\n\r\n" % (len(frame), frame))
         got = await ask(pair.relay.port, sent())
+        assert pair.metric("relay_upstream_failures_total") == 0  # nor is it an engine's failure
     assert (got.status, got.error["message"], pair.order) == (400, "no", "pd")
 
 
@@ -563,6 +566,28 @@ async def test_a_role_waits_a_moment_only() -> None:
         await silence.is_left.wait()
         assert (await pair.relay.record()).outcome == "CD"
     assert 0.05 < waited < 0.6
+
+
+async def test_a_role_waits_a_moment_only_where_more_of_its_kind_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As fast as they are read, so that there is never anything to wait for."""
+    role = DECODED[: DECODED.index(b"\n\n") + 4]
+    comment = b"e\r\n: keep-alive\n\n\r\n"
+    reads = 0
+
+    async def flood(_: object, connection: UpstreamConnection) -> bytes:  # noqa: ASYNC124 - a turn of the others is what must not be had here
+        nonlocal reads
+        reads += 1
+        assert reads < 50_000
+        assert connection.source is not None
+        connection.source.has_news = True
+        return comment
+
+    monkeypatch.setattr("relay.net.second_frame.wire", SimpleNamespace(receive=flood))
+    async with split_pair() as pair:
+        pair.decode.usual = says(role, comment)
+        async with await Client.connect(pair.relay.port) as client:
+            await client.send(sent())
+            assert b"keep-alive" in await client.frames(2)
 
 
 async def test_what_comes_within_the_moment_goes_out_with_the_role() -> None:

@@ -162,7 +162,7 @@ async def test_only_an_answer_cut_by_its_length_has_a_handle(nursery: trio.Nurse
 
 
 DIED: Final = "EngineCore encountered an issue. See stack trace (above) for the root cause."
-NO_ROOM: Final = "Disaggregated request received without bootstrap room id"
+NO_ROOM: Final = "Invalid request: Disaggregated request received without bootstrap room id"
 ROOM: Final = {"bootstrap_host": "127.0.0.1", "bootstrap_port": 1, "bootstrap_room": 7}
 PULL: Final = {"do_remote_prefill": True, "transfer_id": "t", "remote_engine_id": "e"}
 

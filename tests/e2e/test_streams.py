@@ -9,9 +9,10 @@ import trio
 from relay.config import TimeoutsConfig
 from relay.core.frames import FrameRelay, Pieces
 from relay.net import poller
+from relay.net.delivery import Delivery
 from relay_bench.engine import Engine, EngineConfig, serve_engine
 from tests.conftest import running_relay
-from tests.e2e.harness import until
+from tests.e2e.harness import ask, assert_cut_off, request, until
 
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 6, "stream": True}
 
@@ -86,6 +87,27 @@ async def test_a_fault_of_the_relays_own_ends_one_stream_and_no_other(
             assert good.content.endswith(b"data: [DONE]\n\n")
             assert "a bug" in capsys.readouterr().err
         nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize(("fails", "outcome"), [("_relay_stream", "RH"), ("_pump", "RD")])
+async def test_a_client_is_told_of_a_fault_of_the_relays_own(
+    fails: str, outcome: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], engine: Engine
+) -> None:
+    async def fail(*_: object) -> None:
+        await trio.lowlevel.checkpoint()
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(Delivery, fails, fail)
+    async with running_relay(engine.url) as relay:
+        answer = await ask(relay.port, request(sim_step_ms="1000"))
+        if outcome == "RH":
+            assert (answer.status, answer.end, answer.error["code"]) == (500, "whole", "internal_error")
+        else:
+            assert_cut_off(answer, "internal_error", frames=len(answer.frames) - 1)
+        record = await relay.record()
+        assert (record.outcome, record.error) == (outcome, "the relay failed; its standard error says how")
+        assert "a bug" in capsys.readouterr().err
+        await until(lambda: engine.stats()["running"] == 0)
 
 
 @pytest.mark.usefixtures("pump_form")

@@ -19,7 +19,7 @@ import trio
 import trio.testing
 
 from relay import cli
-from relay.config import HealthConfig, ListenConfig, StreamConfig, TimeoutsConfig, TlsConfig
+from relay.config import HealthConfig, LimitsConfig, ListenConfig, StreamConfig, TimeoutsConfig, TlsConfig
 from relay.net.tls import TlsError, server_context
 from relay_bench.engine import Engine, EngineConfig, serve_engine
 from tests.conftest import RunningRelay, running_relay
@@ -271,6 +271,20 @@ async def test_the_relay_says_goodbye_behind_a_body_without_length(engine: Engin
         assert (cut.end, error_frames(cut)) == ("rst", cut.frames[-1:])
 
 
+async def test_a_fault_of_the_relays_own_is_no_end(
+    engine: Engine, authority: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a body that a goodbye would end."""
+
+    async def fail(*_: object) -> None:
+        await trio.lowlevel.checkpoint()
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("relay.net.delivery.Delivery._pump", fail)
+    async with secured("client", engine.url, authority) as path:
+        assert (await path.ask(request(version="1.0"))).end == "rst"
+
+
 async def test_a_client_that_reads_nothing(engine: Engine, authority: Authority) -> None:
     timeouts = TimeoutsConfig(client_stall_s=0.2)
     async with secured("both", engine.url, authority, timeouts=timeouts) as path:
@@ -306,6 +320,20 @@ async def test_pipelined_requests(authority: Authority) -> None:
 
 
 # -- handshakes
+
+
+async def test_who_idles_makes_room_before_who_has_just_come(authority: Authority) -> None:
+    """Though a handshake may take less time than a client may idle, and so is the first whose time is over."""
+    limits = LimitsConfig(max_connections=2)
+    async with fakes("tiny") as (engine,), secured("client", engine.url, authority, limits=limits) as path:
+        connections = path.relay.worker.connections
+        async with await path.connect() as idle:
+            assert (await idle.ask(request())).status == 200
+            async with await Client.connect(path.relay.port) as newer:
+                await until(lambda: len(connections) == 2 and all(each.is_waiting for each in connections))
+                assert (await path.ask(request())).status == 200
+                assert await idle.is_closed()
+                assert (await newer.ask(request())).status == 400  # it is still there
 
 
 async def test_plain_http_is_answered_in_plain_words(authority: Authority) -> None:

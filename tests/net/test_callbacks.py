@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import socket
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import trio
@@ -106,6 +108,42 @@ async def test_only_decoders_may_call(nursery: trio.Nursery) -> None:
     await called.reload(config_of("127.0.0.1:0", decoder="127.0.0.9"))
     assert await call(called.urls[0]) == 403
     assert called.passed == []
+    nursery.cancel_scope.cancel()
+
+
+class Resolver(trio.abc.HostnameResolver):
+    """Knows every name by one address, and does something else meanwhile."""
+
+    def __init__(self, meanwhile: Callable[[], object]) -> None:
+        self._meanwhile = meanwhile
+
+    async def getaddrinfo(self, *_: Any, **__: Any) -> Any:
+        self._meanwhile()
+        return socket.getaddrinfo("127.0.0.9", None, 0, socket.SOCK_STREAM)
+
+    async def getnameinfo(self, sockaddr: Any, flags: int) -> Any:
+        raise NotImplementedError
+
+
+async def test_decoders_may_come_while_their_names_are_resolved(nursery: trio.Nursery) -> None:
+    config = config_of("127.0.0.1:0", decoder="decoder")
+    called = Called(config, nursery)
+    await called.reload(config)
+    decoders = called.service.fleet.pools[0].groups["decode"]
+    trio.socket.set_custom_hostname_resolver(Resolver(lambda: decoders.add(parse_upstream("http://127.0.0.8:9"))))
+    assert await call(called.urls[0]) == 403
+    nursery.cancel_scope.cancel()
+
+
+async def test_a_decoder_known_by_its_address_waits_for_no_name(nursery: trio.Nursery) -> None:
+    config = config_of("127.0.0.1:0", decoder="decoder")
+    called = Called(config, nursery)
+    await called.reload(config)
+    called.service.fleet.pools[0].groups["decode"].add(parse_upstream("http://127.0.0.1:9"))
+    asked: list[None] = []
+    trio.socket.set_custom_hostname_resolver(Resolver(lambda: asked.append(None)))
+    assert await call(called.urls[0]) == 200
+    assert not asked
     nursery.cancel_scope.cancel()
 
 

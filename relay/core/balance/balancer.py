@@ -8,12 +8,11 @@ have to hear of every change, is no faster to keep, and could not take in what o
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from collections.abc import Collection
     from random import Random
-    from types import TracebackType
 
 #: Outstanding bytes of prompt that weigh as much as one more stream: about 1,000 tokens. Two things run out in an
 #: engine, places in the batch (vLLM's `max_num_seqs`: 256) and KV cache (Qwen3-32B, at 256 KiB a token: some 280,000
@@ -29,12 +28,12 @@ class Seat:
 
     __slots__ = ("is_available", "name", "others", "prompt_bytes", "slot", "streams", "weight")
 
-    def __init__(self, name: str, weight: int = 1, *, is_available: bool = True) -> None:
+    def __init__(self, name: str, weight: int = 1) -> None:
         if weight < 1:
             raise ValueError(f"weight {weight} of {name} is less than 1")
         self.name = name  #: its URL; affinities go by it, so it must be the same in all processes and after a restart
         self.weight = weight  #: its share, beside the other weights
-        self.is_available = is_available  #: may be picked
+        self.is_available = True  #: may be picked
         self.streams = 0  #: outstanding
         self.prompt_bytes = 0  #: of the outstanding ones
         self.others = 0.0  #: what other processes have outstanding there, in streams
@@ -56,7 +55,7 @@ class Seat:
 
 
 class Load:
-    """One request's part of what is outstanding at a seat; a context manager. Given back once, however often told."""
+    """One request's part of what is outstanding at a seat. Given back once, however often told."""
 
     __slots__ = ("_balancer", "is_held", "prompt_bytes", "seat")
 
@@ -72,14 +71,6 @@ class Load:
         if self.is_held:
             self.is_held = False
             self._balancer._change_load(self.seat, -1, -self.prompt_bytes)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.release()
 
 
 class Balancer(ABC):
@@ -140,17 +131,6 @@ class Balancer(ABC):
             seat.is_available = is_available
             if self._members.get(seat.name) is seat:
                 (self._join if is_available else self._leave)(seat)
-
-    def set_weight(self, seat: Seat, weight: int) -> None:
-        """Gives a seat another weight, at least 1."""
-        if weight < 1:
-            raise ValueError(f"weight {weight} of {seat.name} is less than 1")
-        is_in_row = seat.slot != _NOWHERE
-        if is_in_row:
-            self._leave(seat)
-        seat.weight = weight
-        if is_in_row:
-            self._join(seat)
 
     def set_others(self, seat: Seat, load: float) -> None:
         """What other processes have outstanding at a seat, in streams: it counts as this one's own does."""

@@ -20,7 +20,7 @@ _BY_NAME: Final[dict[str, Connector]] = {
     for connector in (Nixl(), Mooncake(), AscendMooncake(), P2pNccl(), AscendLayerwise(), Sglang(), NoConnector())
 }
 
-#: Their names, for the configuration; the first is the default.
+#: Their names, as the configuration has them.
 CONNECTORS: Final = tuple(_BY_NAME)
 
 

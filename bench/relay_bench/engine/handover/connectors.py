@@ -184,19 +184,26 @@ def _room(ask: Ask, here: Here) -> dict[str, Any]:
 def sglang(ask: Ask, here: Here) -> Part:
     """SGLang `srt/disaggregation`: both legs at once, in a room at the prefiller's bootstrap server.
 
-    Neither role serves a request without a room, and the prefiller begins only once its decoder has come.
+    Neither role serves a request without a room, and the prefiller begins only once its decoder has come. The texts are
+    those of `Scheduler.handle_generate_request`, `handle_bootstrap_failure` and `pop_transferred`.
     """
     host, port, room = (ask.request.get(f"bootstrap_{name}") for name in ("host", "port", "room"))
     if room is None:
-        raise Refusal.flat(400, "Disaggregated request received without bootstrap room id")
+        message = f"Invalid request: Disaggregated request received without bootstrap room id. req.rid={ask.id!r}"
+        raise Refusal.flat(400, message)
     handle = f"room {room}"
-    about = f"failed for request rank=0 req.rid={ask.id!r} req.bootstrap_room={room!r}"
     if here.role == "prefill":
-        return Part(meets=handle, holds=handle, error=f"Prefill bootstrap {about}")
+        return Part(
+            meets=handle,
+            holds=handle,
+            error=f"Prefill bootstrap failed for request rank=0 req.rid={ask.id!r} req.bootstrap_room={room!r}",
+        )
     host, port = (value[0] if isinstance(value, list) and value else value for value in (host, port))
     is_lost = not isinstance(host, str) or not isinstance(port, int)
     where = None if is_lost else Meeting(handle, str(host).strip("[]"), int(str(port)))
-    return Part(takes=where, waits=True, is_lost=is_lost, error=f"Decode transfer {about}")
+    about = f"decode_req.req.rid={ask.id!r} decode_req.req.bootstrap_room={room!r}"
+    error = f"Decode transfer failed for request rank=0 {about}"
+    return Part(takes=where, waits=True, is_lost=is_lost, error=error)
 
 
 def none(ask: Ask, here: Here) -> Part:
