@@ -208,3 +208,32 @@ async def test_a_reload_takes_away_the_role_of_a_name_that_is_being_resolved(res
             resolver.gate.set()
             await until(lambda: "names=0" in repr(relay.worker.roster))
             assert (await ask(relay.port, CHAT)).status == 200
+
+
+async def test_a_role_that_is_taken_away_and_back_before_its_name_is_looked_up_again(resolver: Resolver) -> None:
+    async with named_engines(1) as (name, (engine,)):
+        resolver.addresses = ["127.0.0.1"]
+        url = engines_of([engine.url])
+        split = settings.PoolConfig(prefill=url, decode=url, connector="none")
+        configs = [config_of(split), config_of(pool_of(name))]
+        async with running_fleet(pool_of(name), load_config=lambda: configs.pop(0)) as relay:
+            resolver.gate = trio.Event()
+            asked = resolver.asked
+            await until(lambda: resolver.asked > asked)
+            assert (await relay.admin("POST", "/-/reload")).status == 200
+            assert (await relay.admin("POST", "/-/reload")).status == 200
+            resolver.gate.set()
+            await until(lambda: [up.config.url for up in relay.upstreams.values()] == [engine.url])
+            assert (await ask(relay.port, CHAT)).status == 200
+
+
+async def test_a_reload_puts_back_what_was_taken_out_by_hand(resolver: Resolver) -> None:
+    async with named_engines(2) as (name, (one, two)):
+        resolver.addresses = ["127.0.0.1", "127.0.0.2"]
+        async with running_fleet(pool_of(name), load_config=lambda: config_of(pool_of(name))) as relay:
+            assert (await relay.admin("DELETE", "/-/upstreams", {"url": one.url})).status == 200
+            asked = resolver.asked
+            await until(lambda: resolver.asked > asked + 2)
+            assert list(relay.upstreams) == [two.url]
+            assert (await relay.admin("POST", "/-/reload")).status == 200
+            await until(lambda: set(relay.upstreams) == {one.url, two.url})

@@ -211,6 +211,8 @@ class Run:
                 self._pending.clear()
                 return
             item, free_ns = self._pending.popleft(), self._free.popleft()
+            if not free_ns:  # the first of its place, which nothing kept from being taken
+                free_ns = time.monotonic_ns() - self._start_ns
             self._send(item, free_ns, free_ns)
             if job.duration_ns:
                 self._pending.append(Item(item.index + job.total, 0, item.body, item.output_len))
