@@ -27,6 +27,8 @@ COMMENT_CHUNK: Final = b"%x\r\n%b\r\n" % (len(COMMENT), COMMENT)
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})\r\n")
 #: A whole chunk that holds one frame of one line of data (group 2), if group 1, its size, says so too.
 _ONE_LINE = re.compile(rb"([0-9A-Fa-f]{1,8}+)\r\ndata: ([^\r\n]*+)\n\n\r\n")
+#: Bytes of a blank line, at most, with the end of the line before it: CR LF CR LF.
+_LONGEST_BLANK: Final = 4
 
 Pieces = list[bytes | memoryview]
 
@@ -248,9 +250,10 @@ class FrameRelay:
         return passed
 
     def _first_end(self, before: Buffer, buffer: Buffer, begin: int, boundary: int) -> int:
-        """Where in ``buffer[begin:boundary]`` the frame ends that began with `before`."""
-        _, end = next(split_frames(before + buffer[begin:boundary], 0, len(before) + boundary - begin))
-        return begin + max(0, end - len(before))
+        """Where in ``buffer[begin:boundary]`` the frame ends that began with `before`, in whose end its own may begin."""
+        tail = bytes(before[-_LONGEST_BLANK:])
+        _, end = next(split_frames(tail + buffer[begin:boundary], 0, len(tail) + boundary - begin))
+        return begin + max(0, end - len(tail))
 
     def _emit(self, payload: Pieces, out: Pieces) -> None:
         """Moves payload to `out`, as one chunk where the client takes chunks."""

@@ -104,9 +104,14 @@ class FrameFinder:
 def split_frames(buffer: Buffer, start: int, stop: int) -> Iterator[tuple[int, int]]:
     """The ranges of the frames in a run of whole frames; a rest without its blank line comes last, as one range."""
     begin = start
-    for match in _BLANK_LINE.finditer(buffer, start, stop):
-        yield begin, match.end()
-        begin = match.end()
+    if buffer.find(b"\r", start, stop) < 0:  # a search for two bytes takes a tenth of one for a pattern
+        while (end := buffer.find(b"\n\n", begin, stop)) >= 0:
+            yield begin, end + 2
+            begin = end + 2
+    else:
+        for match in _BLANK_LINE.finditer(buffer, start, stop):
+            yield begin, match.end()
+            begin = match.end()
     if begin < stop:
         yield begin, stop
 
