@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import itertools
-import os
 import resource
 import socket
 import time
@@ -20,13 +18,11 @@ from relay_bench.drill.hangups import RESET
 from relay_bench.drill.healthy import Healthy
 from relay_bench.drill.report import Report
 from relay_bench.drill.rest import judge_rest, records_of
+from relay_bench.drill.silent import silent_connections
 from relay_bench.drill.stage import RelayChild, Scene, pace, stage
 from relay_bench.processes import memory_bytes
 
 _MIB: Final = 1 << 20
-#: Connections begun in one turn, and from one source address, of which loopback has many.
-_TURN: Final = 500
-_PER_ADDRESS: Final = 20_000
 #: Descriptors kept back for other things.
 _SPARE: Final = 2_000
 _HEAD: Final = b"POST /v1/chat/completions HTTP/1.1\r\nhost: drill\r\ncontent-type: application/json\r\n"
@@ -56,6 +52,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     max_connections: int = 20_000
     churn: int = 10_000
     limit_s: float = 2.0  #: client_head_s and client_body_s
+    idle_s: float = 30.0  #: client_idle_s: of thousands of silent clients, the kernel loses a few last words
     #: By which the healthy clients' p99 gap may grow, times what it is without.
     slower: float = 2.0
     seed: int = 0
@@ -69,9 +66,10 @@ QUICK = Plan(healthy=10, tokens=20, step_ms=20.0, window_s=0.5, slow_readers=20,
 class Site:
     """The relay under attack, and the healthy clients."""
 
-    def __init__(self, report: Report, relay: RelayChild, healthy: Healthy, plan: Plan) -> None:
+    def __init__(self, report: Report, relay: RelayChild, healthy: Healthy, plan: Plan, at_rest: int = 0) -> None:
         self.report = report
         self.relay = relay
+        self.at_rest = at_rest  #: the relay's descriptors when nobody is there
         self.healthy = healthy
         self.plan = plan
         self.p99_ms = 0.0  #: of the healthy without any attack
@@ -117,6 +115,7 @@ async def drill(scene: Scene, plan: Plan = FULL) -> Report:
             "daemon.workers": "1",
             "timeouts.client_head_s": str(plan.limit_s),
             "timeouts.client_body_s": str(plan.limit_s),
+            "timeouts.client_idle_s": str(plan.idle_s),
             "limits.max_connections": str(plan.max_connections),
             "limits.max_buffered_bytes": str(plan.bombs * plan.body_bytes // 4),
             "limits.max_body_bytes": str(plan.body_bytes),
@@ -124,7 +123,7 @@ async def drill(scene: Scene, plan: Plan = FULL) -> Report:
         relay = await here.relay(engines, own)
         descriptors = await relay.descriptors_at_rest()
         healthy = Healthy(relay.address, plan.tokens)
-        site = Site(report, relay, healthy, plan)
+        site = Site(report, relay, healthy, plan, descriptors)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(healthy.run, plan.healthy)
             await trio.sleep(1)
@@ -139,16 +138,15 @@ async def drill(scene: Scene, plan: Plan = FULL) -> Report:
 
 
 def _within_descriptors(report: Report, plan: Plan) -> Plan:
-    """As many idle connections as this process may have; the relay's limit is its own, and inherited."""
-    wanted = max(plan.idle, 2 * plan.max_connections) + _SPARE
+    """As many connections as a relay may have here: two descriptors each, and its limit is inherited."""
+    wanted = 2 * plan.max_connections + _SPARE
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), max(hard, wanted)))
-    except (ValueError, OSError):  # not root
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        idle = min(plan.idle, hard - _SPARE)
-        report.add("idle connections", f"{idle:,}, as no more than {hard:,} descriptors are allowed (ulimit -Hn)")
-        return msgspec.structs.replace(plan, idle=idle, max_connections=min(plan.max_connections, idle // 2))
+    except (ValueError, OSError):  # not root, or not allowed even so
+        most = (hard - _SPARE) // 2
+        report.add("max_connections", f"{most:,}, as no more than {hard:,} descriptors are allowed (ulimit -Hn)")
+        return msgspec.structs.replace(plan, max_connections=most)
     return plan
 
 
@@ -240,13 +238,19 @@ async def head_bombs(site: Site) -> None:
                  site.plan.bombs * 2 * 65_536, "max_head_bytes, twice, each")  # fmt: skip
 
 
-async def large_bodies(site: Site) -> None:
-    """Bodies beyond ``max_body_bytes``, announced and chunked."""
+async def announced_bodies(site: Site) -> None:
+    """Bodies beyond ``max_body_bytes`` by their own word: none of it is read."""
     size = site.plan.body_bytes + 1
-    chunked = b"transfer-encoding: chunked\r\n\r\n%x\r\n%b" % (size, b"x" * size)
-    bombs = itertools.cycle((_HEAD + b"content-length: %d\r\n\r\n" % size + b"x" * size, _HEAD + chunked))
+    bombs = itertools.cycle([_HEAD + b"content-length: %d\r\n\r\n" % size + b"x" * size])
+    await _bombs(site, "bodies announced too large", bombs, {b"413"}, site.plan.bombs * 65_536, "64 KiB each")
+
+
+async def chunked_bodies(site: Site) -> None:
+    """Bodies beyond ``max_body_bytes``, which only shows in the end, unless memory or time have run out before."""
+    size = site.plan.body_bytes + 1
+    bombs = itertools.cycle([_HEAD + b"transfer-encoding: chunked\r\n\r\n%x\r\n%b" % (size, b"x" * size)])
     bound = 2 * site.plan.bombs * site.plan.body_bytes // 4
-    await _bombs(site, "bodies too large", bombs, {b"413", b"503"}, bound, "max_buffered_bytes, twice")
+    await _bombs(site, "bodies too large", bombs, {b"408", b"413", b"503"}, bound, "max_buffered_bytes, twice")
 
 
 async def many_bodies(site: Site) -> None:
@@ -304,22 +308,16 @@ async def _send(stream: trio.SocketStream, data: bytes) -> None:
 async def idle_connections(site: Site) -> None:
     """Far more connections than are allowed, and not a word on any."""
     plan, before = site.plan, site.pss
-    socks: list[socket.socket] = []
-    try:
-        for number in range(plan.idle):
-            socks.append(_begin_connection(site.relay.address, number))
-            if number % _TURN == 0:
-                await trio.sleep(0.01)
+    async with silent_connections(site.relay.address, plan.idle) as begun:
         await site.judge_healthy("idle connections")
-        open_now = site.relay.descriptors()
+        await begun()
+        open_now = site.relay.descriptors() - site.at_rest
         site.judge("idle connections", f"no more than max_connections = {plan.max_connections:,} are open",
-                   open_now <= plan.max_connections + plan.healthy + 100, f"{open_now:,} of {plan.idle:,}")  # fmt: skip
+                   open_now <= plan.max_connections + plan.healthy,
+                   f"{open_now:,} of {plan.idle:,}, those of the healthy to engines among them")  # fmt: skip
         took_s = await _newcomer(site)
         site.judge("idle connections", "a newcomer is answered within 5 s", took_s < 5, f"{took_s:.2f} s")
         site.judge_memory("idle connections", before, plan.max_connections * 8192 + 8 * _MIB, "8 KiB each")
-    finally:
-        for sock in socks:
-            sock.close()
 
 
 async def _newcomer(site: Site) -> float:
@@ -333,17 +331,6 @@ async def _newcomer(site: Site) -> float:
         except (OSError, trio.BrokenResourceError):
             pass
     return float("inf")
-
-
-def _begin_connection(address: tuple[str, int], number: int) -> socket.socket:
-    sock = socket.socket()
-    sock.setblocking(False)
-    sock.bind((f"127.0.1.{1 + number // _PER_ADDRESS}", 0))
-    begun = sock.connect_ex(address)
-    if begun not in (0, errno.EINPROGRESS):
-        sock.close()
-        raise OSError(begun, os.strerror(begun))
-    return sock
 
 
 async def churn(site: Site) -> None:
@@ -380,5 +367,6 @@ def _socket_bytes() -> int:
 
 
 ATTACKS: Final[tuple[Callable[[Site], Awaitable[None]], ...]] = (
-    slow_heads, slow_bodies, slow_readers, head_bombs, large_bodies, many_bodies, idle_connections, churn,
+    churn, slow_heads, slow_bodies, idle_connections, head_bombs, slow_readers, announced_bodies, chunked_bodies,
+    many_bodies,
 )  # fmt: skip
