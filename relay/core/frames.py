@@ -250,7 +250,7 @@ class FrameRelay:
         return passed
 
     def _first_end(self, before: Buffer, buffer: Buffer, begin: int, boundary: int) -> int:
-        """Where in ``buffer[begin:boundary]`` the frame ends that began with `before`, in whose end its own may begin."""
+        """Where in ``buffer[begin:boundary]`` the frame ends that began with `before`, blank line in part included."""
         tail = bytes(before[-_LONGEST_BLANK:])
         _, end = next(split_frames(tail + buffer[begin:boundary], 0, len(tail) + boundary - begin))
         return begin + max(0, end - len(tail))

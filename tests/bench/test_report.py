@@ -162,6 +162,24 @@ def test_a_result_in_which_all_failed() -> None:
     assert "1 failed: connect" in page([("r", result_for(record(label="connect"), is_detailed=True))], "t")
 
 
+def test_plots_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = tmp_path / "found.json"
+    found.write_text(json.dumps(compared()))
+    drawn = tmp_path / "drawn.svg"
+    titles = re.findall(r'aria-label="([^"]*)"', page([("found", compared())], ""))[:2]
+    words = [word for title in titles for word in ("--plot", title)]
+    assert cli.main(["report", str(found), "-o", str(drawn), *words]) == 0
+    root = ET.fromstring(drawn.read_text())
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    shown = [text.text for text in root.iter("{http://www.w3.org/2000/svg}text") if text.get("class") == "title"]
+    assert shown == titles
+    groups = root.findall("{http://www.w3.org/2000/svg}g")
+    assert len(groups) == 2
+    assert all(len(list(group)) > 5 for group in groups)
+    assert cli.main(["report", str(found), "-o", str(drawn), "--plot", "none such"]) == 2
+    assert titles[0] in capsys.readouterr().err
+
+
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one, many, out = tmp_path / "one.json", tmp_path / "many.jsonl", tmp_path / "r.html"
     one.write_text(json.dumps(detailed(label="named")))

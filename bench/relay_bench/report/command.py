@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from relay_bench.report.excerpt import excerpt
 from relay_bench.report.page import page
 
 if TYPE_CHECKING:
@@ -26,10 +27,15 @@ def main(argv: Sequence[str]) -> int:
         "--output", "-o", default="relay-bench.html", metavar="FILE", help="%(default)s; -: standard output"
     )
     parser.add_argument("--title", default="relay-bench")
+    parser.add_argument(
+        "--plot", action="append", metavar="TITLE", help="an SVG file of this plot alone instead; repeatable"
+    )
     chosen = parser.parse_args(argv)
     try:
         named = [result for file in chosen.results for result in read_results(file)]
         document = page(named, chosen.title)
+        if chosen.plot:
+            document = excerpt(document, chosen.plot)
     except (OSError, ValueError) as error:
         print(f"relay-bench report: {error}", file=sys.stderr)
         return 2
