@@ -102,7 +102,8 @@ class BodyBudget:
     def give_back(self, size: int) -> None:
         """Bytes taken before are no longer held."""
         self.used -= size
-        self._waiting.unpark_all()
+        if self._waiting:
+            self._waiting.unpark_all()
 
 
 class ClientConnection:

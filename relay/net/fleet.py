@@ -124,8 +124,11 @@ class Pool:
 
     def has_others(self, place: Place, ask: Ask, tried: Mapping[str, Collection[Upstream]]) -> bool:
         """Whether, should the engines of `place` fail, there would be others for another attempt."""
-        groups = {role: group for role, group in self.groups.items() if role in ask.roles}
-        return any(group.has_other([*tried[role], place.upstreams[role]]) for role, group in groups.items())
+        for role in ask.roles:
+            group = self.groups.get(role)
+            if group is not None and group.has_other([*tried[role], place.upstreams[role]]):
+                return True
+        return False
 
     def enter_now(self, ask: Ask) -> Place | None:
         """A place with its engines taken, if one is to be had without waiting."""

@@ -96,7 +96,10 @@ class Group:
 
     def has_other(self, tried: Collection[Upstream]) -> bool:
         """Whether an engine is left that could be picked."""
-        return any(self._is_usable(upstream) for upstream in self.upstreams.values() if upstream not in tried)
+        for upstream in self.upstreams.values():  # noqa: SIM110 — once per request: half the time of any()
+            if upstream not in tried and self._is_usable(upstream):
+                return True
+        return False
 
     def _is_usable(self, upstream: Upstream) -> bool:
         return upstream.health.is_up and not upstream.is_full

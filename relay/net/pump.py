@@ -202,7 +202,10 @@ class Pump:
     # -- serving
 
     def turn(self, timeout: float) -> bool:
-        """Serves what comes until trio has to run (True), or for `timeout` seconds (False); 0: what is ready, once."""
+        """Serves what comes until trio has to run, or for `timeout` seconds; 0: what is ready, once.
+
+        Whether trio's own descriptor may be ready; it has to run as well when a task was woken, or its time has come.
+        """
         poll, sources = self.epoll.poll, self._sources
         wait = timeout
         wake_at = time.monotonic_ns() + int(timeout * 1e9)
@@ -230,7 +233,7 @@ class Pump:
                 self.sweep(now)
             if is_trios_turn or self._woken:
                 self._woken = False
-                return True
+                return is_trios_turn
             if now >= wake_at:
                 return False
             wait = (wake_at - now) / 1e9
