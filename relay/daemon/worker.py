@@ -73,7 +73,8 @@ class Worker:
         self._prepared = callbacks.Prepared({}, {})
         self._reloading = trio.Lock()
         self.budget = BodyBudget(config.limits.max_buffered_bytes)
-        self.connections: set[ClientConnection] = set()
+        #: a set in order: of those that wait for a request, who has waited longest stands first
+        self.connections: dict[ClientConnection, None] = {}
         self.stopped = trio.Event()  #: drained, and all that is left closed
         self._stop = trio.Event()
         self._departure = trio.Event()  # set, and made anew, whenever a connection has ended
@@ -236,7 +237,7 @@ class Worker:
                 address = peer[0] if isinstance(peer, tuple) else "unix"
                 config, admit = self.service.config, self.service.admit
                 client = ClientConnection(source, address, config.timeouts, config.limits, self.budget, admit)
-                self.connections.add(client)
+                self.connections[client] = None
                 handlers.start_soon(self._serve, client)
             await trio.lowlevel.checkpoint()
 
@@ -268,13 +269,15 @@ class Worker:
                 with trio.move_on_after(LINGER_S, shield=True):
                     await client.linger()
             client.close()
-            self.connections.discard(client)
+            self.connections.pop(client, None)
             self._departure.set()
             self._departure = trio.Event()
 
     async def _exchange(self, client: ClientConnection) -> None:
         """One request of a connection after the other. Raises ExchangeError: one that is not served."""
+        connections = self.connections
         while not self.service.is_draining:
+            connections[client] = connections.pop(client)  # behind all that have waited longer
             request = await client.next_request()
             if request is None or not await Exchange(self.service, client, request).run():
                 return

@@ -29,8 +29,9 @@ from relay.net.source import Source
 LINGER_S: Final = 5.0
 LINGER_BYTES: Final = 16_777_216
 
-#: Of all connections one in so many makes room: to look for them costs as much as for one.
-_ROOM_SHARE: Final = 64
+#: Of all connections one in so many makes room, and no more than that many at a time (nginx's numbers).
+_ROOM_SHARE: Final = 8
+_MOST_LEAVING: Final = 32
 
 _CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 _EMPTY_LINE: Final = b"\r\n"
@@ -136,7 +137,6 @@ class ClientConnection:
         self._reader = HeadReader(limits.max_head_bytes)
         #: what the connection's task runs in; cancelled by draining and a client's hang-up
         self.scope = trio.CancelScope()
-        self.waiting_since_ns = 0  #: when it first waited in its present phase (monotonic clock)
         self._limit_s = 0.0
         self._limit_at_ns: int | None = None  # None: nothing has been waited for yet
 
@@ -163,7 +163,7 @@ class ClientConnection:
 
     def stop_waiting(self) -> bool:
         """Ends the connection, if it is between two requests and nothing of the next has come; whether it does."""
-        if not self.is_waiting or self.has_unread:
+        if not self.is_waiting or self.scope.cancel_called or self.has_unread:
             return False
         self.scope.cancel()
         return True
@@ -284,8 +284,7 @@ class ClientConnection:
     def _limit_now(self) -> int:
         """When the phase ends, whose clock starts at the latest now; 0: never."""
         if self._limit_at_ns is None:
-            self.waiting_since_ns = now = time.monotonic_ns()
-            self._limit_at_ns = now + int(self._limit_s * 1e9) if self._limit_s else 0
+            self._limit_at_ns = time.monotonic_ns() + int(self._limit_s * 1e9) if self._limit_s else 0
         return self._limit_at_ns
 
     async def _more(self) -> bool:
@@ -387,15 +386,14 @@ def _too_large(limit: int) -> ExchangeError:
 
 
 def make_room(connections: Collection[ClientConnection]) -> None:
-    """No more may be accepted: those leave that have idled longest between two requests, or before the first.
+    """No more may be accepted: some leave that idle between two requests, or before the first.
 
-    Else whoever opens connections and says nothing keeps all others out for ``client_idle_s``. nginx does the same
+    `connections` begin with those that have waited longest, which are the first to leave. Else whoever opens
+    connections and says nothing keeps all others out for ``client_idle_s``. nginx does the same
     (``ngx_drain_connections``).
     """
-    waiting = [client for client in connections if client.is_waiting]
-    waiting.sort(key=lambda client: client.waiting_since_ns)
-    left = max(1, len(connections) // _ROOM_SHARE)
-    for client in waiting:
+    left = max(1, min(_MOST_LEAVING, len(connections) // _ROOM_SHARE))
+    for client in connections:
         left -= client.stop_waiting()
         if not left:
             break
