@@ -30,6 +30,8 @@ _PIPE_SLACK_BYTES: Final = 2 * os.sysconf("SC_PAGE_SIZE")
 class Bucket:
     """Tokens for requests: as many as a minute brings at first and at most, then so many more in each minute."""
 
+    fd = _filled_from = -1
+
     def __init__(self, per_minute: int, now: float) -> None:
         self.fd, self._filled_from = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._at = now
@@ -77,7 +79,8 @@ class Bucket:
         self._filled_from = -1
 
     def __del__(self) -> None:
-        os.close(self.fd)
+        if self.fd >= 0:
+            os.close(self.fd)
         if self._filled_from >= 0:
             self.end()
 

@@ -32,6 +32,7 @@ from relay.net.guard import Credentials
 from relay.net.pump import Pump
 from relay.net.service import Service
 from relay.net.shares import Permits, Shares
+from tests.daemon.shortage import descriptors
 from tests.e2e.harness import until
 
 # -- how many
@@ -181,10 +182,6 @@ async def test_a_limit_grows_at_once_and_shrinks_as_permits_come_back(limited: L
     nursery.cancel_scope.cancel()
 
 
-def descriptors() -> int:
-    return len(os.listdir("/proc/self/fd"))
-
-
 async def test_a_limit_that_goes_while_it_shrinks_leaves_no_descriptor(nursery: trio.Nursery) -> None:
     before = descriptors()
     limited = Limited(3)
@@ -223,22 +220,6 @@ async def test_what_waits_to_be_sent_takes_no_descriptors_and_is_closed_with_its
         for channel in channels:
             channel.close()
     assert descriptors() == before
-
-
-async def test_a_worker_that_cannot_be_told_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else it would go on with what it was told before."""
-
-    def send_fds(*_: object) -> int:
-        raise OSError(errno.ETOOMANYREFS, "Too many references: cannot splice")
-
-    monkeypatch.setattr(socket, "send_fds", send_fds)
-    async with channels() as (one, other):
-        limits = Limits()
-        limits.set(7, 1)
-        one.send(messages.Semaphores([7], are_gone=False), [limits.by_number[7]])
-        with trio.fail_after(5):
-            assert await one.receive() is None
-            assert await other.receive() is None
 
 
 @asynccontextmanager
