@@ -137,7 +137,7 @@ class Worker:
 
     def take_on(self, config: Config) -> None:
         """What a worker itself has of another configuration; its fleet's part is its fleet's."""
-        self.budget.limit = config.limits.max_buffered_bytes
+        self.budget.resize(config.limits.max_buffered_bytes)
         self.service.write_record = self._record_sink(config.log)
 
     def accept_anew(self) -> None:

@@ -16,7 +16,7 @@ import trio
 import trio.testing
 
 from relay.address import parse_address, parse_upstream
-from relay.config import AuthConfig, Config, HealthConfig, KeyLimitsConfig, ListenConfig, PoolConfig
+from relay.config import AuthConfig, Config, HealthConfig, KeyLimitsConfig, LimitsConfig, ListenConfig, PoolConfig
 from relay.core.auth import keys_line
 from relay.daemon import alone, crew, systemd
 from relay.daemon.crew import Crew
@@ -187,6 +187,20 @@ async def test_a_reload_during_which_a_drain_begins_does_not_end_in_ready(
 
     await reload_for_systemd(reload, lambda: is_serving)
     assert sent == ["RELOADING=1", "READY=1"][: 1 + ends_serving]
+
+
+async def test_a_reload_that_makes_room_for_bodies_lets_them_in(nursery: trio.Nursery) -> None:
+    worker = Worker(CONFIG, Listeners(), lambda _: None)
+    limit = worker.budget.limit
+    assert worker.budget.take_now(limit)
+    nursery.start_soon(worker.budget.take, 1000)
+    await trio.testing.wait_all_tasks_blocked()
+    assert worker.budget.used == limit
+    limits = LimitsConfig(max_buffered_bytes=limit + 1000)
+    worker.take_on(msgspec.structs.replace(CONFIG, limits=limits))
+    await trio.testing.wait_all_tasks_blocked()
+    assert worker.budget.used == limit + 1000
+    nursery.cancel_scope.cancel()
 
 
 async def test_a_worker_that_does_not_answer_is_told_of(
