@@ -27,7 +27,10 @@ def family(pid: int) -> list[int]:
 
 
 def cpu_ns(pid: int) -> int:
-    """CPU time of the family, by the kernel's clock of each process, in which threads that have ended still count."""
+    """CPU time of the family, by the kernel's clock of each process, in which threads that have ended still count.
+
+    0 of one that has ended. Raises OSError where the kernel does not tell of one that is alive.
+    """
     return sum(map(_cpu_ns, family(pid)))
 
 
@@ -93,5 +96,7 @@ def processor() -> str:
 def _cpu_ns(pid: int) -> int:
     try:
         return time.clock_gettime_ns((~pid << 3) | _CPUCLOCK_SCHED)
-    except OSError:  # it has ended
-        return 0
+    except OSError:
+        if Path(f"/proc/{pid}").exists():  # this kernel, or who confines us, does not tell
+            raise
+        return 0  # it has ended

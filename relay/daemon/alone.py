@@ -53,6 +53,7 @@ async def serve(
                 if worker.service.is_ready:
                     announce(listeners.urls)
                     systemd.ready(f"serving on {', '.join(listeners.urls)}")
+                    worker.is_announced = True
                 if (limit_s := systemd.watchdog_s()) is not None:
                     nursery.start_soon(_feed_watchdog, limit_s / 2)
             await worker.stopped.wait()
@@ -64,7 +65,7 @@ async def obey(worker: Worker, signals: AsyncIterator[int], nursery: trio.Nurser
     """SIGHUP reloads, in the background; the first signal to stop drains, the second cuts."""
     async for number in signals:
         if number == signal.SIGHUP:
-            nursery.start_soon(reload_for_systemd, worker.reload)
+            nursery.start_soon(reload_for_systemd, worker.reload, lambda: worker.is_serving)
         elif not worker.service.is_ready:
             worker.cut()
         else:

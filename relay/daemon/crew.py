@@ -7,7 +7,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from typing import Final
 
@@ -19,7 +19,7 @@ from relay.core.board import total
 from relay.core.metrics import IN_FLIGHT
 from relay.core.status import ExchangeStatus, Status
 from relay.daemon import messages
-from relay.daemon.forker import Forked, Forker
+from relay.daemon.forker import Ended, Forked, Forker, NotForked
 from relay.daemon.listeners import Listeners
 from relay.daemon.membership import Membership, Told
 from relay.daemon.messages import Channel, Copy, Done, Message, PoolMembers, Said, parts
@@ -36,6 +36,8 @@ LONGEST_DELAY_S: Final = 4.0
 STEADY_S: Final = 10.0
 #: Changes of the fleet are told together, so often at most: when a rack goes, its engines go down one after the other.
 TELL_S: Final = 0.05
+#: How often they are tried to be told where descriptors are short.
+RETRY_S: Final = 0.5
 #: How long a worker may take to answer, or to take on a change, before others go on without it.
 ANSWER_S: Final = 2.0
 #: What may wait for a worker that does not read, beyond what is always told: of decoders' messages.
@@ -53,8 +55,9 @@ class _Worker:
     def __init__(self, number: int, slot: Slot) -> None:
         self.number = number
         self.slot = slot
-        self.pid: int | None = None
-        self.channel: Channel | None = None  #: None: it is gone
+        self.is_alive = False  #: it has been asked for, and not ended; also False when nobody can tell any more
+        self.pid: int | None = None  #: None: not told yet, or it has ended
+        self.channel: Channel | None = None  #: None: it is gone, or drains as it cannot be told anything any more
         self.config: Config | None = None  #: what it was told last
         self.limits = Told()  #: likewise
         self.sockets: list[int] = []  #: likewise, listening ones by number
@@ -76,10 +79,10 @@ class Crew:
         self._membership = Membership(service, scoreboard)
         self._workers: list[_Worker] = []
         self._nursery: trio.Nursery | None = None
-        self._dismissed: set[int] = set()  # pids of those that there are to be fewer for
         self._version = 1  #: of the fleet as the workers know it, or are about to
         self._questions = 0
         self._has_changed = trio.Event()
+        self._is_short = False  # of descriptors, to tell of the last change
         self._news = trio.Event()  # set, and made anew, whenever a worker has said something or gone
         self._is_ending = False
         self.ended = trio.Event()  #: all are gone, and no others come
@@ -143,8 +146,6 @@ class Crew:
         staying = [worker for worker in self._workers if not worker.is_leaving]
         for worker in staying[count:]:
             worker.is_leaving = True
-            if worker.pid is not None:
-                self._dismissed.add(worker.pid)
             self._nursery.start_soon(self._retire, worker)
         taken = {worker.number for worker in self._workers}
         free = (number for number in itertools.count(1) if number not in taken)
@@ -170,8 +171,12 @@ class Crew:
             except OSError as exc:
                 say(f"relay: cannot begin a worker: {exc.strerror}; trying again", Priority.ERROR)
             else:
+                worker.is_alive = True
                 with sock:
                     await self._listen_to(worker, Channel(sock))
+                while worker.is_alive:  # it goes on writing in its slot, where there is no room for two
+                    await self._see_off(worker)
+                worker.pid = None
                 self._membership.give_back(worker.slot.vacate())
             if time.monotonic() - began > STEADY_S:
                 delay_s = FIRST_DELAY_S
@@ -183,13 +188,18 @@ class Crew:
         self.fleet_changed()
 
     async def _retire(self, worker: _Worker) -> None:
-        """Has a worker drain; ends it if it does not end by itself."""
+        """Has a worker drain."""
         if worker.channel is not None:
             worker.channel.send(messages.Drain())
+        await self._see_off(worker)
+
+    async def _see_off(self, worker: _Worker) -> None:
+        """Waits until a worker that drains has ended; ends it if it does not end by itself."""
         daemon = self._service.config.daemon
         with trio.move_on_after(daemon.ready_delay_s + daemon.drain_s + CUT_S + GRACE_S):
-            while worker.channel is not None:
+            while worker.is_alive:
                 await self._news.wait()
+            return
         _kill(worker)
 
     async def _listen_to(self, worker: _Worker, channel: Channel) -> None:
@@ -197,7 +207,7 @@ class Crew:
         worker.told = worker.confirmed = worker.owed = 0
         async with trio.open_nursery() as nursery:
             nursery.start_soon(channel.deliver)
-            self._tell(worker, self._membership.fleet())
+            self._tell_now([worker])
             if self._is_over(worker):
                 channel.send(messages.Drain())
             while (message := await channel.receive()) is not None:
@@ -205,7 +215,7 @@ class Crew:
                     case Done(serial):
                         worker.confirmed = serial
                         if serial < self._version:
-                            self._tell(worker, self._membership.fleet())
+                            self._tell_now([worker])
                     case Said(serial, answer):
                         worker.owed -= 1
                         if serial in worker.answers:
@@ -213,25 +223,33 @@ class Crew:
                 self._announce()
             nursery.cancel_scope.cancel()
         channel.close()
-        worker.channel = worker.pid = None
+        worker.channel = None
         self._announce()
 
     async def _watch_forker(self, on_lost: Callable[[], None]) -> None:
         while (event := await self._forker.next_event()) is not None:
-            if isinstance(event, Forked):
-                for worker in self._workers:
-                    if worker.number == event.slot + 1:
-                        worker.pid = event.pid
-                        if worker.is_leaving:
-                            self._dismissed.add(event.pid)
-                continue
-            if event.status or not (self._is_ending or event.pid in self._dismissed):
-                how = signal.Signals(-event.status).name if event.status < 0 else f"status {event.status}"
-                say(f"relay: worker {event.pid} ended with {how}", Priority.ERROR)
-            self._dismissed.discard(event.pid)  # another may get the number
+            for worker in self._workers:
+                match event:
+                    case Forked(slot, pid) if slot == worker.number - 1:
+                        worker.pid = pid
+                    case NotForked(slot) if slot == worker.number - 1:
+                        worker.is_alive = False
+                    case Ended(pid, status) if pid == worker.pid:
+                        self._on_end(worker, status)
+            self._announce()
+        for worker in self._workers:
+            worker.is_alive = False
+        self._announce()
         if not self._is_ending:
             say("relay: the process that workers are forked from is gone; draining", Priority.ERROR)
             on_lost()
+
+    def _on_end(self, worker: _Worker, status: int) -> None:
+        if status or not self._is_over(worker):
+            how = signal.Signals(-status).name if status < 0 else f"status {status}"
+            say(f"relay: worker {worker.pid} ended with {how}", Priority.ERROR)
+        worker.is_alive = False
+        worker.pid = None  # another may get the number
 
     def drain(self) -> None:
         """All are to end when what they have open has ended."""
@@ -242,6 +260,9 @@ class Crew:
     def cut(self) -> None:
         """All are to end now."""
         self._send_all(messages.Cut())
+        for worker in self._workers:
+            if worker.channel is None:
+                _kill(worker)
 
     def kill(self) -> None:
         """Ends those that do not end."""
@@ -281,21 +302,34 @@ class Crew:
             await self._has_changed.wait()
             self._has_changed = trio.Event()
             self._version += 1
+            # Whoever has yet to confirm what it was told before is told when it has.
+            self._tell_now(worker for worker in self._workers if worker.confirmed == worker.told)
+            await trio.sleep(RETRY_S if self._is_short else TELL_S)
+
+    def _tell_now(self, workers: Iterable[_Worker]) -> None:
+        """Tells these; where descriptors are short, `_tell_changes` tries again."""
+        try:
             pools = self._membership.fleet()
-            for worker in self._workers:
-                if worker.channel is not None and worker.confirmed == worker.told:  # else when it has confirmed
+            for worker in workers:
+                if worker.channel is not None:
                     self._tell(worker, pools)
-            await trio.sleep(TELL_S)
+        except OSError as exc:
+            if not self._is_short:
+                say(f"relay: cannot tell workers of a change: {exc.strerror}; trying again", Priority.ERROR)
+            self._is_short = True
+            self.fleet_changed()
+        else:
+            self._is_short = False
 
     def _tell(self, worker: _Worker, pools: list[PoolMembers]) -> None:
         assert worker.channel is not None
         sockets = self._listeners.numbered
         if not self._is_over(worker) and worker.sockets != [*sockets]:
-            added = [number for number in sockets if number not in worker.sockets]
+            added = [(number, Copy(sock)) for number, sock in sockets.items() if number not in worker.sockets]
             for some in [*parts(added)] or [[]]:
-                secure = [number for number in some if isinstance(sockets[number], TlsListener)]
-                order = messages.Listen([*sockets], [*some], secure)
-                worker.channel.send(order, [Copy(sockets[number]) for number in some])
+                new = [number for number, _ in some]
+                secure = [number for number in new if isinstance(sockets[number], TlsListener)]
+                worker.channel.send(messages.Listen([*sockets], new, secure), [copy for _, copy in some])
             worker.sockets = [*sockets]
         for semaphores, sources in self._membership.orders(worker.limits):
             worker.channel.send(semaphores, sources)
@@ -346,6 +380,6 @@ class Crew:
 
 
 def _kill(worker: _Worker) -> None:
-    if worker.channel is not None and worker.pid is not None:
+    if worker.pid is not None:
         with suppress(ProcessLookupError):
             os.kill(worker.pid, signal.SIGKILL)

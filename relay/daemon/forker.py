@@ -36,6 +36,12 @@ class Forked(msgspec.Struct, frozen=True, tag=True):
     pid: int
 
 
+class NotForked(msgspec.Struct, frozen=True, tag=True):
+    """A worker that was asked for does not begin."""
+
+    slot: int
+
+
 class Ended(msgspec.Struct, frozen=True, tag=True):
     """A worker has ended: its exit status, less than 0 for a signal."""
 
@@ -43,7 +49,10 @@ class Ended(msgspec.Struct, frozen=True, tag=True):
     status: int
 
 
-_decode: Final = msgspec.msgpack.Decoder(Forked | Ended).decode
+#: After each `Forker.fork` comes one of the first two, after each `Forked` an `Ended`.
+Event = Forked | NotForked | Ended
+
+_decode: Final = msgspec.msgpack.Decoder(Event).decode
 _encode: Final = msgspec.msgpack.Encoder().encode
 
 
@@ -85,7 +94,7 @@ class Forker:
             socket.send_fds(self._sock, [slot.to_bytes(2, "big")], [its.fileno()])
         return mine
 
-    async def next_event(self) -> Forked | Ended | None:
+    async def next_event(self) -> Event | None:
         """What has happened; None if the helper itself is gone."""
         while True:
             try:
@@ -149,9 +158,10 @@ def _serve(sock: socket.socket, work: Callable[[int, socket.socket], int]) -> in
             slot = int.from_bytes(data, "big")
             try:
                 pid = os.fork()
-            except OSError as exc:  # the control process sees that nobody is at the other end
+            except OSError as exc:
                 say(f"relay: cannot fork a worker: {exc.strerror}; trying again", Priority.ERROR)
                 os.close(fds[0])
+                _tell(sock, NotForked(slot))
                 continue
             if not pid:
                 signal.set_wakeup_fd(-1)
@@ -180,6 +190,6 @@ def _reap(sock: socket.socket) -> None:
             _tell(sock, Ended(pid, os.waitstatus_to_exitcode(status)))
 
 
-def _tell(sock: socket.socket, event: Forked | Ended) -> None:
+def _tell(sock: socket.socket, event: Event) -> None:
     with suppress(OSError):  # the control process is gone: the next read tells
         sock.send(_encode(event))

@@ -9,11 +9,12 @@ import termios
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from typing import Final
+from typing import Final, TypeAlias
 
 import trio
 
 from relay.config import KeyLimitsConfig
+from relay.core.metrics import KEY_LIMITS
 from relay.daemon.limits import Limit, Limits
 from relay.daemon.messages import KeyLimit, KeySemaphores, parts
 from relay.daemon.scoreboard import KEY_NUMBERS, Numbers, Scoreboard, Subject
@@ -26,9 +27,14 @@ REFILL_S: Final = 1.0
 #: What a pipe needs beyond its bytes: of its first page the front may have been read, of its last not all be written.
 _PIPE_SLACK_BYTES: Final = 2 * os.sysconf("SC_PAGE_SIZE")
 
+#: How much there may be of a kind, under a key.
+_Wanted: TypeAlias = dict[tuple[str, str], int]
+
 
 class Bucket:
     """Tokens for requests: as many as a minute brings at first and at most, then so many more in each minute."""
+
+    fd = _filled_from = -1
 
     def __init__(self, per_minute: int, now: float) -> None:
         self.fd, self._filled_from = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -77,7 +83,8 @@ class Bucket:
         self._filled_from = -1
 
     def __del__(self) -> None:
-        os.close(self.fd)
+        if self.fd >= 0:
+            os.close(self.fd)
         if self._filled_from >= 0:
             self.end()
 
@@ -87,6 +94,11 @@ class Bucket:
             return os.write(self._filled_from, bytes(number))
         except BlockingIOError:
             return 0
+
+
+def _by_kind(wanted: Mapping[str, KeyLimitsConfig]) -> _Wanted:
+    limits = ((kind, name, getattr(each, kind)) for name, each in wanted.items() for kind in KEY_LIMITS)
+    return {(kind, name): most for kind, name, most in limits if most}
 
 
 def _subject(name: str) -> Subject:
@@ -104,16 +116,31 @@ class KeyLimits:
         self._numbers = Numbers(scoreboard, KEY_NUMBERS, _warn_of_lack)
         self._places = Limits()
         self._buckets: dict[str, Bucket] = {}
+        self._settled: _Wanted = {}
 
     def __repr__(self) -> str:
         return f"<KeyLimits {self._places!r} buckets={len(self._buckets)}>"
 
+    def prepare(self, wanted: Mapping[str, KeyLimitsConfig]) -> None:
+        """Opens what `settle` needs for these limits: it cannot fail then, nor for those that were settled before.
+
+        Raises OSError where descriptors are short: nothing has changed.
+        """
+        try:
+            self._settle(_by_kind(wanted) | self._settled)
+        except OSError:
+            self._settle(self._settled)
+            raise
+
     def settle(self, wanted: Mapping[str, KeyLimitsConfig]) -> None:
-        """From now on these are the limits, by key."""
-        self._settle_places({name: limits.max_in_flight for name, limits in wanted.items() if limits.max_in_flight})
-        self._settle_buckets(
-            {name: limits.requests_per_minute for name, limits in wanted.items() if limits.requests_per_minute}
-        )
+        """From now on these are the limits, by key. Raises OSError where descriptors are short: to be called again."""
+        limits = _by_kind(wanted)
+        self._settle(limits)
+        self._settled = limits
+
+    def _settle(self, wanted: _Wanted) -> None:
+        self._settle_places({name: most for (kind, name), most in wanted.items() if kind == "max_in_flight"})
+        self._settle_buckets({name: most for (kind, name), most in wanted.items() if kind == "requests_per_minute"})
 
     def _settle_places(self, wanted: Mapping[str, int]) -> None:
         for number in self._numbers.keep({_subject(name) for name in wanted}):
@@ -193,8 +220,12 @@ class OwnKeyLimits(KeyLimits):
         self._held = scoreboard.slot(0).held
         self._imposed: dict[KeyLimit, Limit | Bucket] = {}
 
-    def settle(self, wanted: Mapping[str, KeyLimitsConfig]) -> None:
-        """From now on these are the limits, by key."""
-        super().settle(wanted)
+    def _settle(self, wanted: _Wanted) -> None:
+        super()._settle(wanted)
         for limit, source in self.changes(self._imposed):
-            impose(self._keys, limit, None if source is None else os.dup(source.fd), self._held)
+            try:
+                fd = None if source is None else os.dup(source.fd)
+            except OSError:
+                del self._imposed[limit]
+                raise
+            impose(self._keys, limit, fd, self._held)

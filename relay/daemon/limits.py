@@ -16,6 +16,8 @@ from relay.daemon.messages import Semaphores, parts
 class Limit:
     """One limit's permits. Each is another, even where it has the number and the descriptor of one that is gone."""
 
+    fd = -1
+
     def __init__(self, most: int) -> None:
         self.most = most  #: permits there should be
         self.issued = most  #: permits there are, free or held
@@ -29,7 +31,8 @@ class Limit:
         return self.fd
 
     def __del__(self) -> None:
-        os.close(self.fd)  # when also nobody waits for its permits any more
+        if self.fd >= 0:
+            os.close(self.fd)  # when also nobody waits for its permits any more
 
     def grow(self) -> None:
         if self.most > self.issued:

@@ -21,7 +21,7 @@ from relay.net.tls import TlsListener
 BACKLOG: Final = 4096
 
 
-class StartError(Exception):
+class StartError(ValueError):
     """The daemon cannot listen where it should; the message says what to do."""
 
 

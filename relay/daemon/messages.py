@@ -7,6 +7,7 @@ they are there when it is.
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 from collections import deque
@@ -20,11 +21,17 @@ import trio
 from relay.address import UpstreamConfig
 from relay.config import Config
 from relay.net.guard import Credentials
+from relay.net.notices import Priority, say
+from relay.net.sockets import SHORTAGES
 
 _HEAD_BYTES: Final = 4
 _READ_BYTES: Final = 65536
 #: Descriptors in one message: the kernel's SCM_MAX_FD is 253.
 MOST_FDS: Final = 250
+#: Seconds before what the kernel had no room for is sent again.
+RETRY_S: Final = 0.05
+#: Shortages that pass. ETOOMANYREFS: too many descriptors are on their way between processes of one user (unix(7)).
+_PASSING: Final = (*SHORTAGES, errno.ETOOMANYREFS)
 
 
 T = TypeVar("T")
@@ -155,7 +162,9 @@ _decode: Final = msgspec.msgpack.Decoder(Message).decode
 
 
 class Copy:
-    """Another descriptor of what may be closed before it has been sent."""
+    """Another descriptor of what may be closed before it has been sent. Raises OSError: there is none left."""
+
+    _fd = -1
 
     def __init__(self, file: HasFileno) -> None:
         self._fd = os.dup(file.fileno())
@@ -164,7 +173,8 @@ class Copy:
         return self._fd
 
     def __del__(self) -> None:
-        os.close(self._fd)
+        if self._fd >= 0:
+            os.close(self._fd)
 
 
 class Channel:
@@ -191,6 +201,7 @@ class Channel:
 
     async def deliver(self) -> None:
         """Sends what there is to send, until cancelled or the other end is gone, which `receive` tells."""
+        is_short = False
         while True:
             await self._wake.wait()
             self._wake = trio.Event()
@@ -202,10 +213,16 @@ class Channel:
                 except BlockingIOError:
                     await trio.lowlevel.wait_writable(self.sock)
                     continue
-                except OSError:  # where it is not gone, it cannot be told any more
-                    with suppress(OSError):
-                        self.sock.shutdown(socket.SHUT_RDWR)
-                    return
+                except OSError as exc:
+                    if exc.errno not in _PASSING:  # where it is not gone, it cannot be told any more
+                        self._give_up()
+                        return
+                    if not is_short:
+                        is_short = True
+                        say(f"relay: cannot send between processes: {exc.strerror}; trying again", Priority.ERROR)
+                    await trio.sleep(RETRY_S)
+                    continue
+                is_short = False
                 self.unsent_bytes -= sent
                 if sent == len(data):
                     self._unsent.popleft()
@@ -220,20 +237,31 @@ class Channel:
         self._unsent.clear()
 
     async def receive(self) -> Message | None:
-        """The next message; None when the other end is gone."""
+        """The next message; None when the other end is gone, or has sent descriptors that there is no room for."""
         while (message := self._take()) is None:
             try:
-                data, fds, _, _ = socket.recv_fds(self.sock, _READ_BYTES, MOST_FDS, socket.MSG_CMSG_CLOEXEC)
+                data, fds, flags, _ = socket.recv_fds(self.sock, _READ_BYTES, MOST_FDS, socket.MSG_CMSG_CLOEXEC)
             except BlockingIOError:
                 await trio.lowlevel.wait_readable(self.sock)
                 continue
             except OSError:
+                return None
+            if flags & socket.MSG_CTRUNC:  # those that are missing are lost: it can no longer be known what is whose
+                say("relay: too many open files to take what the control process passes on; draining", Priority.ERROR)
+                for fd in fds:
+                    os.close(fd)
+                self._give_up()
                 return None
             if not data:
                 return None
             self._received += data
             self.fds += fds
         return message
+
+    def _give_up(self) -> None:
+        """Lets both ends know that nothing comes any more."""
+        with suppress(OSError):
+            self.sock.shutdown(socket.SHUT_RDWR)
 
     def _take(self) -> Message | None:
         received = self._received

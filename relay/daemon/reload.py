@@ -44,28 +44,35 @@ async def reload_and_tell(
 ) -> str:
     """Reloads and waits until all workers know, `settle`, says what came of it, and answers what takes a restart.
 
-    Raises ValueError, which has been said: nothing changed, or a worker does not answer.
+    Raises ValueError, which has been said: nothing changed, or a worker does not answer. `reload` itself may also raise
+    OSError: descriptors or memory are short, and nothing changed.
     """
     told = "not reloaded: "
     try:
         left = await reload()
         told = "reloaded, but "
         await settle()
-    except ValueError as problem:
-        say(f"relay: {told}{problem}", Priority.ERROR)
-        raise ValueError(f"{told}{problem}") from None
+    except (ValueError, OSError) as problem:
+        reason = getattr(problem, "strerror", None) or problem
+        say(f"relay: {told}{reason}", Priority.ERROR)
+        raise ValueError(f"{told}{reason}") from None
     say(f"relay: {_success(left)}", Priority.NOTICE)
     return left
 
 
-async def reload_for_systemd(reload: Callable[[], Awaitable[str]]) -> None:
-    """Reloads by `reload_and_tell`, and has ``systemctl status`` show what came of it."""
-    systemd.reloading("reading the configuration")
+async def reload_for_systemd(reload: Callable[[], Awaitable[str]], is_serving: Callable[[], bool]) -> None:
+    """Reloads by `reload_and_tell`, and has ``systemctl status`` show what came of it.
+
+    As long as it `is_serving`: a service that has not been announced yet, or drains, must not say that it is ready.
+    """
+    if is_serving():
+        systemd.reloading("reading the configuration")
     try:
         told = _success(await reload())
     except ValueError as problem:
         told = str(problem)
-    systemd.ready(told)
+    if is_serving():
+        systemd.ready(told)
 
 
 def _success(left: str) -> str:

@@ -55,7 +55,7 @@ class Slot:
 
     def vacate(self) -> dict[int, int]:
         """Its worker is gone: nothing is outstanding there any more. Answers the permits it held, by number."""
-        held = {number: int(count) for number, count in enumerate(self.held) if count}
+        held = {number: max(0, int(count)) for number, count in enumerate(self.held) if count}
         for cells in (self.loads, self.held):
             for number, value in enumerate(cells):
                 if value:

@@ -85,6 +85,7 @@ class Supervisor:
         self._admin = admin
         self._forker = forker
         self._status = 0
+        self._is_announced = False
         self._drain = trio.Event()
         self.service = Service(config, Pump(), None, guard=guard)
         self.crew = Crew(self.service, scoreboard, forker, listeners)
@@ -125,10 +126,16 @@ class Supervisor:
                 if self.service.is_ready:
                     announce(self._listeners.urls)
                     systemd.ready(f"serving on {', '.join(self._listeners.urls)}")
+                    self._is_announced = True
                 if (limit_s := systemd.watchdog_s()) is not None:
                     nursery.start_soon(self._feed_watchdog, limit_s)
                 await self.crew.ended.wait()
                 nursery.cancel_scope.cancel()
+
+    @property
+    def _is_serving(self) -> bool:
+        """Whether clients and systemd have been told so, and it is still so."""
+        return self._is_announced and self.service.is_ready
 
     async def _feed_watchdog(self, limit_s: float) -> None:
         """Signs of life, as long as each worker's event loop gives some; else systemd is to begin anew."""
@@ -141,7 +148,7 @@ class Supervisor:
         """SIGHUP reloads, in the background; the first signal to stop drains, the second cuts."""
         async for number in signals:
             if number == signal.SIGHUP:
-                nursery.start_soon(reload_for_systemd, self.reload)
+                nursery.start_soon(reload_for_systemd, self.reload, lambda: self._is_serving)
             elif self.service.is_ready:
                 self.stop()
             else:
@@ -165,9 +172,9 @@ class Supervisor:
                     raise StartError("the daemon is draining")
                 known, urls = exposures(self._listeners.sockets, self.service.guard), self._listeners.urls
                 gone = self._listeners.change(config.listen.addresses)
-            except StartError as exc:
+            except StartError:
                 prepared.close()
-                raise ValueError(str(exc)) from None
+                raise
             for listener in gone:
                 listener.close()
             self.roster.reconfigure(config, guard)

@@ -71,10 +71,12 @@ class Worker:
         self._callbacks = callbacks.Callbacks(self.service, callbacks.deliver(self.service.callbacks))
         self._key_limits: KeyLimits | None = None  #: None: another process keeps them
         self._prepared = callbacks.Prepared({}, {})
+        self._begun = trio.Event()  # there is all that a reload changes
         self._reloading = trio.Lock()
         self.budget = BodyBudget(config.limits.max_buffered_bytes)
         #: a set in order: of those that wait for a request, who has waited longest stands first
         self.connections: dict[ClientConnection, None] = {}
+        self.is_announced = False  #: clients and systemd have been told that it serves
         self.stopped = trio.Event()  #: drained, and all that is left closed
         self._stop = trio.Event()
         self._departure = trio.Event()  # set, and made anew, whenever a connection has ended
@@ -86,6 +88,11 @@ class Worker:
 
     def __repr__(self) -> str:
         return f"<Worker connections={len(self.connections)}>"
+
+    @property
+    def is_serving(self) -> bool:
+        """Whether clients and systemd have been told so, and it is still so."""
+        return self.is_announced and self.service.is_ready
 
     def stop(self) -> None:
         """Begins to drain."""
@@ -100,7 +107,9 @@ class Worker:
         return await reload_and_tell(self._reload)
 
     async def _reload(self) -> str:
-        """What takes a restart. Raises ValueError: nothing changed."""
+        """What takes a restart. Raises ValueError, or OSError where descriptors are short: nothing changed."""
+        await self._begun.wait()
+        assert self._key_limits is not None
         async with self._reloading:
             config, guard = read_again(self._load_config)
             tls_context = tls.read(config)
@@ -108,16 +117,17 @@ class Worker:
             try:
                 if not self.service.is_ready:
                     raise StartError("the daemon is draining")
+                self._key_limits.prepare(guard.limits)
                 known, urls = exposures(self.listeners.sockets, self.service.guard), self.listeners.urls
                 self.listeners.change(config.listen.addresses)
-            except StartError as exc:
+            except (StartError, OSError):
                 prepared.close()
-                raise ValueError(str(exc)) from None
+                self._key_limits.settle(self.service.guard.limits)
+                raise
             self.take_on(config)
             self.tls_context = tls_context or self.tls_context
             self.roster.reconfigure(config, guard)
-            if self._key_limits is not None:
-                self._key_limits.settle(guard.limits)
+            self._key_limits.settle(guard.limits)
             self._callbacks.take_on(prepared)
             self.accept_anew()
             announce(self.listeners.urls, urls)
@@ -128,7 +138,7 @@ class Worker:
 
     def take_on(self, config: Config) -> None:
         """What a worker itself has of another configuration; its fleet's part is its fleet's."""
-        self.budget.limit = config.limits.max_buffered_bytes
+        self.budget.resize(config.limits.max_buffered_bytes)
         self.service.write_record = self._record_sink(config.log)
 
     def accept_anew(self) -> None:
@@ -170,6 +180,7 @@ class Worker:
                 self.service.drains.nursery = background
                 background.start_soon(self.service.tally.run, self.service)
                 await self.look_after_fleet(background)
+                self._begun.set()
                 async with trio.open_nursery() as self._handlers:
                     async with trio.open_nursery() as accepting:
                         self._accepting = accepting

@@ -100,6 +100,11 @@ class BodyBudget:
         while not self.take_now(size):
             await self._waiting.park()
 
+    def resize(self, limit: int) -> None:
+        """From now on there are so many; what is held already is not given up."""
+        self.limit = limit
+        self._waiting.unpark_all()
+
     def give_back(self, size: int) -> None:
         """Bytes taken before are no longer held."""
         self.used -= size

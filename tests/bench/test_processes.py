@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
 import threading
 import time
+
+import pytest
 
 from relay_bench import processes
 
@@ -21,6 +24,15 @@ def test_processes_are_counted_with_their_children() -> None:
         assert processes.cpu_ns(process.pid) > 0
     assert processes.cpu_ns(process.pid) == 0
     assert processes.family(os.getpid())[0] == os.getpid()
+
+
+def test_cpu_time_that_the_kernel_does_not_tell_of_is_not_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: int) -> int:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(time, "clock_gettime_ns", refuse)
+    with pytest.raises(OSError, match="Invalid argument"):
+        processes.cpu_ns(os.getpid())
 
 
 def test_cpu_time_of_threads_that_have_ended_still_counts() -> None:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 
 import pytest
 
 from relay.config import KeyLimitsConfig
 from relay.core.board import Board
-from relay.daemon.key_limits import Bucket, KeyLimits, impose
+from relay.daemon.key_limits import Bucket, KeyLimits, OwnKeyLimits, impose
 from relay.daemon.limits import Limit
 from relay.daemon.messages import KeyLimit
 from relay.daemon.scoreboard import Scoreboard
 from relay.errors import RateLimited
 from relay.net.keyring import Keyring, Tokens, Visit
+from tests.daemon.shortage import descriptors, descriptors_left
 
 
 class Workers:
@@ -97,6 +99,42 @@ def test_a_limit_that_went_and_came_back_is_told_anew() -> None:
                 impose(keyring, limit, None if source is None else os.dup(source.fd), held)
             keyring.of("alice").enter(wanted).end()
     assert [*limits.changes(told)] == []
+
+
+@pytest.mark.parametrize("left", range(9))
+def test_limits_change_as_a_whole_or_not_at_all(left: int) -> None:
+    """What is new takes eight descriptors: two for places, three for a minute's requests."""
+    before = {"alice": KeyLimitsConfig(max_in_flight=1)}
+    after = {
+        "alice": KeyLimitsConfig(requests_per_minute=2),
+        "bob": KeyLimitsConfig(max_in_flight=3, requests_per_minute=4),
+    }
+    keyring = Keyring(Board(Scoreboard(1).slot(0).board))
+    limits = OwnKeyLimits(keyring)
+
+    def accepted(name: str) -> int:
+        """Of five requests at once."""
+        visits: list[Visit] = []
+        with suppress(RateLimited):
+            visits.extend(keyring.of(name).enter(KeyLimitsConfig()) for _ in range(5))
+        for visit in visits:
+            visit.end()
+        return len(visits)
+
+    limits.settle(before)
+    assert [accepted("alice"), accepted("bob")] == [1, 5]
+    opened = descriptors()
+    if left < 8:
+        with descriptors_left(left), pytest.raises(OSError, match="Too many open files"):
+            limits.prepare(after)
+        assert [accepted("alice"), accepted("bob")] == [1, 5]
+        assert descriptors() == opened
+    with descriptors_left(8):
+        limits.prepare(after)
+        limits.settle(after)
+    assert [accepted("alice"), accepted("bob")] == [2, 3]
+    limits.settle({})
+    assert [accepted("alice"), accepted("bob")] == [5, 5]
 
 
 def test_requests_a_minute_are_counted_over_all_workers_and_take_no_place_when_refused() -> None:

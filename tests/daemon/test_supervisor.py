@@ -21,7 +21,7 @@ from relay.core import metrics
 from relay.core.board import Board, total
 from relay.daemon import messages
 from relay.daemon.crew import MOST_UNSENT_BYTES, TELL_S, Crew
-from relay.daemon.forker import Ended, Forked, Forker
+from relay.daemon.forker import Ended, Event, Forked, Forker, NotForked
 from relay.daemon.key_limits import KeyLimits
 from relay.daemon.limits import Limits
 from relay.daemon.listeners import Listeners
@@ -32,6 +32,7 @@ from relay.net.guard import Credentials
 from relay.net.pump import Pump
 from relay.net.service import Service
 from relay.net.shares import Permits, Shares
+from tests.daemon.shortage import descriptors
 from tests.e2e.harness import until
 
 # -- how many
@@ -73,8 +74,8 @@ def test_a_worker_that_is_gone_leaves_its_counts_and_nothing_else() -> None:
     board = Board(slot.board)
     board.counter(metrics.FRAMES).add(7)
     board.gauge(metrics.IN_FLIGHT, "default").set(3)
-    slot.loads[1], slot.held[0], slot.held[2] = 3.5, 3, 1
-    assert slot.vacate() == {0: 3, 2: 1}
+    slot.loads[1], slot.held[0], slot.held[2], slot.held[4] = 3.5, 3, 1, -2
+    assert slot.vacate() == {0: 3, 2: 1, 4: 0}  # it can give back no less than nothing
     assert not any(slot.loads)
     assert not any(slot.held)
     left = total([slot.board])
@@ -181,10 +182,6 @@ async def test_a_limit_grows_at_once_and_shrinks_as_permits_come_back(limited: L
     nursery.cancel_scope.cancel()
 
 
-def descriptors() -> int:
-    return len(os.listdir("/proc/self/fd"))
-
-
 async def test_a_limit_that_goes_while_it_shrinks_leaves_no_descriptor(nursery: trio.Nursery) -> None:
     before = descriptors()
     limited = Limited(3)
@@ -223,22 +220,6 @@ async def test_what_waits_to_be_sent_takes_no_descriptors_and_is_closed_with_its
         for channel in channels:
             channel.close()
     assert descriptors() == before
-
-
-async def test_a_worker_that_cannot_be_told_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else it would go on with what it was told before."""
-
-    def send_fds(*_: object) -> int:
-        raise OSError(errno.ETOOMANYREFS, "Too many references: cannot splice")
-
-    monkeypatch.setattr(socket, "send_fds", send_fds)
-    async with channels() as (one, other):
-        limits = Limits()
-        limits.set(7, 1)
-        one.send(messages.Semaphores([7], are_gone=False), [limits.by_number[7]])
-        with trio.fail_after(5):
-            assert await one.receive() is None
-            assert await other.receive() is None
 
 
 @asynccontextmanager
@@ -346,6 +327,7 @@ async def test_a_helper_that_cannot_fork_goes_on(monkeypatch: pytest.MonkeyPatch
         with trio.fail_after(10):
             with forker.fork(0) as sock:
                 assert sock.recv(10) == b""
+                assert await forker.next_event() == NotForked(0)
             with forker.fork(0) as sock:
                 assert isinstance(await forker.next_event(), Forked)
     finally:
@@ -361,9 +343,9 @@ class Unforked:
     pid = 0
 
     def __init__(self, *errors: OSError) -> None:
-        self.ends: dict[int, socket.socket] = {}
+        self.ends: dict[int, socket.socket] = {}  #: of the last in each slot
         self.errors = [*errors]  #: what the next are not forked for
-        self.events, self.next_events = trio.open_memory_channel[Forked | Ended](10)
+        self.events, self.next_events = trio.open_memory_channel[Event](10)
 
     def fork(self, slot: int) -> socket.socket:
         if self.errors:
@@ -371,8 +353,10 @@ class Unforked:
         mine, self.ends[slot] = socket.socketpair()
         return mine
 
-    async def next_event(self) -> Forked | Ended:
-        return await self.next_events.receive()
+    async def next_event(self) -> Event | None:
+        async for event in self.next_events:
+            return event
+        return None
 
 
 async def test_a_worker_that_cannot_be_begun_is_begun_later(

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import signal
+import socket
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
@@ -190,6 +192,49 @@ async def test_a_daemon_that_drains_takes_on_nothing(daemon: Daemon, workers: in
             assert await trio.to_thread.run_sync(process.line) == "relay: not reloaded: the daemon is draining\n"
             assert daemon.files == {"admin"}
             assert process.stop() == ""
+
+
+async def test_a_worker_without_room_for_a_new_listener_ends_its_streams_well_and_is_replaced(daemon: Daemon) -> None:
+    daemon.write("a", workers=2)
+    with serving(daemon) as process:
+        victim, other = workers_of(process)
+        async with daemon.streams("a", 4) as clients:
+            taken = {int(fd) for fd in os.listdir(f"/proc/{victim}/fd")}
+            limit = min({*range(len(taken) + 1)} - taken)
+            resource.prlimit(victim, resource.RLIMIT_NOFILE, (limit, limit))
+            daemon.write("a", "b", workers=2)
+            assert await daemon.reload() == "yes"
+            assert (await daemon.ask("b")).status == 200
+            await assert_whole(clients)
+
+        def is_replaced() -> bool:
+            now = workers_of(process)  # once: it may end between two looks
+            return len(now) == 2 and victim not in now and other in now
+
+        await until(is_replaced, START_S)
+        rest = process.stop()
+    assert "Traceback" not in rest
+    told = {line for line in rest.splitlines() if "listening" not in line}
+    assert told == {
+        "relay: too many open files to take what the control process passes on; draining",
+        "relay: reloaded",
+        f"relay: worker {victim} ended with status 0",
+    }
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+async def test_systemd_is_told_of_a_reload(daemon: Daemon, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    daemon.write("a", workers=workers)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(f"{daemon.directory}/notify")
+        manager.setblocking(False)
+        monkeypatch.setenv("NOTIFY_SOCKET", f"{daemon.directory}/notify")
+        with serving(daemon) as process:
+            os.kill(process.pid, signal.SIGHUP)
+            assert await trio.to_thread.run_sync(process.line) == "relay: reloaded\n"
+            process.stop()
+        told = [manager.recv(1000).partition(b"\n")[0] for _ in range(4)]
+    assert told == [b"READY=1", b"RELOADING=1", b"READY=1", b"STOPPING=1"]
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -514,7 +514,7 @@ async def test_two_workers_with_systemds_sockets(engine: Engine, authority: Auth
         http, https = (sock.getsockname()[1] for sock in (plain, secure))
         passed = {"http": plain, "https": secure}
         async with relay_serve("--config", str(file.path), "--workers", "2", passed=passed) as relay:
-            await relay.prints(lambda: relay.stderr.count(b"listening on") == 2)
+            await relay.prints(lambda: relay.stderr.count(b"listening on") == 2 and relay.stderr.endswith(b"\n"))
             assert f"listening on http://127.0.0.1:{http}\n" in relay.stderr.decode()
             assert f"listening on https://127.0.0.1:{https}\n" in relay.stderr.decode()
             async with await Client.connect(http) as client:
