@@ -8,7 +8,7 @@ pingora's error types.
 from __future__ import annotations
 
 from enum import Enum
-from typing import ClassVar
+from typing import ClassVar, Self
 
 
 class Side(Enum):
@@ -64,6 +64,18 @@ class ExchangeError(Exception):
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.outcome} {self.status} {self.code}: {self.message}>"
+
+    def settled(self) -> Self:
+        """Itself, when it has been dealt with, without the frames that it and what led to it came through.
+
+        Those frames hold the exchange, which holds its failure: a circle that would keep the request's body, until a
+        garbage collection looks at everything there is.
+        """
+        error: BaseException | None = self
+        while error is not None:
+            error, done = error.__context__, error
+            done.__traceback__ = done.__context__ = done.__cause__ = None
+        return self
 
 
 class RequestRefused(ExchangeError):

@@ -269,7 +269,7 @@ class Worker:
                     if await client.begin():
                         await self._exchange(client)
                 except ExchangeError as refusal:
-                    failure = refusal
+                    failure = refusal.settled()
             if failure is not None:
                 await refuse(self.service, client, failure)
             must_linger = client.has_unread or isinstance(failure, RequestRefused)

@@ -83,7 +83,7 @@ class Exchange:
         try:
             await self._serve()
         except ExchangeError as failure:
-            self.failure = failure
+            self.failure = failure.settled()
         except Exception as exc:  # a fault of ours ends this exchange alone
             say_fault(exc)
             self.failure = ExchangeError("the relay failed; its standard error says how", phase=self.phase)
@@ -191,6 +191,7 @@ class Exchange:
                 if not place.take_others(ask, tried):  # there were some when the attempt began
                     raise
                 self.service.tally.failed_over()
+                failure.settled()
 
     # -- the end
 

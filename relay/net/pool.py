@@ -194,7 +194,10 @@ class Upstream:
                 return await _connect_to(family, address)
             except OSError as exc:
                 failure = exc
-        raise failure or OSError("the name has no address")
+        try:
+            raise failure or OSError("the name has no address")
+        finally:
+            del failure  # whose frames hold this one
 
 
 async def _connect_to(family: int, address: object) -> socket.socket:

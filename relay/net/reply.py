@@ -93,8 +93,8 @@ class Reply:
             except BlockingIOError:
                 sent = 0
             except OSError as exc:
-                failure = ClientGone("the client closed its connection", phase=phase)
-                raise sockets.shortage(exc, phase) or failure from None
+                message = "the client closed its connection"
+                raise sockets.shortage(exc, phase) or ClientGone(message, phase=phase) from None
             self.bytes_out += sent
             view = view[sent:]
             if view:

@@ -247,7 +247,7 @@ class SplitAttempt:
 
     def _fail(self, role: str, failure: ExchangeError) -> None:
         if self._failure is None:
-            self.role, self._failure = role, failure
+            self.role, self._failure = role, failure.settled()
 
     async def _conclude(self) -> None:
         """What has come of both legs, where it is not an answer that went out."""

@@ -179,8 +179,8 @@ async def receive(pair: Waits, connection: UpstreamConnection, phase: Phase = Ph
                 source.has_news = False
             await pair.wait_upstream()
         except OSError as exc:
-            failure = UpstreamDisconnected(f"the engine's connection broke: {exc.strerror}", phase=phase)
-            raise sockets.shortage(exc, phase) or failure from None
+            message = f"the engine's connection broke: {exc.strerror}"
+            raise sockets.shortage(exc, phase) or UpstreamDisconnected(message, phase=phase) from None
 
 
 async def receive_next(pair: Pair, connection: UpstreamConnection, limit_s: float, phase: Phase) -> bytes:
@@ -213,6 +213,6 @@ async def _send(pair: Waits, connection: UpstreamConnection, head: bytes, body: 
             except OSError as exc:
                 if exc.errno in (errno.EPIPE, errno.ECONNRESET):
                     return False  # an answer may have come before; reading tells
-                failure = UpstreamDisconnected(f"sending to the engine failed: {exc.strerror}", phase=Phase.HEAD)
-                raise sockets.shortage(exc, Phase.HEAD) or failure from None
+                message = f"sending to the engine failed: {exc.strerror}"
+                raise sockets.shortage(exc, Phase.HEAD) or UpstreamDisconnected(message, phase=Phase.HEAD) from None
     return True

@@ -90,9 +90,12 @@ async def _over(exchange: Exchange, connection: UpstreamConnection, sends: Sends
         return await _ask(exchange, connection, waits, sends)
     except ExchangeError as exc:
         failure = exc
-    if waits.has_hung_up:
-        await trio.lowlevel.checkpoint_if_cancelled()  # there was no last word, which is no fault of the engine's
-    raise failure
+    try:
+        if waits.has_hung_up:
+            await trio.lowlevel.checkpoint_if_cancelled()  # there was no last word, which is no fault of the engine's
+        raise failure
+    finally:
+        del failure  # whose frames hold this one
 
 
 async def _ask(exchange: Exchange, connection: UpstreamConnection, waits: _LegWaits, sends: Sends) -> WholeAnswer:

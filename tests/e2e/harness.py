@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import socket
 import ssl
 import struct
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any, Final, Literal, Self, TypeAlias
 
 import trio
@@ -247,6 +249,24 @@ async def until(condition: Callable[[], bool], limit_s: float = PATIENCE_S) -> N
     with trio.fail_after(limit_s):
         while not condition():  # noqa: ASYNC110 — others' states have no event to wait for
             await trio.sleep(0.002)
+
+
+@contextmanager
+def nothing_unreachable() -> Iterator[None]:
+    """Of what the relay makes meanwhile, nothing may be left in the end that only a garbage collection would find."""
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        gc.collect()
+        found = Counter(type(each).__qualname__ for each in gc.garbage if type(each).__module__.startswith("relay."))
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.unfreeze()
+        gc.enable()
+    assert not found
 
 
 def same(payload: bytes) -> bytes:

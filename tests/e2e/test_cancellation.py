@@ -22,7 +22,9 @@ from relay.net import pump as pump_module
 from relay.net.exchange import Exchange
 from relay_bench.engine import Engine
 from tests.conftest import RunningRelay, running_relay
-from tests.e2e.harness import GOOD_ANSWER, UNAVAILABLE, Answer, Client, ask, error_frames, request, until
+from tests.e2e.harness import (
+    GOOD_ANSWER, UNAVAILABLE, Answer, Client, ask, error_frames, nothing_unreachable, request, until,
+)  # fmt: skip
 
 #: Draining that has no more time; a client that closes, or resets, its connection.
 How: TypeAlias = Literal["cut", "close", "rst"]
@@ -161,13 +163,14 @@ async def interrupt_everywhere(
     before = await at_rest(relay, engine)
     for at in range(1, MOST_WAITS):
         written = len(relay.records)
-        async with await Client.connect(relay.port, receive_buffer=16_384) as client:
-            async with interrupting(at, how, when, client) as interruption:
-                answers = await scenario.play(client, how)
-                await until(lambda: not service.active)
-                client.leave("close")
-                await until(lambda: not relay.worker.connections)  # nor any request of this client that is still unread
-        await at_rest(relay, engine, before)
+        with nothing_unreachable():
+            async with await Client.connect(relay.port, receive_buffer=16_384) as client:
+                async with interrupting(at, how, when, client) as interruption:
+                    answers = await scenario.play(client, how)
+                    await until(lambda: not service.active)
+                    client.leave("close")
+                    await until(lambda: not relay.worker.connections)  # nor any request of this client still unread
+            await at_rest(relay, engine, before)
         assert all(upstream.outstanding == 0 for upstream in service.fleet.upstreams), at
         assert repr(pump).startswith("<Pump pairs=0 streaming=0 "), at
         assert engine.running == 0, at

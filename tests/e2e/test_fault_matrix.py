@@ -21,7 +21,7 @@ from relay.address import parse_upstream
 from relay.config import PoolConfig, StreamConfig, TimeoutsConfig
 from relay.net.shares import Permits
 from tests.e2e.fleet import RunningFleet, running_fleet
-from tests.e2e.harness import Client, ask, assert_cut_off, request, until
+from tests.e2e.harness import Client, ask, assert_cut_off, nothing_unreachable, request, until
 from tests.e2e.pairs import PREFILLED, Half, says
 
 #: Phases by the record's letters; ``D`` of a forced stream is the body made of it on its way to the client.
@@ -621,9 +621,11 @@ async def test_a_cell(cell: Cell) -> None:
     short = {limit: SHORT_S} if limit and cell.kind == "stall" else {}
     async with stage(cell.mode, **short) as stand:
         before = open_descriptors()
-        await (run_client_cell if cell.side == "client" else run_engine_cell)(cell, stand)
         at = 2 if cell.told.endswith("400") and "then" in cell.told else 1
-        await stand.relay.record(at)
+        with nothing_unreachable():
+            await (run_client_cell if cell.side == "client" else run_engine_cell)(cell, stand)
+            await stand.relay.record(at)
+            await until(lambda: not stand.relay.worker.connections)
         letters = [(record.outcome, record.status) for record in stand.relay.records]
         assert (cell.outcome, cell.status) in letters
         if at == 2:

@@ -44,8 +44,8 @@ class ChoicesAggregator(Aggregator):
 
     def __init__(self, max_bytes: int) -> None:
         super().__init__(max_bytes)
-        self._choices = Indexed(self.choice_schema)
-        self._body = Object({"id": First, "created": First, "model": First, "choices": lambda: self._choices})
+        self._choices = choices = Indexed(self.choice_schema)
+        self._body = Object({"id": First, "created": First, "model": First, "choices": lambda: choices})
 
     def _take(self, members: Members) -> int:
         return self._body.take_members(members)
