@@ -73,8 +73,9 @@ class ExchangeError(Exception):
         """
         error: BaseException | None = self
         while error is not None:
-            error, done = error.__context__, error
-            done.__traceback__ = done.__context__ = done.__cause__ = None
+            before = error.__context__
+            error.__traceback__ = error.__context__ = error.__cause__ = None
+            error = before
         return self
 
 

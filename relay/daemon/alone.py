@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import signal
 import ssl
 import sys
@@ -13,6 +12,7 @@ import trio
 
 from relay.config import Config
 from relay.daemon import systemd
+from relay.daemon.garbage import Garbage
 from relay.daemon.listeners import Listeners, announce
 from relay.daemon.process import record_sink, tell_of_drain
 from relay.daemon.records import RecordWriter
@@ -47,9 +47,7 @@ async def serve(
                 say(f"relay: {exc}", Priority.ERROR)
                 status = 1
             else:
-                # What lives as long as the process is not looked at again by the garbage collector.
-                gc.collect()
-                gc.freeze()
+                nursery.start_soon(Garbage().watch)
                 if worker.service.is_ready:
                     announce(listeners.urls)
                     systemd.ready(f"serving on {', '.join(listeners.urls)}")

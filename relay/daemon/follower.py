@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import socket
 import ssl
 import sys
@@ -19,6 +18,7 @@ from relay.core.status import ExchangeStatus, Status
 from relay.core.timeline import Record
 from relay.daemon import messages
 from relay.daemon.forker import name_process
+from relay.daemon.garbage import Garbage
 from relay.daemon.key_limits import impose
 from relay.daemon.listeners import Listeners
 from relay.daemon.messages import Channel, Done, Member, Order, PoolMembers, Said
@@ -72,8 +72,7 @@ async def _work(
         nursery.start_soon(_beat, scoreboard.slot(number), beat_s)
         nursery.start_soon(writer.run)
         await nursery.start(worker.run)
-        gc.collect()
-        gc.freeze()
+        nursery.start_soon(Garbage().watch)
         await worker.stopped.wait()
         nursery.cancel_scope.cancel()
 

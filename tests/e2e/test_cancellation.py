@@ -23,8 +23,16 @@ from relay.net.exchange import Exchange
 from relay_bench.engine import Engine
 from tests.conftest import RunningRelay, running_relay
 from tests.e2e.harness import (
-    GOOD_ANSWER, UNAVAILABLE, Answer, Client, ask, error_frames, nothing_unreachable, request, until,
-)  # fmt: skip
+    GOOD_ANSWER,
+    UNAVAILABLE,
+    Answer,
+    Client,
+    ask,
+    error_frames,
+    nothing_unreachable,
+    request,
+    until,
+)
 
 #: Draining that has no more time; a client that closes, or resets, its connection.
 How: TypeAlias = Literal["cut", "close", "rst"]
