@@ -54,7 +54,7 @@ class FrameRelay:
 
     __slots__ = (
         "_chunks",
-        "_last_byte",
+        "_last_bytes",
         "_match_ordinary",
         "decoder",
         "editor",
@@ -85,7 +85,7 @@ class FrameRelay:
         self.pending = bytearray()  #: the unfinished frame, never longer than `max_frame_bytes` and one read
         self.has_excess = False  #: bytes came behind the end of the body: the connection is of no further use
         self.is_unaligned = False  #: the frame being read outgrew the limit; its beginning has gone out
-        self._last_byte = b""  # of what has gone out of that frame: half a blank line, perhaps
+        self._last_bytes = b""  # of what has gone out of that frame: of a blank line a part, perhaps
         self._match_ordinary = ordinary.CHUNKS[meter.route].match
         self._chunks = decoder if is_chunked and isinstance(decoder, ChunkDecoder) else None
 
@@ -138,7 +138,7 @@ class FrameRelay:
             self.pending.clear()
             rest = self._metered(rest) or b""
         elif self.is_unaligned:
-            rest = b"\n" if self._last_byte == b"\n" else b"\n\n"
+            rest = b"\n" if self._last_bytes.endswith(b"\n") else b"\n\n"
             self.finder.frames += 1
         if rest:
             self._emit([rest], out)
@@ -201,12 +201,12 @@ class FrameRelay:
         if boundary < 0:
             if self.is_unaligned:
                 payload.append(view[begin:end])
-                self._last_byte = bytes(view[end - 1 : end])
+                self._last_bytes = (self._last_bytes + view[begin:end])[-_LONGEST_BLANK:]
                 return
             self.pending += view[begin:end]
             if len(self.pending) > self.max_frame_bytes:
                 payload.append(bytes(self.pending))
-                self._last_byte = bytes(self.pending[-1:])
+                self._last_bytes = bytes(self.pending[-_LONGEST_BLANK:])
                 self.pending.clear()
                 self.is_unaligned = True
             return
@@ -220,7 +220,7 @@ class FrameRelay:
             begin = split
         elif self.is_unaligned:
             # The rest of a frame that outgrew the limit is not metered: alone, it could be taken for something else.
-            split = self._first_end(self._last_byte, buffer, begin, boundary)
+            split = self._first_end(self._last_bytes, buffer, begin, boundary)
             if begin < split:  # else a CR that went out was the end; an empty chunk would be the last
                 payload.append(view[begin:split])
             begin = split

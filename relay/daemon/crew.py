@@ -20,6 +20,7 @@ from relay.core.metrics import IN_FLIGHT
 from relay.core.status import ExchangeStatus, Status
 from relay.daemon import messages
 from relay.daemon.forker import Ended, Forked, Forker, NotForked
+from relay.daemon.key_limits import KeyLimits
 from relay.daemon.listeners import Listeners
 from relay.daemon.membership import Membership, Told
 from relay.daemon.messages import Channel, Copy, Done, Message, PoolMembers, Said, parts
@@ -119,14 +120,14 @@ class Crew:
         """Whether nobody is to come to a worker's place any more."""
         return self._is_ending or worker.is_leaving
 
-    async def run(self, count: int, on_lost: Callable[[], None]) -> None:
+    async def run(self, count: Callable[[], int], on_lost: Callable[[], None]) -> None:
         """Has so many workers work, until told to end they have; `on_lost`: none can be replaced any more."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._membership.run)
             nursery.start_soon(self._tell_changes)
             nursery.start_soon(self._watch_forker, on_lost)
             async with trio.open_nursery() as self._nursery:
-                self.resize(count)
+                self.resize(count())
             self.ended.set()
             nursery.cancel_scope.cancel()
 
@@ -138,6 +139,11 @@ class Crew:
     def most_workers(self) -> int:
         """As many there can be, beside those that are leaving."""
         return self._scoreboard.room - sum(worker.is_leaving for worker in self._workers)
+
+    @property
+    def key_limits(self) -> KeyLimits:
+        """Those of all keys, which are settled with the next change of the fleet."""
+        return self._membership.key_limits
 
     def resize(self, count: int) -> None:
         """Has so many workers, at most `most_workers`: others begin, or the last drain and are not replaced."""
@@ -308,18 +314,22 @@ class Crew:
 
     def _tell_now(self, workers: Iterable[_Worker]) -> None:
         """Tells these; where descriptors are short, `_tell_changes` tries again."""
+        shortage: OSError | None = None
         try:
             pools = self._membership.fleet()
-            for worker in workers:
+        except OSError as exc:
+            workers, pools, shortage = (), [], exc
+        for worker in workers:
+            try:
                 if worker.channel is not None:
                     self._tell(worker, pools)
-        except OSError as exc:
+            except OSError as exc:  # another may need no descriptors
+                shortage = exc
+        if shortage is not None:
             if not self._is_short:
-                say(f"relay: cannot tell workers of a change: {exc.strerror}; trying again", Priority.ERROR)
-            self._is_short = True
+                say(f"relay: cannot tell workers of a change: {shortage.strerror}; trying again", Priority.ERROR)
             self.fleet_changed()
-        else:
-            self._is_short = False
+        self._is_short = shortage is not None
 
     def _tell(self, worker: _Worker, pools: list[PoolMembers]) -> None:
         assert worker.channel is not None

@@ -3,23 +3,27 @@
 By itself it does whenever the old ones have become a quarter more. With thousands of connections open that stops every
 stream for a tenth of a second, and where connections come and go it does so every few seconds, although none of them
 leaves anything to be found: what an exchange consists of goes with its last reference (the tests of faults and of
-cancellation make sure). So a worker looks only when it holds twice the memory of the last time, which bounds what a
-mistake of ours, or a library's, could cost. Young objects are looked through as ever.
+cancellation make sure). So a worker looks only when its memory is twice that of the last time, which bounds what a
+mistake of ours or a library's could cost, and every ten minutes, for descriptors that nothing else would close (a probe
+that is cancelled in a TLS handshake leaves one: see `relay.net.fetch`). Young objects are looked through as ever.
 """
 
 from __future__ import annotations
 
 import gc
-import sys
+import os
+import time
 from typing import Final
 
 import trio
 
-#: Seconds between two looks at how much there is.
+#: Seconds between two looks at how much memory there is, and the longest between two collections.
 LOOK_S: Final = 1.0
-#: By how many of Python's memory blocks (60 bytes on average) it may always grow.
-SLACK_BLOCKS: Final = 200_000
+LONGEST_S: Final = 600.0
+#: How much the memory may always grow.
+SLACK_BYTES: Final = 64 << 20
 _NEVER: Final = 2**31 - 1
+_PAGE_BYTES: Final = os.sysconf("SC_PAGE_SIZE")
 
 
 class Garbage:
@@ -31,26 +35,36 @@ class Garbage:
         young, middle, _ = gc.get_threshold()
         gc.set_threshold(young, middle, _NEVER)
         self.collections = 0
-        self._most_blocks = self._allowed()
+        self._statm = os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)  # once: later there may be none to be had
+        self._most_bytes = _most_beside(self.resident_bytes())
+        self._last = time.monotonic()
+
+    def __del__(self) -> None:
+        os.close(self._statm)
 
     def __repr__(self) -> str:
-        return f"<Garbage collections={self.collections} at {self._most_blocks} blocks>"
+        return f"<Garbage collections={self.collections} at {self._most_bytes} bytes>"
+
+    def resident_bytes(self) -> int:
+        """The memory of this process (proc_pid_statm(5))."""
+        return int(os.pread(self._statm, 256, 0).split()[1]) * _PAGE_BYTES
 
     async def watch(self) -> None:
         """Collects when it has to be, until cancelled."""
         while True:
             await trio.sleep(LOOK_S)
-            self.look()
+            self.look(self.resident_bytes(), time.monotonic())
 
-    def look(self) -> None:
-        """Collects if there is too much."""
-        if sys.getallocatedblocks() > self._most_blocks:
+    def look(self, held_bytes: int, now: float) -> None:
+        """Collects if there is too much, or the last time is long ago."""
+        if held_bytes > self._most_bytes or now - self._last > LONGEST_S:
             gc.collect()
             self.collections += 1
-            self._most_blocks = self._allowed()
+            self._most_bytes = _most_beside(held_bytes)  # memory is seldom given back, and what there is fills first
+            self._last = now
         else:
-            self._most_blocks = min(self._most_blocks, self._allowed())
+            self._most_bytes = min(self._most_bytes, _most_beside(held_bytes))
 
-    @staticmethod
-    def _allowed() -> int:
-        return 2 * sys.getallocatedblocks() + SLACK_BLOCKS
+
+def _most_beside(held_bytes: int) -> int:
+    return 2 * held_bytes + SLACK_BYTES

@@ -124,13 +124,9 @@ class KeyLimits:
     def prepare(self, wanted: Mapping[str, KeyLimitsConfig]) -> None:
         """Opens what `settle` needs for these limits: it cannot fail then, nor for those that were settled before.
 
-        Raises OSError where descriptors are short: nothing has changed.
+        Raises OSError where descriptors are short: those that were are to be settled again.
         """
-        try:
-            self._settle(_by_kind(wanted) | self._settled)
-        except OSError:
-            self._settle(self._settled)
-            raise
+        self._settle(_by_kind(wanted) | self._settled)
 
     def settle(self, wanted: Mapping[str, KeyLimitsConfig]) -> None:
         """From now on these are the limits, by key. Raises OSError where descriptors are short: to be called again."""

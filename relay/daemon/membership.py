@@ -34,7 +34,7 @@ class Membership:
         self._service = service
         self._numbers = Numbers(scoreboard, on_lack=_warn_of_lack)
         self._limits = Limits()
-        self._key_limits = KeyLimits(scoreboard)
+        self.key_limits = KeyLimits(scoreboard)
 
     def __repr__(self) -> str:
         return f"<Membership {self._numbers!r} {self._limits!r}>"
@@ -43,7 +43,7 @@ class Membership:
         """Has limits hold until cancelled."""
         async with trio.open_nursery() as nursery:
             self._limits.nursery = nursery
-            await self._key_limits.run()
+            await self.key_limits.run()
 
     def fleet(self) -> list[PoolMembers]:
         """The fleet as it is now, and its limits as they are to be."""
@@ -52,18 +52,18 @@ class Membership:
         subjects |= {(pool.name, member.role, member.config.url) for pool in pools for member in pool.members}
         for number in self._numbers.keep(subjects):
             self._limits.drop(number)
-        self._key_limits.settle(self._service.guard.limits)
+        self.key_limits.settle(self._service.guard.limits)
         return pools
 
     def orders(self, told: Told) -> Iterator[tuple[Semaphores | KeySemaphores, Sequence[HasFileno]]]:
         """What a worker that knows of `told`, which is brought up to date, is to be sent before the `fleet`."""
         yield from self._limits.orders(told.limits)
-        yield from self._key_limits.orders(told.key_limits)
+        yield from self.key_limits.orders(told.key_limits)
 
     def give_back(self, held: Mapping[int, int]) -> None:
         """The permits of a worker that is gone, by number, are free again."""
         self._limits.give_back(held)
-        self._key_limits.give_back(held)
+        self.key_limits.give_back(held)
 
     def _members(self, pool: Pool) -> PoolMembers:
         number, is_limited = self._number((pool.name, "", ""), pool.config.max_in_flight)

@@ -121,7 +121,7 @@ class Supervisor:
                 for listener in self._admin.sockets:
                     nursery.start_soon(Admin(self.service, self.roster, self.reload, self.crew).serve, listener)
                 await nursery.start(self.roster.run)
-                nursery.start_soon(self.crew.run, count_of(self.service.config), self._on_forker_gone)
+                nursery.start_soon(self.crew.run, lambda: count_of(self.service.config), self._on_forker_gone)
                 await self.crew.begun()
                 if self.service.is_ready:
                     announce(self._listeners.urls)
@@ -159,7 +159,10 @@ class Supervisor:
         return await reload_and_tell(self._reload, self.crew.settle)
 
     async def _reload(self) -> str:
-        """What takes a restart; the workers are told in a moment. Raises ValueError: nothing changed."""
+        """What takes a restart; the workers are told in a moment.
+
+        Raises ValueError, or OSError where descriptors are short: nothing changed.
+        """
         async with self._reloading:
             config, guard = read_again(self._load_config)
             tls.read(config)
@@ -169,11 +172,13 @@ class Supervisor:
             prepared = await self._callbacks.prepare(config)
             try:
                 if not self.service.is_ready:
-                    raise StartError("the daemon is draining")
+                    raise ValueError("the daemon is draining")
+                self.crew.key_limits.prepare(guard.limits)
                 known, urls = exposures(self._listeners.sockets, self.service.guard), self._listeners.urls
                 gone = self._listeners.change(config.listen.addresses)
-            except StartError:
+            except (ValueError, OSError):
                 prepared.close()
+                self.crew.key_limits.settle(self.service.guard.limits)
                 raise
             for listener in gone:
                 listener.close()

@@ -18,7 +18,7 @@ from relay.config import Config, LogConfig
 from relay.core.timeline import Record
 from relay.daemon.exposure import exposures, warn_of
 from relay.daemon.key_limits import KeyLimits, OwnKeyLimits
-from relay.daemon.listeners import Listeners, StartError, announce
+from relay.daemon.listeners import Listeners, announce
 from relay.daemon.process import CUT_S, count_of
 from relay.daemon.reload import left_for_restart, read_again, reload_and_tell
 from relay.errors import ExchangeError, RequestRefused
@@ -74,8 +74,8 @@ class Worker:
         self._begun = trio.Event()  # there is all that a reload changes
         self._reloading = trio.Lock()
         self.budget = BodyBudget(config.limits.max_buffered_bytes)
-        #: a set in order: of those that wait for a request, who has waited longest stands first
-        self.connections: dict[ClientConnection, None] = {}
+        self.connections: set[ClientConnection] = set()
+        self._waiting: dict[ClientConnection, None] = {}  # of these, for a request; who has waited longest is the first
         self.is_announced = False  #: clients and systemd have been told that it serves
         self.stopped = trio.Event()  #: drained, and all that is left closed
         self._stop = trio.Event()
@@ -116,11 +116,11 @@ class Worker:
             prepared = await self._callbacks.prepare(config)
             try:
                 if not self.service.is_ready:
-                    raise StartError("the daemon is draining")
+                    raise ValueError("the daemon is draining")
                 self._key_limits.prepare(guard.limits)
                 known, urls = exposures(self.listeners.sockets, self.service.guard), self.listeners.urls
                 self.listeners.change(config.listen.addresses)
-            except (StartError, OSError):
+            except (ValueError, OSError):
                 prepared.close()
                 self._key_limits.settle(self.service.guard.limits)
                 raise
@@ -223,7 +223,7 @@ class Worker:
         while True:
             await trio.lowlevel.wait_readable(listener)
             while self._is_full:  # and somebody waits
-                make_room(self.connections)
+                make_room(self._waiting)
                 with trio.move_on_after(ACCEPT_PAUSE_S):
                     await self._departure.wait()
             for _ in range(ACCEPTS_PER_TURN):
@@ -248,7 +248,8 @@ class Worker:
                 address = peer[0] if isinstance(peer, tuple) else "unix"
                 config, admit = self.service.config, self.service.admit
                 client = ClientConnection(source, address, config.timeouts, config.limits, self.budget, admit)
-                self.connections[client] = None
+                self.connections.add(client)
+                self._waiting[client] = None
                 handlers.start_soon(self._serve, client)
             await trio.lowlevel.checkpoint()
 
@@ -280,18 +281,20 @@ class Worker:
                 with trio.move_on_after(LINGER_S, shield=True):
                     await client.linger()
             client.close()
-            self.connections.pop(client, None)
+            self.connections.discard(client)
+            self._waiting.pop(client, None)
             self._departure.set()
             self._departure = trio.Event()
 
     async def _exchange(self, client: ClientConnection) -> None:
         """One request of a connection after the other. Raises ExchangeError: one that is not served."""
-        connections = self.connections
+        waiting = self._waiting
         while not self.service.is_draining:
-            connections[client] = connections.pop(client)  # behind all that have waited longer
             request = await client.next_request()
+            waiting.pop(client, None)
             if request is None or not await Exchange(self.service, client, request).run():
                 return
+            waiting[client] = None
 
     async def _drain(self, handlers: trio.Nursery) -> None:
         """Waits for the open exchanges, within ``drain_s``; then ends them with an error frame."""

@@ -29,7 +29,7 @@ from relay.net.source import Source
 LINGER_S: Final = 5.0
 LINGER_BYTES: Final = 16_777_216
 
-#: Of all connections one in so many makes room, and no more than that many at a time (nginx's numbers).
+#: Of the connections that wait one in so many makes room, and no more than that many at a time (nginx's numbers).
 _ROOM_SHARE: Final = 8
 _MOST_LEAVING: Final = 32
 
@@ -390,15 +390,14 @@ def _too_large(limit: int) -> ExchangeError:
     return RequestRefused(413, "body_too_large", f"the request's body is over {limit} bytes (limits.max_body_bytes)")
 
 
-def make_room(connections: Collection[ClientConnection]) -> None:
-    """No more may be accepted: some leave that idle between two requests, or before the first.
+def make_room(waiting: Collection[ClientConnection]) -> None:
+    """No more may be accepted: some leave that idle between two requests, or before the first, from the first on.
 
-    `connections` begin with those that have waited longest, which are the first to leave. Else whoever opens
-    connections and says nothing keeps all others out for ``client_idle_s``. nginx does the same
+    Else whoever opens connections and says nothing keeps all others out for ``client_idle_s``. nginx does the same
     (``ngx_drain_connections``).
     """
-    left = max(1, min(_MOST_LEAVING, len(connections) // _ROOM_SHARE))
-    for client in connections:
+    left = max(1, min(_MOST_LEAVING, len(waiting) // _ROOM_SHARE))
+    for client in waiting:
         left -= client.stop_waiting()
         if not left:
             break

@@ -204,7 +204,8 @@ class Pump:
     def turn(self, timeout: float) -> bool:
         """Serves what comes until trio has to run, or for `timeout` seconds; 0: what is ready, once.
 
-        Whether trio's own descriptor may be ready; it has to run as well when a task was woken, or its time has come.
+        Answers whether trio's own descriptor may be ready, so that asking it pays; False also where it came back as a
+        task was woken, or as the time is over.
         """
         poll, sources = self.epoll.poll, self._sources
         wait = timeout

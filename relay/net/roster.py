@@ -246,7 +246,7 @@ class Roster:
     async def _follow(self, pool: Pool, role: str, url: str) -> None:
         """Keeps an engine in the pool for each address of a name. While it does not resolve, those known stay."""
         mine: dict[str, UpstreamConfig] = {}  # by URL; one that an operator has taken out stays out
-        settled = pool.config
+        seen = pool.config
         while (config := self._configured(pool, role, url)) is not None:
             try:
                 found = await trio.socket.getaddrinfo(config.host, config.port, type=trio.socket.SOCK_STREAM)
@@ -255,9 +255,9 @@ class Roster:
             else:
                 wanted = [config.at(ip) for ip in {str(each[4][0]) for each in found}]
                 if role in pool.groups:  # a reload may have taken it away meanwhile
-                    if pool.config is not settled:  # or away and back, or puts back what an operator has taken out
-                        known = pool.groups[role].upstreams
-                        mine, settled = {url: config for url, config in mine.items() if url in known}, pool.config
+                    if pool.config is not seen:  # whatever the group has lost by then is found anew
+                        mine = {each: mine[each] for each in mine.keys() & pool.groups[role].upstreams.keys()}
+                        seen = pool.config
                     before, mine = mine, _settle(pool.groups[role], mine, wanted)
                     if mine != before:
                         self._on_change()

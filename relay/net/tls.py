@@ -78,6 +78,11 @@ class TlsSocket(ssl.SSLSocket):
         size = self.recv_into(buffer)
         return bytes(memoryview(buffer)[:size])
 
+    def close(self) -> None:
+        """As `socket.close`; forgets its failure, which came through frames that hold the socket and its buffers."""
+        self._failure = None
+        super().close()
+
     def send(self, data: bytes | memoryview, flags: int = 0) -> int:  # type: ignore[override]
         """As `socket.send`."""
         try:

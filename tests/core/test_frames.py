@@ -406,6 +406,22 @@ def test_the_tail_of_an_oversized_frame_is_not_taken_for_a_frame() -> None:
     assert relay.meter.content_frames == 1
 
 
+@pytest.mark.parametrize("line_end", [b"\n", b"\r\n", b"\r"])
+@pytest.mark.parametrize("back", range(6))
+def test_wherever_the_end_of_an_oversized_frame_is_cut_the_next_is_metered(line_end: bytes, back: int) -> None:
+    huge = b"data: " + b"x" * 100 + 2 * line_end
+    following = b'data: {"choices":[],"usage":{"prompt_tokens":3,"completion_tokens":4}}' + 2 * line_end
+    for further in (0, 1):  # in two pieces, and in three
+        relay = frame_relay(CloseDecoder(), is_chunked=False, max_frame_bytes=50)
+        body, at = huge + following, len(huge) - back
+        sent = b"".join(feed(relay, piece) for piece in (body[:at], body[at : at + further], body[at + further :]))
+        sent += finish(relay)
+        assert sent == body
+        assert relay.meter.usage is not None, further
+        assert relay.meter.usage.completion_tokens == 4
+        assert relay.finder.frames == 2
+
+
 def test_an_oversized_frame_whose_end_shows_late_makes_no_empty_chunk() -> None:
     relay = frame_relay(CloseDecoder(), max_frame_bytes=50)
     body = b"data: " + b"x" * 100 + b"\r\n\r"  # its LF may follow

@@ -62,7 +62,7 @@ class Place:
 @pytest.fixture
 def place(nursery: trio.Nursery) -> Place:
     found = Place()
-    nursery.start_soon(found.crew.run, 1, lambda: None)
+    nursery.start_soon(found.crew.run, lambda: 1, lambda: None)
     return found
 
 
@@ -156,7 +156,7 @@ async def test_descriptors_that_are_short_hold_up_what_is_told(
     short = "relay: cannot tell workers of a change: Too many open files; trying again\n"
     place = Place()
     place.listeners.change([parse_address(f"unix:{tmp_path}/a")])
-    nursery.start_soon(place.crew.run, 1, lambda: None)
+    nursery.start_soon(place.crew.run, lambda: 1, lambda: None)
     with descriptors_left(2 + left):  # two are the channel
         await until(lambda: capsys.readouterr().err == short)
     async with place.begun() as worker:

@@ -1,18 +1,17 @@
-"""Old garbage: left alone while there is little of it, collected when there is much."""
+"""Old garbage: left alone while there is little of it, collected when there is much, or it is long ago."""
 
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from relay.daemon import garbage
-from relay.daemon.garbage import Garbage
+from relay.daemon.garbage import LONGEST_S, SLACK_BYTES, Garbage
 
-#: Of Python's blocks, that a circle of `make_circles` takes at least.
-EACH = 2
+CIRCLES = 500
 
 
 @pytest.fixture(autouse=True)
@@ -31,9 +30,9 @@ class Circle:
         self.itself = self
 
 
-def make_circles(blocks: int) -> None:
+def make_circles() -> None:
     """Leaves garbage behind that only a collection of the old finds."""
-    circles: list[Any] = [Circle() for _ in range(blocks // EACH)]
+    circles: list[Any] = [Circle() for _ in range(CIRCLES)]
     gc.collect(1)  # they are old now
     circles.clear()
 
@@ -42,36 +41,50 @@ def old_circles() -> int:
     return sum(isinstance(each, Circle) for each in gc.get_objects(2))
 
 
-def test_little_garbage_is_left_alone_and_much_is_collected(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(garbage, "SLACK_BLOCKS", 1000)
+def test_little_garbage_is_left_alone_and_much_is_collected() -> None:
     watched = Garbage()
-    make_circles(100)
-    watched.look()
-    assert (watched.collections, old_circles()) == (0, 100 // EACH)
-    make_circles(2 * watched._most_blocks)
-    watched.look()
+    held, now = watched.resident_bytes(), time.monotonic()
+    make_circles()
+    watched.look(held + SLACK_BYTES, now)
+    assert (watched.collections, old_circles()) == (0, CIRCLES)
+    watched.look(3 * held + SLACK_BYTES, now)
     assert (watched.collections, old_circles()) == (1, 0)
+    watched.look(5 * held + SLACK_BYTES, now)
+    assert watched.collections == 1  # not twice what there was by then
 
 
-def test_what_is_too_much_follows_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(garbage, "SLACK_BLOCKS", 1000)
-    held: list[Any] = [Circle() for _ in range(200_000)]
+def test_what_is_much_follows_what_there_is() -> None:
     watched = Garbage()
-    most = watched._most_blocks
-    for circle in held:
-        del circle.itself
-    held.clear()
-    watched.look()
+    held, now = watched.resident_bytes(), time.monotonic()
+    watched.look(held // 2, now)
+    watched.look(held + SLACK_BYTES // 2, now)
     assert watched.collections == 0
-    make_circles(most - watched._most_blocks)  # fewer than would have been too many before
-    make_circles(watched._most_blocks)
-    watched.look()
+    watched.look(held + SLACK_BYTES + 1, now)
     assert watched.collections == 1
+
+
+def test_garbage_does_not_grow_old() -> None:
+    watched = Garbage()
+    held, now = watched.resident_bytes(), time.monotonic()
+    make_circles()
+    watched.look(held, now + LONGEST_S - 1)
+    assert (watched.collections, old_circles()) == (0, CIRCLES)
+    watched.look(held, now + LONGEST_S + 1)
+    assert (watched.collections, old_circles()) == (1, 0)
+    watched.look(held, now + LONGEST_S + 2)
+    assert watched.collections == 1
+
+
+def test_what_a_process_holds() -> None:
+    watched = Garbage()
+    before = watched.resident_bytes()
+    held = b"x" * (64 << 20)
+    assert watched.resident_bytes() - before > len(held) * 0.9
 
 
 def test_python_itself_leaves_the_old_alone() -> None:
     Garbage()
-    make_circles(1000)
+    make_circles()
     kept: list[list[Any]] = [[] for _ in range(2_000_000)]  # far more than a quarter of what there was
     assert kept
-    assert old_circles() == 1000 // EACH
+    assert old_circles() == CIRCLES

@@ -127,6 +127,7 @@ def test_limits_change_as_a_whole_or_not_at_all(left: int) -> None:
     if left < 8:
         with descriptors_left(left), pytest.raises(OSError, match="Too many open files"):
             limits.prepare(after)
+        limits.settle(before)
         assert [accepted("alice"), accepted("bob")] == [1, 5]
         assert descriptors() == opened
     with descriptors_left(8):

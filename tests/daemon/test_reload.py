@@ -211,7 +211,7 @@ async def test_a_worker_that_does_not_answer_is_told_of(
     service = Service(CONFIG, Pump(), None)
     forker = Unforked()
     workers = Crew(service, Scoreboard(1), forker, Listeners())  # type: ignore[arg-type]
-    nursery.start_soon(workers.run, 1, lambda: None)
+    nursery.start_soon(workers.run, lambda: 1, lambda: None)
     await trio.testing.wait_all_tasks_blocked()
 
     async def reload() -> str:

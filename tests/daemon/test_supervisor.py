@@ -365,7 +365,7 @@ async def test_a_worker_that_cannot_be_begun_is_begun_later(
     forker = Unforked(OSError(errno.EMFILE, "Too many open files"))
     config = Config(pools=(PoolConfig(upstreams=(parse_upstream("http://a:1"),)),))
     crew = Crew(Service(config, Pump(), None), Scoreboard(1), forker, Listeners())  # type: ignore[arg-type]
-    nursery.start_soon(crew.run, 1, lambda: None)
+    nursery.start_soon(crew.run, lambda: 1, lambda: None)
     await until(lambda: bool(forker.ends))
     with forker.ends[0]:
         channel = Channel(forker.ends[0])
@@ -383,7 +383,7 @@ async def test_a_pid_that_comes_again_is_told_of(nursery: trio.Nursery, capsys: 
     forker = Unforked()
     config = Config(pools=(PoolConfig(upstreams=(parse_upstream("http://a:1"),)),))
     crew = Crew(Service(config, Pump(), None), Scoreboard(2), forker, Listeners())  # type: ignore[arg-type]
-    nursery.start_soon(crew.run, 2, lambda: None)
+    nursery.start_soon(crew.run, lambda: 2, lambda: None)
     await trio.testing.wait_all_tasks_blocked()
     crew.resize(1)
     pid = 2**30  # nobody's
@@ -401,7 +401,7 @@ async def test_what_waits_for_a_worker_that_does_not_read_is_bounded(nursery: tr
     forker = Unforked()
     config = Config(pools=(PoolConfig(upstreams=(parse_upstream("http://a:1"),)),))
     crew = Crew(Service(config, Pump(), None), Scoreboard(2), forker, Listeners())  # type: ignore[arg-type]
-    nursery.start_soon(crew.run, 2, lambda: None)
+    nursery.start_soon(crew.run, lambda: 2, lambda: None)
     await trio.testing.wait_all_tasks_blocked()
     with forker.ends[0], forker.ends[1]:
         reader = Channel(forker.ends[1])
@@ -421,7 +421,7 @@ async def test_changes_are_told_one_at_a_time(nursery: trio.Nursery) -> None:
     forker = Unforked()
     config = Config(pools=(PoolConfig(upstreams=(parse_upstream("http://a:1"),)),))
     crew = Crew(Service(config, Pump(), None), Scoreboard(1), forker, Listeners())  # type: ignore[arg-type]
-    nursery.start_soon(crew.run, 1, lambda: None)
+    nursery.start_soon(crew.run, lambda: 1, lambda: None)
     await trio.testing.wait_all_tasks_blocked()
     with forker.ends[0]:
         worker = Channel(forker.ends[0])

@@ -30,6 +30,7 @@ from tests.e2e.harness import (
     Answer,
     Client,
     error_frames,
+    nothing_unreachable,
     request,
     states,
     until,
@@ -202,6 +203,30 @@ async def test_an_end_without_a_goodbye_is_no_end(side: str, authority: Authorit
         cut = await path.ask(request())
         assert_cut_off_by_tls(cut, side)
         assert [record.outcome for record in path.relay.records] == ["--", "UD"]
+
+
+@pytest.mark.parametrize("how", ["fin", "close", "rst"])
+async def test_an_end_without_a_goodbye_leaves_nothing_to_collect(how: str, authority: Authority) -> None:
+    """Of an idle client, of one with a stream, and of an engine."""
+    async with fakes("tiny") as (engine,), secured("both", engine.url, authority) as path:
+        assert path.edge is not None
+        connections = path.relay.worker.connections
+        with nothing_unreachable():
+            async with await path.connect() as client:
+                assert (await client.ask(request())).end == "whole"
+                client.leave(how)
+                await until(lambda: not connections)
+            engine.hold()
+            async with await path.connect() as client:
+                await client.send(request())
+                await until(lambda: len(engine.asked) == 2)
+                client.leave(how)
+                await until(lambda: not connections)
+            engine.gate.set()
+            path.edge.says_goodbye = False
+            engine.answer, engine.then = b"HTTP/1.1 200 OK\r\nconnection: close\r\n\r\n{}", "fin"
+            assert (await path.ask(request())).end == "rst"  # that may not be all
+            await until(lambda: not connections)
 
 
 @pytest.mark.parametrize("side", ["engine", "both"])
