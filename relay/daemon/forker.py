@@ -9,6 +9,7 @@ shares its memory, and needs no passing on of sockets and shared memory.
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import select
@@ -157,10 +158,13 @@ def _serve(sock: socket.socket, work: Callable[[int, socket.socket], int]) -> in
                 return _wait_for_all()
             slot = int.from_bytes(data, "big")
             try:
+                if not fds:  # there was no room for it
+                    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
                 pid = os.fork()
             except OSError as exc:
                 say(f"relay: cannot fork a worker: {exc.strerror}; trying again", Priority.ERROR)
-                os.close(fds[0])
+                for fd in fds:
+                    os.close(fd)
                 _tell(sock, NotForked(slot))
                 continue
             if not pid:
