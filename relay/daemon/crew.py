@@ -39,6 +39,8 @@ STEADY_S: Final = 10.0
 TELL_S: Final = 0.05
 #: How often they are tried to be told where descriptors are short.
 RETRY_S: Final = 0.5
+#: How long a worker whose channel has ended may take to end, before another begins beside it.
+END_S: Final = 0.5
 #: How long a worker may take to answer, or to take on a change, before others go on without it.
 ANSWER_S: Final = 2.0
 #: What may wait for a worker that does not read, beyond what is always told: of decoders' messages.
@@ -80,6 +82,7 @@ class Crew:
         self._membership = Membership(service, scoreboard)
         self._workers: list[_Worker] = []
         self._nursery: trio.Nursery | None = None
+        self._count = 0  #: of those there are to be
         self._version = 1  #: of the fleet as the workers know it, or are about to
         self._questions = 0
         self._has_changed = trio.Event()
@@ -149,6 +152,7 @@ class Crew:
         """Has so many workers, at most `most_workers`: others begin, or the last drain and are not replaced."""
         if self._nursery is None or self._is_ending:
             return
+        self._count = count
         staying = [worker for worker in self._workers if not worker.is_leaving]
         for worker in staying[count:]:
             worker.is_leaving = True
@@ -180,6 +184,7 @@ class Crew:
                 worker.is_alive = True
                 with sock:
                     await self._listen_to(worker, Channel(sock))
+                await self._replace_if_it_lives_on(worker)
                 while worker.is_alive:  # it goes on writing in its slot, where there is no room for two
                     await self._see_off(worker)
                 worker.pid = None
@@ -192,6 +197,16 @@ class Crew:
             delay_s = min(2 * delay_s, LONGEST_DELAY_S)
         self._workers.remove(worker)
         self.fleet_changed()
+
+    async def _replace_if_it_lives_on(self, worker: _Worker) -> None:
+        """A worker that can be told nothing any more drains: another begins in another place, where there is one."""
+        with trio.move_on_after(END_S):
+            while worker.is_alive:
+                await self._news.wait()
+            return
+        if not self._is_over(worker) and len(self._workers) < self._scoreboard.room:
+            worker.is_leaving = True
+            self.resize(self._count)
 
     async def _retire(self, worker: _Worker) -> None:
         """Has a worker drain."""
@@ -295,13 +310,16 @@ class Crew:
         """Waits until all workers know of the changes so far. Raises ValueError where one does not answer."""
         wanted = self._version + self._has_changed.is_set()
         with trio.move_on_after(ANSWER_S):
-            while late := [
-                worker for worker in self._workers if worker.channel is not None and worker.confirmed < wanted
-            ]:
+            while late := [worker for worker in self._workers if self._is_late(worker, wanted)]:
                 await self._news.wait()
             return
-        names = ", ".join(f"{worker.number} (pid {worker.pid})" for worker in late)
+        names = ", ".join(f"{worker.number} ({f'pid {worker.pid}' if worker.pid else 'to begin'})" for worker in late)
         raise ValueError(f"not confirmed within {ANSWER_S:g} s by worker {names}")
+
+    def _is_late(self, worker: _Worker, wanted: int) -> bool:
+        """Whether a worker has yet to know of a change, be it one that has yet to begin."""
+        is_told = worker.channel is not None or not self._is_over(worker)
+        return is_told and worker.confirmed < wanted
 
     async def _tell_changes(self) -> None:
         while True:

@@ -35,18 +35,24 @@ class Garbage:
         young, middle, _ = gc.get_threshold()
         gc.set_threshold(young, middle, _NEVER)
         self.collections = 0
-        self._statm = os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)  # once: later there may be none to be had
+        try:
+            self._statm = os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)  # now: later there may be none
+        except OSError:  # there is no /proc: the time decides alone
+            self._statm = -1
         self._most_bytes = _most_beside(self.resident_bytes())
         self._last = time.monotonic()
 
     def __del__(self) -> None:
-        os.close(self._statm)
+        if self._statm >= 0:
+            os.close(self._statm)
 
     def __repr__(self) -> str:
         return f"<Garbage collections={self.collections} at {self._most_bytes} bytes>"
 
     def resident_bytes(self) -> int:
-        """The memory of this process (proc_pid_statm(5))."""
+        """The memory of this process (proc_pid_statm(5)); 0 where that is not to be had."""
+        if self._statm < 0:
+            return 0
         return int(os.pread(self._statm, 256, 0).split()[1]) * _PAGE_BYTES
 
     async def watch(self) -> None:

@@ -53,7 +53,7 @@ async def reload_and_tell(
         told = "reloaded, but "
         await settle()
     except (ValueError, OSError) as problem:
-        reason = getattr(problem, "strerror", None) or problem
+        reason = getattr(problem, "strerror", None) or str(problem)  # and not itself, whose frames hold this one
         say(f"relay: {told}{reason}", Priority.ERROR)
         raise ValueError(f"{told}{reason}") from None
     say(f"relay: {_success(left)}", Priority.NOTICE)

@@ -34,9 +34,9 @@ CONFIG = Config(pools=(PoolConfig(upstreams=(parse_upstream("http://a:1"),), max
 class Place:
     """A crew of one, whose worker is the test."""
 
-    def __init__(self) -> None:
+    def __init__(self, room: int = 1) -> None:
         self.forker = Unforked()
-        self.scoreboard = Scoreboard(1)
+        self.scoreboard = Scoreboard(room)
         self.listeners = Listeners()
         service = Service(CONFIG, Pump(), None)
         self.crew = Crew(service, self.scoreboard, self.forker, self.listeners)  # type: ignore[arg-type]
@@ -47,10 +47,10 @@ class Place:
         return self.scoreboard.slots[0].held[0]
 
     @asynccontextmanager
-    async def begun(self) -> AsyncIterator[Channel]:
+    async def begun(self, slot: int = 0) -> AsyncIterator[Channel]:
         """The next worker's end of its channel."""
-        await until(lambda: 0 in self.forker.ends)
-        with self.forker.ends.pop(0) as sock:
+        await until(lambda: slot in self.forker.ends)
+        with self.forker.ends.pop(slot) as sock:
             channel = Channel(sock)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(channel.deliver)
@@ -95,6 +95,35 @@ async def test_a_slot_has_one_writer(nursery: trio.Nursery, place: Place) -> Non
     async with place.begun() as worker:
         assert (place.held, PID in place.crew.pids) == (0, False)
         assert [type(order) for order in await told(worker, 2)] == [Semaphores, Fleet]
+    nursery.cancel_scope.cancel()
+
+
+async def test_a_worker_that_cannot_be_told_is_replaced_while_it_drains(
+    nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(crew_module, "END_S", 0.001)
+    place = Place(room=2)
+    nursery.start_soon(place.crew.run, lambda: 1, lambda: None)
+    async with place.begun():
+        await place.forker.events.send(Forked(0, PID))
+        await until(lambda: PID in place.crew.pids)
+        place.scoreboard.slots[0].held[0] = 2
+    place.crew.fleet_changed()
+    async with place.begun(1) as other, trio.open_nursery() as settling:
+        settling.start_soon(place.crew.settle)
+        await place.forker.events.send(Forked(1, PID + 1))
+        await trio.testing.wait_all_tasks_blocked()
+        assert len(settling.child_tasks) == 1  # it waits for the other
+        while settling.child_tasks:
+            with trio.move_on_after(0.01):
+                order = await other.receive()
+                if isinstance(order, Fleet):
+                    other.send(Done(order.serial))
+        assert place.held == 2
+        await place.forker.events.send(Ended(PID, 0))
+        await until(lambda: place.held == 0)
+        assert PID not in place.crew.pids
+        assert place.forker.ends == {}
     nursery.cancel_scope.cancel()
 
 

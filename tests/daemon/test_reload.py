@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
 import socket
+import weakref
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from pathlib import Path
@@ -229,3 +231,28 @@ async def test_a_worker_that_does_not_answer_is_told_of(
         assert (got.status, json.loads(got.body)) == (400, {"error": f"{done}, but {unconfirmed}"})
     forker.ends[0].close()
     nursery.cancel_scope.cancel()
+
+
+async def test_a_failed_reload_keeps_nothing() -> None:
+    """Its error goes with the last reference, and with it the frames that hold the configuration."""
+
+    class WrongError(ValueError):
+        pass
+
+    kept: list[weakref.ref[WrongError]] = []
+
+    async def fail() -> str:
+        try:
+            raise WrongError("the file is wrong")
+        except WrongError as error:
+            kept.append(weakref.ref(error))
+            raise
+
+    gc.disable()
+    try:
+        for _ in range(3):
+            with suppress(ValueError):
+                await reload_and_tell(fail)
+        assert [ref() for ref in kept] == [None] * 3
+    finally:
+        gc.enable()
