@@ -242,6 +242,7 @@ async def test_a_failed_reload_keeps_nothing() -> None:
     kept: list[weakref.ref[WrongError]] = []
 
     async def fail() -> str:
+        await trio.lowlevel.checkpoint()
         try:
             raise WrongError("the file is wrong")
         except WrongError as error:
