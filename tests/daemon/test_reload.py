@@ -222,7 +222,7 @@ async def test_a_worker_that_does_not_answer_is_told_of(
 
     roster = Roster(service, workers.fleet_changed)
     admin = Admin(service, roster, lambda: reload_and_tell(reload, workers.settle), workers)
-    unconfirmed = "not confirmed within 0.01 s by worker 1 (pid None)"
+    unconfirmed = "not confirmed within 0.01 s by worker 1 (to begin)"
     got = await admin.answer(b"POST", b"/-/reload")
     assert (got.status, json.loads(got.body)) == (400, {"error": f"reloaded, but {unconfirmed}"})
     assert capsys.readouterr().err == f"relay: reloaded, but {unconfirmed}\n"
