@@ -201,7 +201,7 @@ class FrameRelay:
         if boundary < 0:
             if self.is_unaligned:
                 payload.append(view[begin:end])
-                self._last_bytes = (self._last_bytes + view[begin:end])[-_LONGEST_BLANK:]
+                self._last_bytes = (self._last_bytes + view[max(begin, end - _LONGEST_BLANK) : end])[-_LONGEST_BLANK:]
                 return
             self.pending += view[begin:end]
             if len(self.pending) > self.max_frame_bytes:
