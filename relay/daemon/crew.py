@@ -66,7 +66,7 @@ class _Worker:
         self.sockets: list[int] = []  #: likewise, listening ones by number
         self.told = 0  #: the last change it was told of
         self.confirmed = 0  #: the last it has taken on
-        self.is_leaving = False  #: there are to be fewer
+        self.is_leaving = False  #: nobody is to come to its place: there are to be fewer, or another place is filled
         self.answers: dict[int, bytes | None] = {}  #: to what it was asked, None: not yet
         self.owed = 0
 
