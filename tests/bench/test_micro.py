@@ -91,7 +91,9 @@ def test_a_server_may_say_more_than_where_it_listens() -> None:
     assert server.has_ended
 
 
-@pytest.mark.parametrize(("what", "names"), [("balance", {"balance", "key_us"}), ("metrics", {"metrics"})])
+@pytest.mark.parametrize(
+    ("what", "names"), [("balance", {"balance", "key_us"}), ("metering", {"metering"}), ("metrics", {"metrics"})]
+)
 def test_other_parts(what: str, names: set[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "micro.json"
     assert cli.main(["micro", what, "--quick", "--json", str(file)]) == 0

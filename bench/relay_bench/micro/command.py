@@ -12,7 +12,7 @@ import msgspec
 import relay
 from relay_bench.crowd import MeasureError
 from relay_bench.load import results
-from relay_bench.micro import balance, metrics, process, pure
+from relay_bench.micro import balance, metering, metrics, process, pure
 from relay_bench.micro.table import print_table
 from relay_bench.servers import StartError
 
@@ -39,8 +39,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="relay-bench micro", description="What a frame costs the relay: pure parts, and the running process."
     )
     parser.add_argument(
-        "what", nargs="?", choices=("balance", "metrics"),
-        help="instead: what picking an upstream costs; what counting costs",
+        "what", nargs="?", choices=("balance", "metering", "metrics"),
+        help="instead: what picking an upstream costs; what metering costs a frame; what counting costs",
     )  # fmt: skip
     parser.add_argument("--json", metavar="FILE", help="write all figures there, too")
     parser.add_argument("--only", choices=("pure", "process"), help="one half of what a frame costs (default: both)")
@@ -55,6 +55,8 @@ def _measured(chosen: argparse.Namespace) -> dict[str, Any]:
     """What was asked for, measured and printed. Raises `MeasureError`, `StartError`."""
     if chosen.what == "balance":
         return balance.shown(quick=chosen.quick)
+    if chosen.what == "metering":
+        return metering.shown(quick=chosen.quick)
     if chosen.what == "metrics":
         return metrics.shown(quick=chosen.quick)
     result: dict[str, Any] = {"frame_bytes": pure.FRAME_BYTES}

@@ -87,21 +87,21 @@ def measure(*, quick: bool = False, nginx: str = "nginx") -> list[ProcessCost]:
     """All tests, on the relay and, where there is one, on nginx. Raises `MeasureError`, `StartError`."""
     processes.raise_descriptor_limit()  # 1,000 streams, in the engine too, which inherits it
     requests = 40 if quick else 4000
-    with _cores() as (own, other), contextlib.ExitStack() as stack:
-        engine = stack.enter_context(_engine(own))
-        proxies = {"relay": stack.enter_context(_relay(engine.url, other))}
+    with cores() as (own, other), contextlib.ExitStack() as stack:
+        behind = stack.enter_context(engine(own)).url
+        proxies = {"relay": stack.enter_context(relay(behind, other))}
         if (openssl := shutil.which("openssl")) is not None:
-            proxies["TLS"] = stack.enter_context(_relay_with_tls(engine.url, other, openssl))
+            proxies["TLS"] = stack.enter_context(_relay_with_tls(behind, other, openssl))
         beside = None if quick or nginx == "off" else shutil.which(nginx)
         if beside is None and not quick and nginx not in ("off", "nginx"):
             raise MeasureError(f"--nginx: {nginx} is not a program")
         if beside is not None and not NGINX_CONF.exists():
             print("nginx is left out: bench/nginx/nginx.conf is in a checkout only", file=sys.stderr)
         elif beside is not None:
-            proxies["nginx"] = stack.enter_context(_nginx(beside, engine.url, other))
+            proxies["nginx"] = stack.enter_context(_nginx(beside, behind, other))
         costs = []
         for test in _QUICK_TESTS if quick else TESTS:
-            costs += [_measure_streams(name, proxy, test) for name, proxy in proxies.items()]
+            costs += [measure_streams(name, proxy, test) for name, proxy in proxies.items()]
         costs += [_measure_short(name, proxy, requests) for name, proxy in proxies.items()]
         return costs
 
@@ -123,7 +123,8 @@ def rows(costs: Sequence[ProcessCost]) -> tuple[tuple[str, ...], list[tuple[str,
 # -- the tests
 
 
-def _measure_streams(name: str, proxy: Server, test: StreamTest) -> ProcessCost:
+def measure_streams(name: str, proxy: Server, test: StreamTest) -> ProcessCost:
+    """What a frame costs a proxy in a test. Raises `MeasureError`."""
     request = _request(_ENDLESS, f"x-sim-step-ms: {test.step_ms:g}\r\n")
     with Crowd(name, proxy.address, test.streams, proxy.tls) as crowd:
         crowd.ask(request)
@@ -174,15 +175,17 @@ def _request(tokens: int, fields: str, body_bytes: int = 0) -> bytes:
 
 
 @contextlib.contextmanager
-def _engine(core: int | None) -> Iterator[Server]:
+def engine(core: int | None) -> Iterator[Server]:
+    """The built-in engine, on a core. Raises `StartError`."""
     command = [sys.executable, "-m", "relay_bench", "engine", "--listen", "127.0.0.1:0", "--max-seqs", "100000"]
     with _pinned("engine", command, core) as server:
         yield server
 
 
 @contextlib.contextmanager
-def _relay(engine_url: str, core: int | None, *flags: str) -> Iterator[Server]:
-    command = [sys.executable, "-m", "relay", "serve", "--listen", "127.0.0.1:0", "--admin", "off"]
+def relay(engine_url: str, core: int | None, *flags: str, program: str = "relay") -> Iterator[Server]:
+    """A relay of one worker before an engine, on a core; `program` is the module that is run. Raises `StartError`."""
+    command = [sys.executable, "-m", program, "serve", "--listen", "127.0.0.1:0", "--admin", "off"]
     command += ["--upstream", engine_url, "--log-format", "off", "--drain-s", "0", "--workers", "1"]
     command += flags
     with _pinned("relay", command, core) as server:
@@ -198,7 +201,7 @@ def _relay_with_tls(engine_url: str, core: int | None, openssl: str) -> Iterator
         command += ["-subj", "/CN=localhost", "-out", str(cert), "-keyout", str(key)]
         subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
         conf.write_text(f'[listen]\ntls = {{ cert = "{cert}", key = "{key}" }}\n')
-        with _relay(engine_url, core, "--config", str(conf)) as server:
+        with relay(engine_url, core, "--config", str(conf)) as server:
             yield server
 
 
@@ -235,7 +238,7 @@ def _nginx(program: str, engine_url: str, core: int | None) -> Iterator[Server]:
 
 
 @contextlib.contextmanager
-def _cores() -> Iterator[tuple[int | None, int | None]]:
+def cores() -> Iterator[tuple[int | None, int | None]]:
     """A core for engine and client, to which this process is kept meanwhile, and one for the proxy measured."""
     before = os.sched_getaffinity(0)
     if len(before) < 2:
