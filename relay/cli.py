@@ -66,8 +66,9 @@ def _serve(arguments: argparse.Namespace) -> int:
     def override(config: Config) -> Config:
         return _with_flags(config, arguments)
 
-    from relay.daemon import supervisor
+    from relay.daemon import process, supervisor
 
+    process.hold_reload()
     if arguments.config is None:
         return supervisor.run(settings.check(override(Config()), source="relay serve"))
 
@@ -96,8 +97,8 @@ def _check(arguments: argparse.Namespace) -> int:
         errors.append(str(error))
     try:
         tls.read(config)
-    except tls.TlsError as error:
-        errors.append(f"{arguments.config}:{error}")
+    except tls.TlsErrors as error:
+        errors += [f"{arguments.config}:{problem}" for problem in error.problems]
     warnings = [Problem(doubt.key, f"warning: {doubt.message}").line(arguments.config) for doubt in doubts]
     for line in (*errors, *warnings):
         print(line, file=sys.stderr)

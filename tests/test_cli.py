@@ -526,12 +526,14 @@ def test_check_reads_all_other_files(
 ) -> None:
     none = tmp_path / "none"
     path = file(
+        f"[listen]\ntls = {{ cert = '{none}', key = '{none}' }}\n"
         f"[[pool]]\nupstreams = ['http://a:1', {{ url = 'https://b:2', ca = '{none}' }}]\n[auth]\nkeys_file = '{none}'"
     )
     assert main(["check", "--config", path]) == 2
     assert capsys.readouterr().err.splitlines() == [
         f"{none}: cannot be read: No such file or directory (auth.keys_file)",
         f"{path}:pool[0].upstreams[1].ca: {none}: cannot be read: No such file or directory",
+        f"{path}:listen.tls.cert: {none}: cannot be read: No such file or directory",
     ]
 
 

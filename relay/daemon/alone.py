@@ -14,9 +14,9 @@ from relay.config import Config
 from relay.daemon import systemd
 from relay.daemon.garbage import Garbage
 from relay.daemon.listeners import Listeners, announce
-from relay.daemon.process import record_sink, tell_of_drain
+from relay.daemon.process import receive_signals, record_sink, tell_of_drain
 from relay.daemon.records import RecordWriter
-from relay.daemon.reload import reload_for_systemd
+from relay.daemon.reload import ReloadBySignal
 from relay.daemon.worker import Worker
 from relay.net.callbacks import ListenError
 from relay.net.guard import Guard
@@ -37,7 +37,7 @@ async def serve(
     sink = partial(record_sink, writer)
     worker = Worker(config, listeners, sink, admin, load_config, guard=guard, tls_context=tls_context)
     writer.on_drop = worker.service.tally.records_dropped
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+    with receive_signals() as signals:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(writer.run)
             nursery.start_soon(obey, worker, signals, nursery)
@@ -61,9 +61,10 @@ async def serve(
 
 async def obey(worker: Worker, signals: AsyncIterator[int], nursery: trio.Nursery) -> None:
     """SIGHUP reloads, in the background; the first signal to stop drains, the second cuts."""
+    by_signal = ReloadBySignal(worker.reload, lambda: worker.is_serving)
     async for number in signals:
         if number == signal.SIGHUP:
-            nursery.start_soon(reload_for_systemd, worker.reload, lambda: worker.is_serving)
+            nursery.start_soon(by_signal.run)
         elif not worker.service.is_ready:
             worker.cut()
         else:

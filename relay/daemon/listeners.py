@@ -22,7 +22,7 @@ BACKLOG: Final = 4096
 
 
 class StartError(ValueError):
-    """The daemon cannot listen where it should; the message says what to do."""
+    """The daemon cannot begin, or listen where it should; the message says what to do."""
 
 
 class _Own:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import resource
-from collections.abc import Callable
+import signal
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
 from typing import Final
 
 import trio
@@ -12,6 +14,7 @@ import trio
 from relay.config import Config, LogConfig
 from relay.core.timeline import Record, record_text
 from relay.daemon import systemd
+from relay.daemon.listeners import StartError
 from relay.daemon.records import RecordWriter
 
 #: Seconds that cut exchanges get for their error frames.
@@ -20,6 +23,8 @@ CUT_S: Final = 3.0
 GRACE_S: Final = 5.0
 #: How often systemd is told how a drain goes on.
 DRAIN_TOLD_S: Final = 5.0
+#: Fewer descriptors are no limit to serve under: the processes themselves have some twenty.
+_LEAST_DESCRIPTORS: Final = 64
 
 
 def count_of(config: Config) -> int:
@@ -29,9 +34,27 @@ def count_of(config: Config) -> int:
 
 
 def raise_descriptor_limit() -> None:
-    """Two descriptors per stream: takes what the hard limit allows, as nginx's worker_rlimit_nofile would."""
+    """Two descriptors per stream: takes what the hard limit allows, as nginx's worker_rlimit_nofile would.
+
+    Raises StartError where that is next to nothing.
+    """
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    if 0 <= hard < _LEAST_DESCRIPTORS:  # less: RLIM_INFINITY
+        raise StartError(f"open files are limited to {hard}; raise that (ulimit -Hn, LimitNOFILE=): 2 for each stream")
+
+
+def hold_reload() -> None:
+    """From now on a SIGHUP waits until `receive_signals`; it would end a process that does not listen for it yet."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+
+
+@contextmanager
+def receive_signals() -> Iterator[AsyncIterator[int]]:
+    """The signals to stop and to reload as they come, first of all the one that was held."""
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
+        yield signals
 
 
 def record_sink(writer: RecordWriter, config: LogConfig) -> Callable[[Record], None] | None:

@@ -60,19 +60,29 @@ async def reload_and_tell(
     return left
 
 
-async def reload_for_systemd(reload: Callable[[], Awaitable[str]], is_serving: Callable[[], bool]) -> None:
-    """Reloads by `reload_and_tell`, and has ``systemctl status`` show what came of it.
+class ReloadBySignal:
+    """What SIGHUP does: `reload_and_tell`, and ``systemctl status`` shows what came of it.
 
-    As long as it `is_serving`: a service that has not been announced yet, or drains, must not say that it is ready.
+    As long as the daemon `is_serving`: one that has not been announced yet, or drains, must not say that it is ready.
+    Each signal has its turn, as systemd would take the end of the first reload for that of all.
     """
-    if is_serving():
-        systemd.reloading("reading the configuration")
-    try:
-        told = _success(await reload())
-    except ValueError as problem:
-        told = str(problem)
-    if is_serving():
-        systemd.ready(told)
+
+    def __init__(self, reload: Callable[[], Awaitable[str]], is_serving: Callable[[], bool]) -> None:
+        self._reload = reload
+        self._is_serving = is_serving
+        self._turn = trio.Lock()
+
+    async def run(self) -> None:
+        """Reloads once. Raises nothing: a configuration that cannot be used has been told of."""
+        async with self._turn:
+            if self._is_serving():
+                systemd.reloading("reading the configuration")
+            try:
+                told = _success(await self._reload())
+            except ValueError as problem:
+                told = str(problem)
+            if self._is_serving():
+                systemd.ready(told)
 
 
 def _success(left: str) -> str:

@@ -24,8 +24,8 @@ from relay.daemon.crew import Crew
 from relay.daemon.exposure import exposures, warn_of
 from relay.daemon.forker import Forker
 from relay.daemon.listeners import Listeners, StartError, announce, open_listeners
-from relay.daemon.process import CUT_S, GRACE_S, count_of, raise_descriptor_limit, tell_of_drain
-from relay.daemon.reload import left_for_restart, read_again, reload_and_tell, reload_for_systemd
+from relay.daemon.process import CUT_S, GRACE_S, count_of, raise_descriptor_limit, receive_signals, tell_of_drain
+from relay.daemon.reload import ReloadBySignal, left_for_restart, read_again, reload_and_tell
 from relay.daemon.scoreboard import Scoreboard
 from relay.net import tls
 from relay.net.admin import Admin
@@ -45,13 +45,13 @@ ROOM: Final = 64
 def run(config: Config, load_config: Callable[[], Config] | None = None) -> int:
     """Runs the daemon until SIGTERM or SIGINT; the process's exit status. `load_config` reads it again: SIGHUP."""
     try:
+        raise_descriptor_limit()
         guard, tls_context = Guard.read(config.auth), tls.read(config)
         listeners, admin = open_listeners(config)
     except (GuardError, StartError, tls.TlsError) as exc:
         say(f"relay: {exc}", Priority.ERROR)
         return 1
     warn_of(exposures(listeners.sockets, guard))
-    raise_descriptor_limit()
     if (count := count_of(config)) == 1:
         return trio.run(alone.serve, config, guard, tls_context, listeners, admin, load_config)
     scoreboard = Scoreboard(max(ROOM, 2 * count))
@@ -106,7 +106,7 @@ class Supervisor:
         return self._status
 
     async def _run(self) -> None:
-        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+        with receive_signals() as signals:
             try:
                 prepared = await self._callbacks.prepare(self.service.config)
             except ListenError as exc:
@@ -146,9 +146,10 @@ class Supervisor:
 
     async def obey(self, signals: AsyncIterator[int], nursery: trio.Nursery) -> None:
         """SIGHUP reloads, in the background; the first signal to stop drains, the second cuts."""
+        by_signal = ReloadBySignal(self.reload, lambda: self._is_serving)
         async for number in signals:
             if number == signal.SIGHUP:
-                nursery.start_soon(reload_for_systemd, self.reload, lambda: self._is_serving)
+                nursery.start_soon(by_signal.run)
             elif self.service.is_ready:
                 self.stop()
             else:

@@ -23,6 +23,14 @@ class TlsError(ValueError):
     """A file of certificates or keys cannot be used; the message says which, and why."""
 
 
+class TlsErrors(TlsError):
+    """All `problems` there are with files."""
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("; ".join(problems))
+        self.problems = problems
+
+
 class TlsListener(socket.socket):
     """A listening socket whose clients speak TLS."""
 
@@ -161,10 +169,22 @@ def client_context(ca: str = "") -> ssl.SSLContext:
 def read(config: Config) -> ssl.SSLContext | None:
     """Reads all files of TLS that `config` names; the `server_context`, where listeners are to have one.
 
-    The system's own certificates are read once in the life of a process. Raises TlsError: nothing has changed.
+    The system's own certificates are read once in the life of a process. Raises TlsErrors: nothing has changed.
     """
-    contexts = {ca: _client_context(ca, setting) if ca else client_context() for ca, setting in _used(config).items()}
-    server = server_context(config.listen.tls) if config.listen.tls is not None else None
+    problems: list[str] = []
+    contexts: dict[str, ssl.SSLContext] = {}
+    for ca, setting in _used(config).items():
+        try:
+            contexts[ca] = _client_context(ca, setting) if ca else client_context()
+        except TlsError as error:
+            problems.append(str(error))
+    server = None
+    try:
+        server = server_context(config.listen.tls) if config.listen.tls is not None else None
+    except TlsError as error:
+        problems.append(str(error))
+    if problems:
+        raise TlsErrors(problems)
     _trusted.update(contexts)
     return server
 

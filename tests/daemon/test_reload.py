@@ -23,7 +23,7 @@ from relay.core.auth import keys_line
 from relay.daemon import alone, crew, systemd
 from relay.daemon.crew import Crew
 from relay.daemon.listeners import Listeners
-from relay.daemon.reload import reload_and_tell, reload_for_systemd
+from relay.daemon.reload import ReloadBySignal, reload_and_tell
 from relay.daemon.scoreboard import Scoreboard
 from relay.daemon.supervisor import Supervisor
 from relay.daemon.worker import Worker
@@ -187,8 +187,26 @@ async def test_a_reload_during_which_a_drain_begins_does_not_end_in_ready(
         is_serving = ends_serving
         return ""
 
-    await reload_for_systemd(reload, lambda: is_serving)
+    await ReloadBySignal(reload, lambda: is_serving).run()
     assert sent == ["RELOADING=1", "READY=1"][: 1 + ends_serving]
+
+
+async def test_systemd_is_told_of_two_reloads_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[str] = []
+    monkeypatch.setattr(systemd, "notify", lambda *lines: sent.append(lines[0]))
+
+    async def reload() -> str:
+        sent.append("reload")
+        await trio.testing.wait_all_tasks_blocked()
+        if len(sent) < 3:
+            raise ValueError("a reason")
+        return ""
+
+    by_signal = ReloadBySignal(reload, lambda: True)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(by_signal.run)
+        nursery.start_soon(by_signal.run)
+    assert sent == ["RELOADING=1", "reload", "READY=1"] * 2
 
 
 async def test_a_reload_that_makes_room_for_bodies_lets_them_in(nursery: trio.Nursery) -> None:

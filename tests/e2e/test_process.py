@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -159,6 +160,41 @@ async def test_who_is_stopped_while_it_starts_says_nothing_of_being_ready(
                 assert await relay.ended() == 0
         assert b"READY=1" not in told
     assert relay.stderr == b""
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+async def test_a_reload_asked_for_before_anybody_listens_is_made(tmp_path: Path, workers: int, engine: Engine) -> None:
+    """The file is a pipe at first, so that it is known when it is read."""
+    path, other = tmp_path / "relay.toml", tmp_path / "other.toml"
+    os.mkfifo(path)
+    other.write_text(f"[daemon]\nworkers = {workers}\n[[pool]]\nupstreams = ['{engine.url}']\n")
+    fds: list[int] = []
+
+    def is_read() -> bool:
+        try:
+            fds.append(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
+        except OSError as exc:
+            assert exc.errno == errno.ENXIO
+            return False
+        return True
+
+    async with relay_serve("--config", str(path)) as relay:
+        await until(is_read, START_S)
+        relay.signal(signal.SIGHUP)
+        os.write(fds[0], other.read_bytes())
+        other.replace(path)
+        os.close(fds[0])
+        await relay.prints(lambda: b"relay: reloaded\n" in relay.stderr)
+        relay.signal(signal.SIGTERM)
+        assert await relay.ended() == 0
+
+
+def test_next_to_no_descriptors() -> None:
+    command = [sys.executable, "-m", "relay", "serve", "--listen", "127.0.0.1:0", "--upstream", "http://127.0.0.1:1"]
+    shell = ["sh", "-c", 'ulimit -n 40; exec "$0" "$@"']
+    ended = subprocess.run([*shell, *command], capture_output=True, check=False, text=True, timeout=START_S)
+    said = "relay: open files are limited to 40; raise that (ulimit -Hn, LimitNOFILE=): 2 for each stream\n"
+    assert (ended.returncode, ended.stderr) == (1, said)
 
 
 async def test_drain_s_is_a_limit(engine: Engine) -> None:
