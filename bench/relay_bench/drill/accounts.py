@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from datetime import datetime
 from typing import TYPE_CHECKING, Final
 
 import msgspec
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
     from relay_bench.drill.mixed import Asked, Seen
     from relay_bench.drill.report import Report
 
 #: A record's outcome where all went well.
 _NORMAL: Final = "--"
+#: An engine logs an answer behind its last byte: how soon after that a killed one may not have, seconds.
+_UNLOGGED_S: Final = 0.25
 #: Examples shown of what does not agree.
 _EXAMPLES: Final = 3
 
@@ -24,6 +27,7 @@ Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 class Entry(msgspec.Struct):
     """What is looked at of a record."""
 
+    ts: datetime
     id: str | None
     outcome: str
     status: int | None
@@ -73,10 +77,17 @@ class Differences:
 class Accounts:
     """Takes in records, one by one, and compares."""
 
-    def __init__(self, visits: Mapping[str, tuple[Asked, Seen]], work: Mapping[str, list[Work]], rogue: str) -> None:
+    def __init__(
+        self,
+        visits: Mapping[str, tuple[Asked, Seen]],
+        work: Mapping[str, list[Work]],
+        rogue: str,
+        deaths: Mapping[str, Sequence[float]],
+    ) -> None:
         self._visits = visits
         self._work = work  #: of engines that give whole answers, by the id that the request had there
         self._rogue = rogue
+        self._deaths = deaths  #: of engines, by URL: the time of day
         self._ids: Counter[str] = Counter()
         self._claimed: set[str] = set()
         self.ended: Counter[tuple[str, str, str]] = Counter()  #: by pool, status and outcome
@@ -117,7 +128,12 @@ class Accounts:
                 check("client, record and request agree on tokens", is_right, (asked, seen, entry))
 
     def _compare_engine(self, entry: Entry, asked: Asked) -> None:
-        done = [work for work in self._work.get(entry.attempt_ids[-1], []) if work.state == "completed"]
+        logged = self._work.get(entry.attempt_ids[-1], [])
+        ended = entry.ts.timestamp()
+        if not logged and any(abs(died - ended) < _UNLOGGED_S for died in self._deaths.get(entry.upstream or "", ())):
+            self.sums["unlogged"] += 1
+            return
+        done = [work for work in logged if work.state == "completed"]
         is_right = len(done) == 1 and (bool(asked.fault) or done[0].tokens == asked.tokens)
         self._differences.check("what the records say was answered, one engine did, token for token", is_right,
                                 (asked, entry, done))  # fmt: skip

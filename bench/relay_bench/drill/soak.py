@@ -68,10 +68,15 @@ class Site:
         self._flags = flags
         self.groups: dict[str, list[EngineChild]] = {}
         self.all: list[EngineChild] = []
-        self.kills = 0
+        self.deaths: defaultdict[str, list[float]] = defaultdict(list)  #: of engines, by URL: the time of day
 
     def __repr__(self) -> str:
         return f"<Site {len(self.all)} engines so far, {self.kills} killed>"
+
+    @property
+    def kills(self) -> int:
+        """How many engines have been killed."""
+        return sum(map(len, self.deaths.values()))
 
     async def start(self, number: int) -> None:
         """Starts so many of each kind."""
@@ -93,7 +98,7 @@ class Site:
                 return
             before = self.groups[name][at]
             await before.kill()
-            self.kills += 1
+            self.deaths[before.url].append(time.time())
             await trio.sleep(down_s)
             again = self.groups[name][at] = await self._here.engine_again(before, *self._flags_of(name))
             self.all.append(again)
@@ -137,7 +142,7 @@ async def drill(scene: Scene, plan: Plan = FULL) -> Report:
             await engine.stop()
         nursery.cancel_scope.cancel()
         status, faults = relay.process.returncode, relay.faults
-        accounts = Accounts(visits, site.work(prefill=False), rogue.url)
+        accounts = Accounts(visits, site.work(prefill=False), rogue.url, site.deaths)
         for entry in relay.records_as(Entry):
             accounts.take(entry)
         prefills = sum(map(len, site.work(prefill=True).values()))
@@ -147,6 +152,7 @@ async def drill(scene: Scene, plan: Plan = FULL) -> Report:
         "engines killed": site.kills,
         "prefills": prefills,
         "failovers": accounts.sums["failovers"],
+        "answers whose engine was killed before it had logged them": accounts.sums["unlogged"],
     }
     _add_figures(report, plan, visits, accounts, more)
     accounts.judge(report, samples)
