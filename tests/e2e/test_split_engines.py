@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import socket
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
 from typing import Any, Final
 
 import msgspec
@@ -19,6 +20,7 @@ from relay_bench.engine import Engine, EngineConfig, serve_engine
 from relay_bench.engine.handover import CONNECTORS as ENGINES_CONNECTORS
 from tests.e2e.fleet import RunningFleet, running_fleet
 from tests.e2e.harness import Answer, ask, until
+from tests.e2e.secure import Authority, behind_tls
 
 #: In a decode leg that is refused the engine waits no longer than this.
 IMPATIENT: Final = 0.05
@@ -53,14 +55,19 @@ async def engine_of(nursery: trio.Nursery, connector: str, role: str, **settings
 
 
 @asynccontextmanager
-async def pair_of(connector: str, **settings: Any) -> AsyncIterator[Pair]:
-    async with trio.open_nursery() as nursery:
+async def pair_of(connector: str, authority: Authority | None = None, **settings: Any) -> AsyncIterator[Pair]:
+    """With an `authority`, both are behind TLS."""
+    async with trio.open_nursery() as nursery, AsyncExitStack() as stack:
         pair = Pair(*[await engine_of(nursery, connector, role, **settings) for role in ("prefill", "decode")])
         tables: list[Any] = []
         for engine in (pair.prefiller, pair.decoder):
             where = {"kv_address": f"127.0.0.1:{engine.kv_port}", "bootstrap_port": engine.kv_port}
             where["bootstrap"] = f"http://127.0.0.1:{engine.kv_port}"
-            tables.append(msgspec.structs.replace(parse_upstream(engine.url), **where))
+            upstream = parse_upstream(engine.url)
+            if authority is not None:
+                edge = await stack.enter_async_context(behind_tls(engine.url, authority.server()))
+                upstream = edge.as_upstream(authority.path)
+            tables.append(msgspec.structs.replace(upstream, **where))
         pool: dict[str, Any] = {"connector": connector, "prefill": (tables[0],), "decode": (tables[1],)}
         async with running_fleet(PoolConfig(**pool)) as pair.relay:
             yield pair
@@ -84,10 +91,11 @@ def test_the_engine_has_them_all() -> None:
 # -- through the relay
 
 
+@pytest.mark.parametrize("is_tls", [False, True], ids=["plain", "tls"])
 @pytest.mark.parametrize("stream", [True, False], ids=["stream", "json"])
 @pytest.mark.parametrize("connector", CONNECTORS)
-async def test_the_relay_keeps_to_the_handshake(connector: str, stream: bool) -> None:
-    async with pair_of(connector) as pair:
+async def test_the_relay_keeps_to_the_handshake(connector: str, stream: bool, is_tls: bool, tmp_path: Path) -> None:
+    async with pair_of(connector, Authority(tmp_path) if is_tls else None) as pair:
         for number in range(3):
             got = await chat(pair.relay.port, body_of(stream=stream), f"own-{number}")
             assert (got.status, got.end) == (200, "whole")
