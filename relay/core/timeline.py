@@ -25,18 +25,19 @@ class Timeline:
     """When an exchange passed which point."""
 
     __slots__ = (
-        "answered", "connect_s", "ended", "first_content_read", "first_content_sent", "head", "prefill_s",
+        "answered", "connect_s", "ended", "first_content_read", "first_content_sent", "head", "lost_s", "prefill_s",
         "prefilled", "prefilled_beside_s", "queue_s", "request_read", "request_sent", "request_started",
     )  # fmt: skip
 
     def __init__(self, request_started: float, request_read: float) -> None:
         self.request_started = request_started  #: the request's first byte was read
         self.request_read = request_read  #: its last byte was
-        self.queue_s = 0.0  #: waited for a place, in all attempts
+        self.queue_s: float | None = None  #: waited for a place; None: no place was asked for
         self.connect_s: float | None = None  #: spent dialling, in all attempts
         self.prefill_s: float | None = None  #: waited for the prefill leg, in all attempts; None: not a split request
         self.prefilled_beside_s = 0.0  #: the part of it that was spent beside the decode leg, and so not before it
         self.prefilled: float | None = None  #: the prefiller's answer was read
+        self.lost_s = 0.0  #: waited for engines in attempts that failed
         self.request_sent: float | None = None  #: the last attempt's request was on its way
         self.head: float | None = None  #: the answer's head was read
         self.answered: float | None = None  #: what is committed to was there: the head, or a stream's first frame
@@ -47,6 +48,12 @@ class Timeline:
     def add_connect(self, seconds: float) -> None:
         """Counts time spent until a connection was there."""
         self.connect_s = (self.connect_s or 0.0) + seconds
+
+    def give_up(self, now: float) -> None:
+        """The engine that was asked has failed: what it took is its time, and its marks are no answer's."""
+        if self.request_sent is not None:
+            self.lost_s += now - self.request_sent
+        self.request_sent = self.head = self.answered = None
 
     def add_prefill(self, seconds: float, *, is_beside: bool = False) -> None:
         """Counts time spent on a prefill leg, before the decode leg or beside it."""
@@ -67,12 +74,16 @@ class Timeline:
         return max(0.0, self.first_content_read - self.prefilled)
 
     def relay_s(self, until: float | None, answered: float | None) -> float | None:
-        """The relay's part of the time to `until`: less queue, dialling, prefill, and the engine's to `answered`."""
+        """The relay's part of the time to `until`: less what it waited for, the engine's to `answered` included."""
         if until is None or answered is None or self.request_sent is None:
             return None
+        return max(0.0, until - self.request_read - self.waited_s - (answered - self.request_sent))
+
+    @property
+    def waited_s(self) -> float:
+        """What was waited for before the last attempt's request was on its way: no part of it is the relay's."""
         prefill_s = (self.prefill_s or 0.0) - self.prefilled_beside_s
-        others = self.queue_s + (self.connect_s or 0.0) + prefill_s + (answered - self.request_sent)
-        return max(0.0, until - self.request_read - others)
+        return (self.queue_s or 0.0) + (self.connect_s or 0.0) + prefill_s + self.lost_s
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -215,12 +226,11 @@ def server_timing(timeline: Timeline, now: float) -> bytes:
         parts.append(f"queue;dur={timeline.queue_s * 1000:.3f}")
     if timeline.prefill_s is not None:
         parts.append(f"prefill;dur={timeline.prefill_s * 1000:.3f}")
-    if timeline.request_sent is None or timeline.head is None:
-        own = now - timeline.request_read - timeline.queue_s - (timeline.prefill_s or 0.0)
-    else:
-        engine = timeline.answered or timeline.head
-        parts.append(f"engine;dur={(engine - timeline.request_sent) * 1000:.3f}")
-        own = timeline.relay_s(now, engine) or 0.0
+    answered = timeline.answered or timeline.head
+    last_s = 0.0 if answered is None or timeline.request_sent is None else answered - timeline.request_sent
+    if engine_s := timeline.lost_s + last_s:
+        parts.append(f"engine;dur={engine_s * 1000:.3f}")
+    own = now - timeline.request_read - timeline.waited_s - last_s
     parts.append(f"relay;dur={max(0.0, own) * 1000:.3f}")
     return ", ".join(parts).encode("ascii")
 

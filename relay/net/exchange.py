@@ -133,6 +133,7 @@ class Exchange:
         ask = self._ask_for(self.pool)
         self.phase = Phase.QUEUE
         began = time.monotonic()
+        self.timeline.queue_s = 0.0
         place = self.pool.enter_now(ask)
         if place is None:
             try:

@@ -104,12 +104,12 @@ class Leg:
             await self._begin_answer(opening)
             exchange.timeline.answered = time.monotonic()
             return opening
-        except trio.TooSlowError:
+        except BaseException as exc:
             self.close(connection, is_reusable=False)
-            message = f"{self.upstream.config.url} sent no token within first_token_s = {limit_s:g} s"
-            raise UpstreamTimeout(message, phase=Phase.HEAD) from None
-        except BaseException:
-            self.close(connection, is_reusable=False)
+            exchange.timeline.give_up(time.monotonic())
+            if isinstance(exc, trio.TooSlowError):
+                message = f"{self.upstream.config.url} sent no token within first_token_s = {limit_s:g} s"
+                raise UpstreamTimeout(message, phase=Phase.HEAD) from None
             raise
 
     async def _begin_answer(self, opening: Opening) -> None:

@@ -318,6 +318,7 @@ class SplitAttempt:
             await see_second_frame(self._exchange.pair, opening)
         except BaseException as exc:
             leg.close(opening.connection, is_reusable=False)
+            self._exchange.timeline.give_up(time.monotonic())
             is_refusal = isinstance(exc, UpstreamAnswered) and exc.status < 500  # the request's own fault
             if isinstance(exc, ExchangeError) and exc.side is Side.UPSTREAM and not is_refusal:
                 note_failure(self._exchange, leg.upstream, exc)

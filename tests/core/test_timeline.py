@@ -62,8 +62,7 @@ def test_time_of_day_is_utc_in_milliseconds() -> None:
 
 def test_what_was_never_reached_is_null() -> None:
     fields = json.loads(record(timeline=Timeline(1.0, 1.25)).encode())
-    assert fields["queue_ms"] == 0
-    for name in ("connect_ms", "prefill_ms", "head_ms", "ttft_ms", "total_ms", "relay_ms"):
+    for name in ("queue_ms", "connect_ms", "prefill_ms", "head_ms", "ttft_ms", "total_ms", "relay_ms"):
         assert fields[name] is None
     for name in ("gap_p50_ms", "gap_p99_ms", "gap_max_ms", "prompt_tokens", "completion_tokens", "status", "cost"):
         assert fields[name] is None
@@ -127,6 +126,30 @@ def test_content_that_was_read_but_never_sent() -> None:
     made.first_content_sent = None
     assert record(timeline=made).ttft_ms is None
     assert record(timeline=made).total_ms == 2000.0
+
+
+def test_engines_that_failed_are_not_the_relays_time() -> None:
+    """The first is given up 1.5 s after it was asked, the second answers."""
+    made = timeline()  # of an attempt that began at 100.517: head after 50 ms, answered after 200
+    first = Timeline(request_started=100.0, request_read=100.5)
+    first.queue_s, first.connect_s = made.queue_s, made.connect_s
+    first.request_sent, first.head = 100.515, 100.516
+    first.give_up(102.015)
+    assert (first.lost_s, first.request_sent, first.head) == (1.5, None, None)
+    fields = record(timeline=first)
+    assert (fields.head_ms, fields.relay_ms) == (None, None)
+    assert server_timing(first, 102.017) == b"queue;dur=10.000, engine;dur=1500.000, relay;dur=3.000"
+    first.request_sent, first.head, first.answered = 102.017, 102.067, 102.217
+    first.first_content_read, first.first_content_sent = 102.217, 102.218
+    fields = record(timeline=first)
+    assert (fields.head_ms, fields.relay_ms, fields.ttft_ms) == (50.0, 4.0, 1718.0)
+    assert server_timing(first, 102.218) == b"queue;dur=10.000, engine;dur=1700.000, relay;dur=4.000"
+
+
+def test_an_engine_that_was_never_asked_has_lost_nothing() -> None:
+    made = Timeline(1.0, 1.0)
+    made.give_up(2.0)
+    assert made.lost_s == 0
 
 
 @pytest.mark.parametrize(("seconds", "ms"), [(0.0123456, 12.346), (0.0000004, 0.0), (1.0000006, 1000.001)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 from typing import Any
 
@@ -42,11 +43,26 @@ async def test_failures_before_the_first_byte_go_to_another_engine(how: str) -> 
                 bad.answer = answer(int(how)) if how.isdecimal() else b"SSH-2.0-x\r\n\r\n" if how == "no http" else b""
                 bad.then = how if how == "rst" else "fin"
             async with running_fleet(pool_of(url, good.url, balance="round_robin"), timeouts=timeouts) as relay:
+                engine_ms = []
                 for _ in range(2):  # whoever's turn is first
                     passed = await ask(relay.port, CHAT)
                     assert (passed.status, passed.payload, passed.end) == (200, STREAM, "whole")
+                    engine_ms += map(float, re.findall("engine;dur=([0-9.]+)", passed.headers["server-timing"]))
             assert sorted(outcome(record) for record in relay.records) == [("--", 200, 1), ("--", 200, 2)]
             assert {record.upstream for record in relay.records} == {good.url}
+            assert max(engine_ms) >= (1000 * SHORT_S if how == "silent" else 0)  # and not the relay's
+
+
+async def test_the_time_of_an_engine_that_says_nothing_is_not_the_relays() -> None:
+    async with fakes("a") as (engine,):
+        engine.hold()
+        async with running_fleet(pool_of(engine.url), timeouts=TimeoutsConfig(first_token_s=SHORT_S)) as relay:
+            got = await ask(relay.port, CHAT)
+            assert got.status == 504
+            (engine_ms,) = re.findall("engine;dur=([0-9.]+)", got.headers["server-timing"])
+            assert float(engine_ms) >= 1000 * SHORT_S
+            record = await relay.record()
+            assert (record.head_ms, record.relay_ms) == (None, None)
 
 
 @pytest.mark.parametrize("status", [400, 401, 404, 422, 429, 500, 501, 529])
