@@ -31,7 +31,7 @@ class RunningRelay:
     def __init__(self, config: Config, listener: socket.socket) -> None:
         self.records: list[Record] = []
         self._written = trio.Event()
-        self.worker = Worker(config, Listeners([listener]), lambda _: self._write, tls_context=tls.read(config))
+        self.worker = Worker(config, Listeners([listener]), lambda _: self._write, tls_context=tls.read(config).server)
         self.port: int = listener.getsockname()[1] if listener.family == socket.AF_INET else 0
 
     def _write(self, record: Record) -> None:

@@ -77,7 +77,7 @@ class Health:
     """The health of one upstream; `now` is seconds of one monotonic clock. Before its first probe it counts as up."""
 
     def __init__(self, rules: HealthRules, rng: Random) -> None:
-        self._rules = rules
+        self.rules = rules  #: may be replaced, when they are to be others from now on
         self._rng = rng
         self.is_probed = False  #: its first probe has ended
         self.is_up = True  #: the active verdict
@@ -116,7 +116,7 @@ class Health:
     def retry_after_s(self, now: float) -> float:
         """Seconds until it may be available, at the earliest."""
         if not self.is_up:
-            return (self._rules.successes - self._passes) * self._rules.interval_s
+            return (self.rules.successes - self._passes) * self.rules.interval_s
         if self.is_available(now):
             return 0.0
         return max(self.ejected_until - now, _TRIAL_S)
@@ -130,9 +130,9 @@ class Health:
         """
         self._passes = self._passes + 1 if ok else 0
         self._failures = 0 if ok else self._failures + 1
-        if self.is_up and not ok and (not self.is_probed or self._failures >= self._rules.failures):
+        if self.is_up and not ok and (not self.is_probed or self._failures >= self.rules.failures):
             self.is_up = False
-        elif not self.is_up and self._passes >= self._rules.successes:
+        elif not self.is_up and self._passes >= self.rules.successes:
             self.is_up = True
             # It has come back, probably as a new process: what the breaker knows is of the old one. One trial shows.
             self.ejected_until = min(self.ejected_until, now)
@@ -210,7 +210,7 @@ class Attempt:
         A gateway's status is a failure. Any other from 500 on says nothing, as it may be the request's fault; below
         that, the engine is well, whatever it thinks of the request.
         """
-        if status in self._health._rules.statuses:
+        if status in self._health.rules.statuses:
             self._end(True, now)
         else:
             self._end(None if status >= 500 else False, now)

@@ -388,10 +388,12 @@ class Crew:
                 worker.answers[serial] = None
                 worker.owed += 1
                 asked.append(worker)
-        with trio.move_on_after(ANSWER_S):
-            while any(worker.channel is not None and worker.answers[serial] is None for worker in asked):
-                await self._news.wait()
-        answers = [worker.answers.pop(serial) for worker in asked]
+        try:
+            with trio.move_on_after(ANSWER_S):
+                while any(worker.channel is not None and worker.answers[serial] is None for worker in asked):
+                    await self._news.wait()
+        finally:
+            answers = [worker.answers.pop(serial) for worker in asked]
         return [answer for answer in answers if answer is not None]
 
     def _send_all(self, message: Message) -> None:

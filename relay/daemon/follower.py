@@ -187,7 +187,7 @@ class Follower(Worker):
             self.service.reconfigure(config, Guard(config.auth, credentials))
             self.service.fleet.reconfigure(config)
             try:
-                self.tls_context = tls.read(config) or self.tls_context
+                self.take_on_tls(tls.read(config))
             except tls.TlsError as problem:  # the control process could use it a moment ago
                 say(f"relay: {problem}; what was read before stays in force", Priority.ERROR)
         self._shares.others = [self._scoreboard.slot(each).loads for each in order.workers if each != self._number]

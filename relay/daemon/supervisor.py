@@ -46,18 +46,19 @@ def run(config: Config, load_config: Callable[[], Config] | None = None) -> int:
     """Runs the daemon until SIGTERM or SIGINT; the process's exit status. `load_config` reads it again: SIGHUP."""
     try:
         raise_descriptor_limit()
-        guard, tls_context = Guard.read(config.auth), tls.read(config)
+        guard, files = Guard.read(config.auth), tls.read(config)
         listeners, admin = open_listeners(config)
     except (GuardError, StartError, tls.TlsError) as exc:
         say(f"relay: {exc}", Priority.ERROR)
         return 1
+    tls.take_on(files)
     warn_of(exposures(listeners.sockets, guard))
     if (count := count_of(config)) == 1:
-        return trio.run(alone.serve, config, guard, tls_context, listeners, admin, load_config)
+        return trio.run(alone.serve, config, guard, files.server, listeners, admin, load_config)
     scoreboard = Scoreboard(max(ROOM, 2 * count))
     limit_s = systemd.watchdog_s()
     beat_s = BEAT_S if limit_s is None else min(BEAT_S, limit_s / 8)
-    work = partial(follower.work, config, guard, tls_context, scoreboard, beat_s)
+    work = partial(follower.work, config, guard, files.server, scoreboard, beat_s)
     forker = Forker(work, [*listeners.sockets, *admin.sockets])
     try:
         supervisor = Supervisor(config, guard, listeners, admin, load_config, scoreboard, forker)
@@ -166,7 +167,7 @@ class Supervisor:
         """
         async with self._reloading:
             config, guard = read_again(self._load_config)
-            tls.read(config)
+            files = tls.read(config)
             count = count_of(config)
             if count > (most := self.crew.most_workers()):
                 raise ValueError(f"daemon.workers: {count} are too many; allowed without a restart: {most} at present")
@@ -183,6 +184,7 @@ class Supervisor:
                 raise
             for listener in gone:
                 listener.close()
+            tls.take_on(files)
             self.roster.reconfigure(config, guard)
             self._callbacks.take_on(prepared)
             self.crew.resize(count)

@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 ACCEPTS_PER_TURN: Final = 16
 #: How long accepting pauses when descriptors or memory have run out, or all connections there may be are busy.
 ACCEPT_PAUSE_S: Final = 0.1
+#: How often idle connections to engines are looked through, seconds; ``upstream_idle_s`` can be exceeded by as much.
+EXPIRY_LOOK_S: Final = 1.0
 #: Seconds between two complaints that accepting fails.
 COMPLAINT_S: Final = 10.0
 
@@ -112,7 +114,7 @@ class Worker:
         assert self._key_limits is not None
         async with self._reloading:
             config, guard = read_again(self._load_config)
-            tls_context = tls.read(config)
+            files = tls.read(config)
             prepared = await self._callbacks.prepare(config)
             try:
                 if not self.service.is_ready:
@@ -125,7 +127,7 @@ class Worker:
                 self._key_limits.settle(self.service.guard.limits)
                 raise
             self.take_on(config)
-            self.tls_context = tls_context or self.tls_context
+            self.take_on_tls(files)
             self.roster.reconfigure(config, guard)
             self._key_limits.settle(guard.limits)
             self._callbacks.take_on(prepared)
@@ -140,6 +142,11 @@ class Worker:
         """What a worker itself has of another configuration; its fleet's part is its fleet's."""
         self.budget.resize(config.limits.max_buffered_bytes)
         self.service.write_record = self._record_sink(config.log)
+
+    def take_on_tls(self, files: tls.Files) -> None:
+        """Certificates and keys that connections begin with from now on."""
+        tls.take_on(files)
+        self.tls_context = files.server or self.tls_context
 
     def accept_anew(self) -> None:
         """Accepts at the `listeners` there are now, and at no others."""
@@ -179,6 +186,7 @@ class Worker:
                     background.start_soon(self.pump.run_as_task)
                 self.service.drains.nursery = background
                 background.start_soon(self.service.tally.run, self.service)
+                background.start_soon(self._drop_expired)
                 await self.look_after_fleet(background)
                 self._begun.set()
                 async with trio.open_nursery() as self._handlers:
@@ -192,6 +200,12 @@ class Worker:
                         accepting.cancel_scope.cancel()
                     await self._drain(self._handlers)
                 background.cancel_scope.cancel()
+
+    async def _drop_expired(self) -> None:
+        """Closes connections to engines that nobody uses any more: traffic may have stopped."""
+        while True:
+            await trio.sleep(EXPIRY_LOOK_S)
+            self.service.fleet.drop_expired(self.service.config.timeouts.upstream_idle_s)
 
     async def open_callbacks(self) -> None:
         """Listens for decoders. Raises ListenError."""

@@ -104,7 +104,7 @@ class Admin:
                 method, answer = await self._answer_on(sock)
                 await sockets.send_all(sock, _head(answer) + (b"" if method == b"HEAD" else answer.body))
                 sock.shutdown(socket.SHUT_WR)
-                while await _receive(sock):
+                while await sockets.receive(sock):
                     pass  # what has not been read would reset the connection, and could lose the answer
             except (OSError, _Gone):
                 return
@@ -120,7 +120,7 @@ class Admin:
             while True:
                 event = connection.next_event()
                 if event is h11.NEED_DATA:
-                    data = await _receive(sock)
+                    data = await sockets.receive(sock)
                     if not data:
                         raise _Gone
                     connection.receive_data(data)
@@ -240,7 +240,12 @@ class Admin:
         instances = [wanted.instances] if isinstance(wanted.instances, str) else wanted.instances
         for pool in self._service.fleet.pools:
             if wanted.type in pool.groups:
-                for config in [_engine(each if "://" in each else f"http://{each}") for each in instances]:
+                configs = [_engine(each if "://" in each else f"http://{each}") for each in instances]
+                known = pool.groups[wanted.type].upstreams
+                if wrong := [config.url for config in configs if (config.url in known) is is_added]:
+                    is_in = "is in it already" if is_added else f"is not in it, but {', '.join(known) or 'nobody'}"
+                    raise RosterError(f"pool {pool.name} stays as it was: {', '.join(wrong)} {is_in}")
+                for config in configs:
                     if is_added:
                         self._roster.add(pool.name, wanted.type, config)
                     else:
@@ -279,12 +284,6 @@ class _Alone:
 
     async def settle(self) -> None:
         pass
-
-
-async def _receive(sock: socket.socket) -> bytes:
-    """The next bytes, after other tasks' turn: else a client that floods would hold up the streams, and its own end."""
-    await trio.lowlevel.wait_readable(sock)
-    return await sockets.receive(sock)
 
 
 def _engine(url: str) -> UpstreamConfig:

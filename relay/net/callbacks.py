@@ -10,6 +10,7 @@ taken the next time is closed without an answer, and one that never will be gets
 
 from __future__ import annotations
 
+import math
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
@@ -47,9 +48,13 @@ class ListenError(ValueError):
     """An address for decoders cannot be listened on; the message says why."""
 
 
-class _Listener(NamedTuple):
-    url: str
-    scope: trio.CancelScope
+class _Listener:
+    """One of them, accepting in a task of its own."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.scope = trio.CancelScope()
+        self.retires_at = math.inf  #: of trio's clock: when the last of those who were told of it have called
 
 
 class Prepared(NamedTuple):
@@ -96,21 +101,26 @@ class Callbacks:
         assert self.nursery is not None
         for address, sock in prepared.opened.items():
             host, port = sock.getsockname()[:2]
-            scope = trio.CancelScope()
-            url = f"{Address(host, port).url}{CALLBACK_PATH.decode('ascii')}"
-            self._listeners[address] = _Listener(url, scope)
-            self.nursery.start_soon(self._serve, sock, scope)
+            listener = _Listener(f"{Address(host, port).url}{CALLBACK_PATH.decode('ascii')}")
+            self._listeners[address] = listener
+            self.nursery.start_soon(self._serve, sock, listener.scope)
         self._wanted = prepared.wanted
         for pool in self._service.fleet.pools:
             wanted = prepared.wanted.get(pool.name)
             pool.callback_url = "" if wanted is None else self._listeners[wanted].url
-        for address in self._listeners.keys() - prepared.wanted.values():
-            self.nursery.start_soon(self._retire, address)
+        for address, listener in self._listeners.items():
+            if address in prepared.wanted.values():
+                listener.retires_at = math.inf
+            elif listener.retires_at == math.inf:
+                listener.retires_at = trio.current_time() + LAST_CALLS_S
+                self.nursery.start_soon(self._retire, address, listener, listener.retires_at)
 
-    async def _retire(self, address: str) -> None:
-        await trio.sleep(LAST_CALLS_S)
-        if address in self._listeners and address not in self._wanted.values():
-            self._listeners.pop(address).scope.cancel()
+    async def _retire(self, address: str, listener: _Listener, at: float) -> None:
+        """Ends a listener at a time, if no reload in between has put that off."""
+        await trio.sleep_until(at)
+        if listener.retires_at == at:
+            del self._listeners[address]
+            listener.scope.cancel()
 
     async def _serve(self, listener: socket.socket, scope: trio.CancelScope) -> None:
         with listener, scope:

@@ -137,6 +137,7 @@ class ClientConnection:
         self._tls = self.sock if isinstance(self.sock, tls.TlsSocket) else None
         self._budget = budget
         self._held = 0
+        self._room_ns = 0  # waited for the budget by the present body
         self._visit: Visit | None = None
         self._buffer = bytearray()
         self._reader = HeadReader(limits.max_head_bytes)
@@ -240,6 +241,7 @@ class ClientConnection:
             self._visit = self._admit(request)
             self._limit_waits(timeouts.client_body_s)
             if request.has_body:
+                self._room_ns = 0
                 await self._body(head, request)
         except trio.TooSlowError:
             raise RequestTimeout("the request did not arrive in time", phase=Phase.REQUEST) from None
@@ -370,11 +372,16 @@ class ClientConnection:
         request.body = bytes(body)
 
     async def _hold(self, size: int) -> None:
-        """Counts body bytes against the worker's budget, waiting for room within the limit of the body's phase."""
+        """Counts body bytes against the worker's budget; waits for room, up to ``client_body_s`` for all of a body."""
         if not self._budget.take_now(size):
-            with trio.move_on_after(self._limit_s or math.inf) as limit:
+            began_ns = time.monotonic_ns()
+            with trio.move_on_after((self._limit_s or math.inf) - self._room_ns / 1e9) as limit:
                 await self._budget.take(size)
-            if limit.cancelled_caught:  # too many bodies are held: not this client's fault, so no 408
+            waited_ns = time.monotonic_ns() - began_ns
+            self._room_ns += waited_ns
+            if self._limit_at_ns:
+                self._limit_at_ns += waited_ns  # that others hold too much is not this client's fault: no 408 for it
+            if limit.cancelled_caught:
                 message = "too many request bodies are waiting to be served; try again"
                 raise RequestRefused(503, "no_upstream", message, phase=Phase.QUEUE, retry_after_s=1)
         self._held += size

@@ -91,16 +91,18 @@ class Exchange:
             self.failure = self._interruption()
             raise
         finally:
-            if self.failure is not None:
-                self.client.is_torn = self.reply.is_committed
-                with trio.move_on_after(FAREWELL_S, shield=True):
-                    await self.reply.farewell(self.failure)
-            if self.config.timeouts.total_s:
-                self.client.scope.deadline = math.inf
-            self.pair.close()
-            service.active.discard(self)
-            self.client.release()
-            self._account()
+            try:
+                if self.failure is not None:
+                    self.client.is_torn = self.reply.is_committed
+                    with trio.move_on_after(FAREWELL_S, shield=True):
+                        await self.reply.farewell(self.failure)
+            finally:
+                if self.config.timeouts.total_s:
+                    self.client.scope.deadline = math.inf
+                self.pair.close()
+                service.active.discard(self)
+                self.client.release()
+                self._account()
         return self.reply.keep_alive and not service.is_draining
 
     def cut(self) -> None:

@@ -75,11 +75,12 @@ class Pool:
         before, self.groups = self.groups, {}
         for role in config.roles:
             group = before.pop(role, None)
-            if group is None or config.balance != self.config.balance or rules != group.rules:
+            if group is None or config.balance != self.config.balance:
                 # Another policy has other seats; what is under way is the old ones' load.
                 new = Group(role, _policy(config, role), rules, self._rng)
             else:
                 new = group
+                new.set_rules(rules)
             configured = config.upstreams_of(role)
             wanted = {upstream.url: upstream for upstream in configured if not upstream.is_dns}
             if any(upstream.is_dns for upstream in configured) and group is not None:
@@ -311,6 +312,11 @@ class Fleet:
                     if self.serving(model) is pool:
                         found.setdefault(model, entry)
         return msgspec.json.encode({"object": "list", "data": [*found.values()]}) if is_known else None
+
+    def drop_expired(self, max_idle_s: float) -> None:
+        """Closes connections that have not been in use for so long, or that their engines have closed."""
+        for upstream in self.upstreams:
+            upstream.drop_expired(max_idle_s)
 
     def close_idle(self) -> None:
         """Closes every connection that is not in use."""

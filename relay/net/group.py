@@ -38,7 +38,7 @@ class Group:
         self.role = role
         self.upstreams: dict[str, Upstream] = {}  #: by URL
         self.balancer = make_balancer(balance, (), rng=rng)
-        self.rules = rules
+        self._rules = rules
         self._rng = rng
         self._by_seat: dict[Seat, Upstream] = {}
         self.shares: Shares | None = None  #: with other workers; None: there are none
@@ -48,9 +48,15 @@ class Group:
     def __repr__(self) -> str:
         return f"<Group {self.role} {self.balancer!r}>"
 
+    def set_rules(self, rules: HealthRules) -> None:
+        """From now on health goes by these; what is known of each engine stays."""
+        self._rules = rules
+        for upstream in self.upstreams.values():
+            upstream.health.rules = rules
+
     def add(self, config: UpstreamConfig) -> Upstream:
         """Puts in an engine. Raises ValueError if it is there."""
-        upstream = Upstream(config, self.role, Health(self.rules, self._rng))
+        upstream = Upstream(config, self.role, Health(self._rules, self._rng))
         self.balancer.add(upstream.seat)
         self.upstreams[upstream.config.url] = upstream
         self._by_seat[upstream.seat] = upstream

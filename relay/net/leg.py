@@ -66,7 +66,7 @@ class Leg:
         """Parks the connection, or drops it, which frees the engine at once."""
         self.exchange.pair.detach()
         if is_reusable:
-            self.upstream.give_back(connection, self._timeouts.upstream_idle_s)
+            self.upstream.give_back(connection)
         else:
             connection.close()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import socket
 import ssl
@@ -135,17 +136,24 @@ class Upstream:
             connection.close()
         return None
 
-    def give_back(self, connection: UpstreamConnection, max_idle_s: float) -> None:
-        """Keeps a connection whose exchange ended cleanly; drops from the other end those that have expired."""
+    def give_back(self, connection: UpstreamConnection) -> None:
+        """Keeps a connection whose exchange ended cleanly, until `drop_expired`."""
         if self.is_leaving:
             connection.close()
             return
-        connection.idle_since = now = time.monotonic()
+        connection.idle_since = time.monotonic()
         self._idle.append(connection)
-        while self._idle and (
-            len(self._idle) > MOST_IDLE or (max_idle_s and self._idle[0].idle_since <= now - max_idle_s)
-        ):
+        if len(self._idle) > MOST_IDLE:
             self._idle.popleft().close()
+
+    def drop_expired(self, max_idle_s: float) -> None:
+        """Closes what has been idle for `max_idle_s` (0: that may be any time), and what the engine has closed."""
+        expired = time.monotonic() - max_idle_s if max_idle_s else -math.inf
+        while self._idle and self._idle[0].idle_since <= expired:
+            self._idle.popleft().close()
+        for connection in [connection for connection in self._idle if not connection.is_silent()]:
+            self._idle.remove(connection)
+            connection.close()
 
     def close_idle(self) -> None:
         """Closes what is not in use."""

@@ -266,7 +266,11 @@ class Pump:
         for pair in list(self.commented):
             if now - max(pair.last_frame_ns, pair.last_comment_ns) >= pair.comment_every_ns:
                 pair.last_comment_ns = now
-                self._comment(pair)
+                try:
+                    self._comment(pair)
+                except Exception as exc:  # a fault of ours, as above
+                    say_fault(exc)
+                    self._give_back(pair, Stop.FAULT) if pair.relay else self._client_left(pair)
 
     def _comment(self, pair: Pair) -> None:
         if pair.relay is None:

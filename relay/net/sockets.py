@@ -1,7 +1,7 @@
 """Non-blocking sockets, tried first and waited for second.
 
 trio's own sockets checkpoint after every operation that succeeds at once: a turn of the scheduler for each send of a
-request that fits the kernel's buffer. These helpers only enter trio when they have to wait, so callers must wait
+request that fits the kernel's buffer. What sends here only enters trio when it has to wait, so callers must wait
 somewhere on every path (they do: for the next request, and for the engine's answer).
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import socket
 import ssl
+from contextlib import suppress
 from typing import Final
 
 import trio
@@ -32,12 +33,15 @@ def shortage(error: OSError, phase: Phase) -> OutOfResources | None:
 
 
 async def receive(sock: socket.socket) -> bytes:
-    """The next bytes, waiting for them; empty at the peer's end. Raises OSError where the connection broke."""
+    """The next bytes; empty at the peer's end. Raises OSError where the connection broke.
+
+    After other tasks' turn also where bytes wait already: else a peer that floods would hold up the streams, and the
+    end of the time it has.
+    """
     while True:
-        try:
+        await trio.lowlevel.wait_readable(sock)
+        with suppress(BlockingIOError):
             return sock.recv(READ_BYTES)
-        except BlockingIOError:
-            await trio.lowlevel.wait_readable(sock)
 
 
 async def send_all(sock: socket.socket, data: bytes | memoryview) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import socket
 import ssl
 from collections.abc import Iterable
-from typing import Final
+from typing import Final, NamedTuple
 
 from relay.config import Config, TlsConfig
 
@@ -159,17 +159,24 @@ def server_context(config: TlsConfig) -> ssl.SSLContext:
 def client_context(ca: str = "") -> ssl.SSLContext:
     """What connections to engines are made from: those that a certificate of the file `ca` vouches for; "": the system.
 
-    Read once, until `read` reads it again. Raises TlsError.
+    Read once, until `take_on` has it from `read`. Raises TlsError.
     """
     if ca not in _trusted:
         _trusted[ca] = _client_context(ca, "ca")
     return _trusted[ca]
 
 
-def read(config: Config) -> ssl.SSLContext | None:
-    """Reads all files of TLS that `config` names; the `server_context`, where listeners are to have one.
+class Files(NamedTuple):
+    """What all files of TLS hold that a configuration names."""
 
-    The system's own certificates are read once in the life of a process. Raises TlsErrors: nothing has changed.
+    server: ssl.SSLContext | None  #: the `server_context`, where listeners are to have one
+    trusted: dict[str, ssl.SSLContext]  #: `client_context`, by file
+
+
+def read(config: Config) -> Files:
+    """Reads all files of TLS that `config` names, and changes nothing: see `take_on`.
+
+    The system's own certificates are read once in the life of a process. Raises TlsErrors.
     """
     problems: list[str] = []
     contexts: dict[str, ssl.SSLContext] = {}
@@ -185,8 +192,12 @@ def read(config: Config) -> ssl.SSLContext | None:
         problems.append(str(error))
     if problems:
         raise TlsErrors(problems)
-    _trusted.update(contexts)
-    return server
+    return Files(server, contexts)
+
+
+def take_on(files: Files) -> None:
+    """From now on `client_context` gives what has been read."""
+    _trusted.update(files.trusted)
 
 
 _trusted: Final[dict[str, ssl.SSLContext]] = {}  # by file; for all pools, as the system's takes 10 ms to read

@@ -108,7 +108,7 @@ async def _ask(exchange: Exchange, connection: UpstreamConnection, waits: _LegWa
         return WholeAnswer(answer.status, answer.fields, body)
     finally:
         if is_reusable:
-            connection.upstream.give_back(connection, exchange.config.timeouts.upstream_idle_s)
+            connection.upstream.give_back(connection)
         else:
             connection.close()
 

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from relay.core.aggregate import EngineError, aggregator_for
+from relay.core.aggregate.parts import MOST_OBJECTS
 from relay.core.request import Route
 from tests.core.test_aggregate import aggregate
 
@@ -52,6 +53,16 @@ def json_delta(text: str) -> dict[str, Any]:
 
 
 TOOL = {"type": "tool_use", "id": "t1", "name": "f", "input": {}}
+
+
+def test_blocks_have_a_limit() -> None:
+    """Empty ones have no text that counts."""
+    aggregator = aggregator_for(Route.MESSAGES, max_bytes=1 << 30, request=b"{}")
+    begin = {"type": "content_block_start", "content_block": {}}
+    for index in (*range(MOST_OBJECTS), 0):
+        aggregator.feed(sent({**begin, "index": index})[0])
+    with pytest.raises(EngineError):
+        aggregator.feed(sent({**begin, "index": -1})[0])
 
 
 def test_a_message_with_its_usage() -> None:

@@ -133,7 +133,7 @@ class RunningFleet(RunningRelay):
         self.listener = listener if config.listen.tls is None else tls.TlsListener(fileno=listener.detach())
         super().__init__(config, self.listener)
         found, side = Listeners([self.listener]), Listeners([admin])
-        context = tls.read(config)
+        context = tls.read(config).server
         self.worker = Worker(config, found, lambda _: self._write, side, load_config, tls_context=context)
         self.admin_port: int = admin.getsockname()[1]
 

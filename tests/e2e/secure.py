@@ -33,6 +33,10 @@ class Authority:
         issued.private_key_pem.write_to_path(files.key)
         return files
 
+    def become_another(self) -> None:
+        """Puts the certificate of another, which vouches for nobody here, where its own was."""
+        trustme.CA(key_type=trustme.KeyType.ECDSA).cert_pem.write_to_path(self.path)
+
     def spoil(self) -> None:
         """Puts nonsense where the certificate was."""
         (self._directory / "server.pem").write_text("nonsense")

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 from itertools import pairwise
 from typing import Any, Final
 
@@ -322,4 +323,30 @@ async def test_a_stream_that_outlasts_the_first_token_limit_ends_as_it_does(nurs
     pair.close()
     pump.epoll.close()
     for sock in (client, _client_end, upstream, _engine_end):
+        sock.close()
+
+
+async def test_a_fault_while_one_client_is_told_to_wait_on_is_its_own_alone(capfd: pytest.CaptureFixture[str]) -> None:
+    pump = Pump()
+    ends = [socket.socketpair() for _ in range(2)]
+    gone: list[int] = []
+    asked: list[int] = []
+
+    def fail() -> bool:
+        raise ValueError("a fault of ours")
+
+    def ask_on() -> bool:
+        asked.append(1)
+        return True
+
+    pairs = [pump.open(pump.add(client), partial(gone.append, number)) for number, (client, _) in enumerate(ends)]
+    for pair, on_quiet in zip(pairs, (fail, ask_on), strict=True):
+        pair.comment_every(1.0, 0.0, on_quiet)
+    pump.sweep(int(2e9))
+    assert (gone, asked) == ([0], [1])
+    assert "a fault of ours" in capfd.readouterr().err
+    for pair in pairs:
+        pair.close()
+    pump.epoll.close()
+    for sock in (*ends[0], *ends[1]):
         sock.close()

@@ -323,6 +323,29 @@ async def test_bodies_beyond_the_budget_wait_for_so_long(engine: Engine, is_seco
         assert (record.outcome, record.status) == ("RQ", 503)
 
 
+async def test_waiting_for_the_budget_is_not_the_clients_time(engine: Engine) -> None:
+    """Half of ``client_body_s`` and more goes by twice: once for want of room, once in the client's own pause."""
+    body_s = 1.0
+    head = POST + b"content-length: 1000\r\n\r\n"
+    async with (
+        running_relay(
+            engine.url, limits=LimitsConfig(max_buffered_bytes=1000), timeouts=TimeoutsConfig(client_body_s=body_s)
+        ) as relay,
+        await Client.connect(relay.port) as first,
+        await Client.connect(relay.port) as second,
+    ):
+        await first.send(request(body={"user": "x" * 600}, sim_fault="stall-after:2"))
+        await first.frames(2)
+        await second.send(head + b'{"messages":[' + b" " * 587)
+        for _ in range(2):
+            began = trio.current_time()
+            await until(lambda began=began: trio.current_time() - began > 0.6 * body_s)  # type: ignore[misc]
+            first.leave("close")
+        await second.send(b" " * 397 + b"]}")
+        await second.send(b" ")
+        assert (await second.answer()).status != 408
+
+
 # -- clients that leave
 
 

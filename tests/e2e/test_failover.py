@@ -43,7 +43,7 @@ async def test_failures_before_the_first_byte_go_to_another_engine(how: str) -> 
                 bad.answer = answer(int(how)) if how.isdecimal() else b"SSH-2.0-x\r\n\r\n" if how == "no http" else b""
                 bad.then = how if how == "rst" else "fin"
             async with running_fleet(pool_of(url, good.url, balance="round_robin"), timeouts=timeouts) as relay:
-                engine_ms = []
+                engine_ms: list[float] = []
                 for _ in range(2):  # whoever's turn is first
                     passed = await ask(relay.port, CHAT)
                     assert (passed.status, passed.payload, passed.end) == (200, STREAM, "whole")

@@ -539,6 +539,15 @@ async def test_idle_connections_expire(engine: Engine) -> None:
         assert engine.stats()["connections_accepted"] == 2
 
 
+async def test_idle_connections_are_closed_where_no_request_follows(engine: Engine) -> None:
+    async with running_relay(engine.url, timeouts=TimeoutsConfig(upstream_idle_s=0.05)) as relay:
+        await ask(relay.port, request())
+        (upstream,) = relay.worker.service.fleet.upstreams
+        assert upstream.idle == 1
+        await until(lambda: upstream.idle == 0)
+        await until(lambda: engine.stats()["connections_open"] == 0)
+
+
 async def test_bytes_behind_an_answer_end_the_connection() -> None:
     script = ((GOOD_ANSWER + b"HTTP/1.1 200 OK\r\n", "keep"), (GOOD_ANSWER, "keep"))
     async with scripted(*script, addresses=1) as engine, running_relay(*engine.urls) as relay:  # type: ignore[arg-type]

@@ -227,6 +227,7 @@ async def test_instances_and_healthcheck() -> None:
         ({"type": "prefill", "instances": 3}, "wanted: "),
         ({"type": "prefill", "instances": ["a:1"]}, "no pool has instances of type prefill"),
         ({"type": "serve", "instances": ["a:1", "b:x"]}, '"http://b:x" has no valid port'),
+        ({"type": "serve", "instances": ["{some}", "{wrong}"]}, "stays as it was: {wrong} is "),
     ],
 )
 @pytest.mark.parametrize("path", ["/instances/add", "/instances/remove"])
@@ -236,9 +237,14 @@ async def test_wrong_instances_change_nothing(path: str, body: Any, said: str) -
         if path == "/instances/add":
             await relay.admin("DELETE", "/-/upstreams", {"url": "http://a:1"})
             before.remove("http://a:1")
+            some, wrong = "http://a:1", engine.url
+        else:
+            some, wrong = engine.url, "http://b:1"
+        if isinstance(body, dict) and isinstance(body["instances"], list):
+            body = {**body, "instances": [each.format(some=some, wrong=wrong) for each in body["instances"]]}
         got = await relay.admin("POST", path, body)
         assert got.status == 400
-        assert said in got.json()["error"]
+        assert said.format(wrong=wrong) in got.json()["error"]
         assert list(relay.upstreams) == before
 
 

@@ -499,6 +499,28 @@ async def test_a_reload_reads_the_certificate_again(
             assert (await stream.answer()).end == "whole"
 
 
+async def test_a_reload_that_fails_leaves_those_trusted_who_were(
+    engine: Engine, authority: Authority, tmp_path: Path
+) -> None:
+    """The file of certificates is another's by now, and the configuration is refused for an address in use."""
+    file = ConfigFile(tmp_path / "relay.toml")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        async with behind_tls(engine.url, authority.server()) as edge:
+            upstream = f'[[pool]]\nupstreams = [{{ url = "{edge.url}", ca = "{authority.path}" }}]\n'
+            file.path.write_text(upstream)
+            async with running_fleet(*file.load().pools, load_config=file.load) as relay:
+                authority.become_another()
+                address = f"127.0.0.1:{taken.getsockname()[1]}"
+                file.path.write_text(
+                    f"{upstream}[[pool]]\nname = 'split'\nmodels = ['split']\nconnector = 'ascend_layerwise'\n"
+                    f"callback_address = '{address}'\nprefill = ['{engine.url}']\ndecode = ['{engine.url}']\n"
+                )
+                refused = await relay.admin("POST", "/-/reload")
+                assert (refused.status, "in use" in refused.json()["error"]) == (400, True)
+                async with await Client.connect(relay.port) as client:
+                    assert (await client.ask(request())).status == 200
+
+
 def test_files_that_cannot_be_used(authority: Authority, tmp_path: Path) -> None:
     files = authority.issue()
     other = Authority(tmp_path).issue  # over the same names

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from typing import Any
 
 import msgspec
 import pytest
@@ -14,6 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from relay.address import parse_upstream
 from relay.config import FailoverConfig, HealthConfig, PoolConfig
+from relay.core.health import CONSECUTIVE_FAILURES
 from relay.errors import QueueFull
 from relay.net.fleet import Fleet
 from relay.net.group import Ask
@@ -328,25 +328,32 @@ def test_what_stays_keeps_its_health_loads_and_its_place() -> None:
     assert_empty(pool)
 
 
-@pytest.mark.parametrize(
-    "tables",
-    [
-        {"health": HealthConfig(failures=1)},
-        {"failover": FailoverConfig(statuses=())},
-    ],
-)
-def test_other_rules_of_health_hold_for_all(tables: dict[str, Any]) -> None:
-    pool_config = PoolConfig(upstreams=upstreams(URLS[:1], max_in_flight=2))
-    fleet = Fleet(config_of(pool_config))
+def test_other_rules_of_health_hold_for_engines_that_stay() -> None:
+    """And for those that come; what is known of each engine, and what it does, is not forgotten."""
+    urls = upstreams(URLS[:1], max_in_flight=1)
+    fleet = Fleet(config_of(PoolConfig(upstreams=urls)))
     (pool,) = fleet.pools
-    (before,) = pool.upstreams
+    (engine,) = pool.upstreams
     place = enter(pool)
-    fleet.reconfigure(config_of(pool_config, **tables))
-    (after,) = pool.upstreams
-    assert after is not before
-    assert before.is_leaving
+    more = PoolConfig(upstreams=(*urls, *upstreams(URLS[1:2])))
+    other = {"health": HealthConfig(failures=1), "failover": FailoverConfig(statuses=(500,))}
+    fleet.reconfigure(config_of(more, **other))
+    both = list(pool.upstreams)
+    assert both[0] is engine
+    assert (engine.outstanding, engine.is_full) == (1, True)
+    for upstream in both:
+        health, now = upstream.health, time.monotonic()
+        for _ in range(CONSECUTIVE_FAILURES):
+            health.begin().answered(503, now)  # none of the statuses any more
+        assert not health.is_open
+        for _ in range(CONSECUTIVE_FAILURES):
+            health.begin().answered(500, now)
+        assert health.is_open
+        health.on_probe(True, now)
+        health.on_probe(False, now)  # one is enough
+        assert not health.is_up
     leave(place)
-    assert_empty(pool, before)
+    assert_empty(pool)
 
 
 def test_engines_found_by_name_stay_unless_the_name_goes() -> None:

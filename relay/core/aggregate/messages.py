@@ -10,6 +10,7 @@ import msgspec
 from relay.core.aggregate.base import Aggregator
 from relay.core.aggregate.failure import Truncated
 from relay.core.aggregate.parts import (
+    MOST_OBJECTS,
     NULL,
     Items,
     Members,
@@ -71,7 +72,12 @@ class MessagesAggregator(Aggregator):
         return self._block(members).take_members(delta)
 
     def _block(self, members: Members) -> Object:
-        return self._blocks.setdefault(int(bytes(members["index"])), Object(_BLOCK))
+        index = int(bytes(members["index"]))
+        if index not in self._blocks:
+            if len(self._blocks) >= MOST_OBJECTS:
+                raise ValueError(f"an answer of more than {MOST_OBJECTS} blocks")
+            self._blocks[index] = Object(_BLOCK)
+        return self._blocks[index]
 
     def _result(self) -> bytes:
         if self._message.member("stop_reason") == NULL:
