@@ -133,8 +133,9 @@ class RunningFleet(RunningRelay):
         self.listener = listener if config.listen.tls is None else tls.TlsListener(fileno=listener.detach())
         super().__init__(config, self.listener)
         found, side = Listeners([self.listener]), Listeners([admin])
-        context = tls.read(config).server
-        self.worker = Worker(config, found, lambda _: self._write, side, load_config, tls_context=context)
+        files = tls.read(config)
+        tls.take_on(files)
+        self.worker = Worker(config, found, lambda _: self._write, side, load_config, tls_context=files.server)
         self.admin_port: int = admin.getsockname()[1]
 
     async def admin(self, method: str, path: str, body: Any = b"") -> Answer:
