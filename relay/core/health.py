@@ -77,7 +77,7 @@ class Health:
     """The health of one upstream; `now` is seconds of one monotonic clock. Before its first probe it counts as up."""
 
     def __init__(self, rules: HealthRules, rng: Random) -> None:
-        self.rules = rules  #: may be replaced, when they are to be others from now on
+        self.rules = rules
         self._rng = rng
         self.is_probed = False  #: its first probe has ended
         self.is_up = True  #: the active verdict
@@ -107,6 +107,13 @@ class Health:
     def is_available(self, now: float) -> bool:
         """Whether the next request may go to it."""
         return self.is_up and (not self.is_open or (now >= self.ejected_until and not self._trials))
+
+    def go_by(self, rules: HealthRules) -> None:
+        """Other rules from now on. Where nobody probes any more it is up, as nobody would ever say so again."""
+        self.rules = rules
+        if not rules.interval_s:
+            self.is_up = True
+            self._passes = self._failures = 0
 
     @property
     def badness(self) -> tuple[int, float]:

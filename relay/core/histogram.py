@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from math import ceil
 
 #: Steps per doubling: a bucket is at most 1/8 wide, so its middle is within 6.25 % of every value in it.
 _STEPS = 8
@@ -46,17 +47,18 @@ class Histogram:
         self.count += number
 
     def quantile(self, q: float) -> int | None:
-        """The value below which the share `q` of all values lies, in ns; None where there is none.
+        """The least value that the share `q` of all values is not above, in ns; None where there is none.
 
-        It is within 6.25 %, or within a unit (a microsecond) where that is more.
+        It is the middle of its bucket: within 6.25 %, or within a unit (a microsecond) where that is more. Of fewer
+        than 100 values the 99th percentile is the greatest.
         """
         if not self.count or self.counts is None:
             return None
-        rank = q * (self.count - 1)
+        rank = max(1, ceil(q * self.count))
         seen = 0
         for index, number in enumerate(self.counts):
             seen += number
-            if number and seen > rank:
+            if seen >= rank:
                 return min(middle(index), self.max_ns)
         return self.max_ns
 

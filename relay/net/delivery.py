@@ -14,11 +14,14 @@ from relay.errors import (
     ExchangeError,
     OutOfResources,
     Phase,
+    Side,
+    UpstreamAnswered,
     UpstreamDisconnected,
     UpstreamProtocolError,
     UpstreamTimeout,
 )
 from relay.net import upstream as wire
+from relay.net.leg import note_failure
 from relay.net.pump import Stop
 from relay.net.reply import refusal
 
@@ -47,14 +50,22 @@ class Delivery:
         try:
             if self.exchange.reply.is_early and (opening.relay is None or opening.answer.status != 200):
                 raise await self._refusal()
-            if opening.relay is not None:
-                is_reusable = await self._relay_stream(opening.relay)
-            elif opening.body is not None:
-                is_reusable = await self._send_whole(opening.body)
-            else:
-                is_reusable = await self._relay_body()
+            is_reusable = await self._deliver()
+        except ExchangeError as failure:
+            if failure.side is Side.UPSTREAM and not isinstance(failure, UpstreamAnswered):  # which is an answer
+                note_failure(self.exchange, opening.leg.upstream, failure)
+            raise
         finally:
             opening.leg.close(opening.connection, is_reusable=is_reusable)
+
+    async def _deliver(self) -> bool:
+        """The answer, in its own way; True if the engine's connection can be used again."""
+        opening = self.opening
+        if opening.relay is not None:
+            return await self._relay_stream(opening.relay)
+        if opening.body is not None:
+            return await self._send_whole(opening.body)
+        return await self._relay_body()
 
     async def _relay_stream(self, relay: FrameRelay) -> bool:
         """Head and first frame in one write, then the pump; True if the engine's connection can be used again."""

@@ -52,7 +52,8 @@ class Group:
         """From now on health goes by these; what is known of each engine stays."""
         self._rules = rules
         for upstream in self.upstreams.values():
-            upstream.health.rules = rules
+            upstream.health.go_by(rules)
+            self.refresh(upstream)
 
     def add(self, config: UpstreamConfig) -> Upstream:
         """Puts in an engine. Raises ValueError if it is there."""

@@ -70,6 +70,7 @@ class Roster:
         self._names: set[tuple[Pool, str, str]] = set()  # pool, role, and what is resolved for them
         self._unresolved: set[tuple[Pool, str, str]] = set()  # those of them not tried yet
         self._probed = trio.Event()
+        self._other_rules = trio.Event()  # set, and made anew, whenever probing goes by others
         self._nursery: trio.Nursery | None = None
         self._transports: dict[tuple[str | None, str | None], httpx.AsyncHTTPTransport] = {}  # by unix path and CA
 
@@ -124,6 +125,9 @@ class Roster:
 
     def reconfigure(self, config: Config, guard: Guard) -> None:
         """Takes on another configuration; streams in flight go on under the old one."""
+        if config.health != self._service.config.health:
+            self._other_rules.set()
+            self._other_rules = trio.Event()
         self._service.reconfigure(config, guard)
         self._transports = {}  # they keep no connections, but what they trusted
         self._service.fleet.reconfigure(config)
@@ -194,7 +198,8 @@ class Roster:
                 if is_well and time.monotonic() - upstream.models_at > MODELS_S:
                     await self._ask_models(upstream)
             pool.advance()  # also because one that was ejected may be tried again by now
-            await trio.sleep(next_probe_delay(rules.interval_s or PROBE_S, self._rng))
+            with trio.move_on_after(next_probe_delay(rules.interval_s or PROBE_S, self._rng)):
+                await self._other_rules.wait()
         self._watched.discard(upstream)
 
     async def _probe(self, upstream: Upstream, path: str, limit_s: float) -> bool:

@@ -68,7 +68,7 @@ class Tally:
         """A request that never became an exchange: it could not be read, or was not let in; its answer's bytes."""
         self._bytes_out.add(bytes_out)
         self.board.counter(metrics.REQUESTS, "", "", str(failure.status), failure.outcome).add()
-        if failure.side is Side.CLIENT:
+        if _has_left(failure):
             self.board.counter(metrics.CLIENT_DISCONNECTS, failure.phase.name.lower()).add()
 
     def ended(self, exchange: Exchange) -> None:
@@ -85,7 +85,7 @@ class Tally:
         failure = exchange.failure
         if isinstance(failure, UpstreamRecomputed):
             board.counter(metrics.RECOMPUTED).add()
-        if failure is not None and failure.side is Side.CLIENT:
+        if failure is not None and _has_left(failure):
             board.counter(metrics.CLIENT_DISCONNECTS, failure.phase.name.lower()).add()
         if exchange.pool is None:
             return
@@ -156,6 +156,11 @@ class Tally:
             self._lag.observe(time.monotonic() - due)
             self.take_in(service)
             due = time.monotonic() + BEAT_S
+
+
+def _has_left(failure: ExchangeError) -> bool:
+    """Whether the client ended it, and was not given up as too slow."""
+    return failure.side is Side.CLIENT and not failure.is_timeout
 
 
 def _gauges(service: Service) -> Iterator[tuple[tuple[GaugeFamily, tuple[str, ...]], float]]:
