@@ -160,7 +160,7 @@ class UpstreamTimeout(ExchangeError):
 class UpstreamRefused(ExchangeError):
     """The engine answered with a status that the configuration counts as its failure (502, 503, 504).
 
-    Only ever raised while another upstream is left to try; the last engine's answer goes through untouched.
+    Only raised where another is left to be tried: the last engine's answer goes through untouched.
     """
 
     side = Side.UPSTREAM

@@ -51,10 +51,17 @@ def hold_reload() -> None:
 
 @contextmanager
 def receive_signals() -> Iterator[AsyncIterator[int]]:
-    """The signals to stop and to reload as they come, first of all the one that was held."""
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+    """The signals to stop and to reload as they come, first of all the one that was held.
+
+    To be called once: those that come later wait for ever, or they would be the exit status of a process that drained.
+    """
+    numbers = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
+    with trio.open_signal_receiver(*numbers) as signals:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
-        yield signals
+        try:
+            yield signals
+        finally:
+            signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
 
 
 def record_sink(writer: RecordWriter, config: LogConfig) -> Callable[[Record], None] | None:

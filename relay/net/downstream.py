@@ -29,6 +29,9 @@ from relay.net.source import Source
 LINGER_S: Final = 5.0
 LINGER_BYTES: Final = 16_777_216
 
+#: How often those who wait for room in the budget of bodies are looked at, seconds: they may have left.
+ROOM_LOOK_S: Final = 0.25
+
 #: Of the connections that wait one in so many makes room, and no more than that many at a time (nginx's numbers).
 _ROOM_SHARE: Final = 8
 _MOST_LEAVING: Final = 32
@@ -150,6 +153,11 @@ class ClientConnection:
         return f"<ClientConnection {self.peer} {'waiting' if self.is_waiting else 'busy'}>"
 
     @property
+    def ip(self) -> str:
+        """The client's address, where it has one."""
+        return self.peer if self.sock.family != socket.AF_UNIX else ""
+
+    @property
     def scheme(self) -> bytes:
         """Of the URLs that the client asks for."""
         return b"http" if self._tls is None else b"https"
@@ -221,6 +229,8 @@ class ClientConnection:
         """
         timeouts = self.timeouts
         buffer = self._buffer
+        if buffer:
+            await trio.lowlevel.checkpoint()  # whoever pipelines has no turn but its own
         self.is_waiting = True
         self._limit_waits(timeouts.client_idle_s)
         # One empty line before a request is ignored (RFC 9112 §2.2); alone, it is no beginning of one.
@@ -376,7 +386,7 @@ class ClientConnection:
         if not self._budget.take_now(size):
             began_ns = time.monotonic_ns()
             with trio.move_on_after((self._limit_s or math.inf) - self._room_ns / 1e9) as limit:
-                await self._budget.take(size)
+                await self._wait_for_room(size)
             waited_ns = time.monotonic_ns() - began_ns
             self._room_ns += waited_ns
             if self._limit_at_ns:
@@ -386,9 +396,20 @@ class ClientConnection:
                 raise RequestRefused(503, "no_upstream", message, phase=Phase.QUEUE, retry_after_s=1)
         self._held += size
 
+    async def _wait_for_room(self, size: int) -> None:
+        """Takes it as soon as there is some. Raises ClientGone where the client leaves meanwhile, and so makes some."""
+        is_taken = False
+        while not is_taken:
+            if self.source.is_ending:
+                raise ClientGone("the client left before its request had been read", phase=Phase.QUEUE)
+            with trio.move_on_after(ROOM_LOOK_S):
+                await self._budget.take(size)
+                is_taken = True
+
     async def _send_continue(self) -> None:
         try:
-            await sockets.send_all(self.sock, _CONTINUE)
+            with trio.fail_after(self.timeouts.client_stall_s or math.inf):
+                await sockets.send_all(self.sock, _CONTINUE)
         except OSError:
             raise ClientGone("the client left before it sent the request's body", phase=Phase.REQUEST) from None
 

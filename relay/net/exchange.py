@@ -18,7 +18,7 @@ import trio
 from relay.config import StreamConfig
 from relay.core import headers
 from relay.core.conversion import convert
-from relay.core.cost import Cost
+from relay.core.cost import Cost, Prices
 from relay.core.dialect import Meter
 from relay.core.editor import UsageEditor
 from relay.core.framing import Buffer
@@ -67,6 +67,7 @@ class Exchange:
         self.upstream: Upstream | None = None
         self.prefill_upstream: Upstream | None = None
         self.failure: ExchangeError | None = None
+        self.prices: Prices | None = None  #: of its model, as it began; None: there are none
         self.cost: Cost | None = None  #: known at its end, where its tokens and the model's prices are
         self.pair: Pair
 
@@ -154,9 +155,10 @@ class Exchange:
         )
         self.body, self.is_forced = converted.body, converted.is_forced
         self.expects_stream = self.expects_stream or self.is_forced
-        prices = self.service.prices.of(facts.model) if config.cost.in_usage and may_stream(self.route) else None
-        if converted.hides_usage or prices is not None:
-            self.editor = UsageEditor(hides_usage=converted.hides_usage, prices=prices)
+        self.prices = self.service.prices.of(facts.model)
+        told = self.prices if config.cost.in_usage and may_stream(self.route) else None
+        if converted.hides_usage or told is not None:
+            self.editor = UsageEditor(hides_usage=converted.hides_usage, prices=told)
 
     def _comment(self) -> bool:
         """The client has heard nothing for a while: if it waits for a stream, it is told so; False: it is gone."""
@@ -175,23 +177,26 @@ class Exchange:
         failover = self.config.failover
         no_more_after = time.monotonic() + failover.budget_s
         tried: dict[str, list[Upstream]] = {role: [] for role in ask.roles}
+
+        def may_go_on() -> bool:
+            is_allowed = self.attempts < failover.attempts and time.monotonic() < no_more_after
+            return is_allowed and pool.has_others(place, ask, tried)
+
         while True:
             if not pool.has_roles(ask):
                 message = f"pool {pool.name} has been reconfigured meanwhile; try again"
                 raise NoUpstream(message, phase=Phase.QUEUE, retry_after_s=1)
             self.attempts += 1
-            may_go_on = self.attempts < failover.attempts and pool.has_others(place, ask, tried)
-            go_on_until = no_more_after if may_go_on else -math.inf
             kind = PlainAttempt if "serve" in ask.roles else SplitAttempt
-            attempt = kind(self, pool, place, go_on_until=go_on_until)
+            attempt = kind(self, pool, place, may_go_on)
             try:
                 await attempt.run()
                 return
             except ExchangeError as failure:
-                if self.reply.is_committed or not failure.may_retry or time.monotonic() >= go_on_until:
+                if self.reply.is_committed or not failure.may_retry or not may_go_on():
                     raise
                 tried[attempt.role].append(place.upstreams[attempt.role])
-                if not place.take_others(ask, tried):  # there were some when the attempt began
+                if not place.take_others(ask, tried):
                     raise
                 self.service.tally.failed_over()
                 failure.settled()
@@ -214,9 +219,9 @@ class Exchange:
         if pair.content_sent_ns:
             timeline.first_content_read = pair.content_read_ns / 1e9
             timeline.first_content_sent = pair.content_sent_ns / 1e9
-        prices, usage = self.service.prices.of(self.facts.model), self.meter.counted
-        if prices is not None and usage is not None:
-            self.cost = prices.cost(usage)
+        usage = self.meter.counted
+        if self.prices is not None and usage is not None:
+            self.cost = self.prices.cost(usage)
         self.service.tally.ended(self)
         if self.service.write_record is not None:
             self.service.write_record(self._record())

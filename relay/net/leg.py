@@ -16,7 +16,7 @@ from relay.net import upstream as wire
 from relay.net.opening import Opening
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Callable, Collection
 
     from relay.net.exchange import Exchange
     from relay.net.group import Group
@@ -34,7 +34,7 @@ class Leg:
         sends: Sends,
         *,
         failure_statuses: Collection[int],
-        go_on_until: float,
+        may_go_on: Callable[[], bool],
     ) -> None:
         self.exchange = exchange
         self.group = group
@@ -42,8 +42,9 @@ class Leg:
         self.sends = sends
         self.is_sent = False  #: the engine may have got the request
         self.failure_statuses = failure_statuses  #: that another engine is tried after
-        #: until when another engine is tried instead, so that this one's failure need not be the client's answer
-        self.go_on_until = go_on_until
+        self.may_go_on = (
+            may_go_on  #: whether another engine would be tried now, and the client need not know of this one
+        )
         self._timeouts = exchange.config.timeouts
 
     async def open(self) -> Opening:
@@ -145,7 +146,7 @@ class Leg:
 
     def _refuse_failure(self, answer: wire.Answer) -> None:
         """Raises UpstreamRefused for a status that another engine is tried after, if one is left."""
-        if answer.status in self.failure_statuses and time.monotonic() < self.go_on_until:
+        if answer.status in self.failure_statuses and self.may_go_on():
             raise UpstreamRefused(f"{self.upstream.config.url} answered {answer.status}", phase=Phase.HEAD)
 
     async def _ask(self, connection: UpstreamConnection) -> wire.Answer:
@@ -189,7 +190,7 @@ def head_of(exchange: Exchange, upstream: Upstream, sends: Sends) -> bytes:
         host=upstream.config.authority.encode("ascii"),
         body=len(sends.body) if request.has_body else "none",
         version=request.version,
-        client_ip=exchange.client.peer,
+        client_ip=exchange.client.ip,
         scheme=exchange.client.scheme,
         original_host=request.host,
         request_id=sends.request_id,

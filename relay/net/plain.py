@@ -9,6 +9,8 @@ from relay.net.delivery import Delivery
 from relay.net.leg import Leg
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from relay.net.exchange import Exchange
     from relay.net.fleet import Pool
     from relay.net.place import Place
@@ -19,7 +21,7 @@ class PlainAttempt:
 
     role: Final = "serve"
 
-    def __init__(self, exchange: Exchange, pool: Pool, place: Place, *, go_on_until: float) -> None:
+    def __init__(self, exchange: Exchange, pool: Pool, place: Place, may_go_on: Callable[[], bool]) -> None:
         self._exchange = exchange
         exchange.upstream = place.upstreams[self.role]
         self._leg = Leg(
@@ -28,7 +30,7 @@ class PlainAttempt:
             place.upstreams[self.role],
             Sends(exchange.body, exchange.attempt_id),
             failure_statuses=exchange.config.failover.statuses,
-            go_on_until=go_on_until,
+            may_go_on=may_go_on,
         )
 
     async def run(self) -> None:

@@ -365,11 +365,11 @@ class Pump:
             self._woken = True
 
     def _look_at_client(self, pair: Pair, flags: int) -> None:
-        """Has it hung up?"""
-        if not flags & (select.EPOLLERR | select.EPOLLHUP):
+        """Has it hung up? A FIN is that, as nginx takes it, whatever the client may have sent before."""
+        if not flags & ENDS:
             try:
                 if pair.client.sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
-                    return  # it has said more before it closed: no hang-up, but nothing is left to watch
+                    return
             except BlockingIOError:
                 return
             except OSError:

@@ -59,12 +59,12 @@ _rng = SystemRandom()  # ids shared by two requests could mix up their keys and 
 class SplitAttempt:
     """One attempt of an exchange in a split pool."""
 
-    def __init__(self, exchange: Exchange, pool: Pool, place: Place, *, go_on_until: float) -> None:
+    def __init__(self, exchange: Exchange, pool: Pool, place: Place, may_go_on: Callable[[], bool]) -> None:
         self._exchange = exchange
         self._pool = pool
         self._groups = dict(pool.groups)  # as they are now: a reload may take a role away between the legs
         self._place = place
-        self._go_on_until = go_on_until
+        self._may_go_on = may_go_on
         self.role = "prefill"  #: whose engine an error is about
         self._failure: ExchangeError | None = None
         self._refusal: WholeAnswer | None = None
@@ -306,7 +306,7 @@ class SplitAttempt:
         # In a split pool a 500 is a failed attempt too: a lost handle shows as one.
         statuses = (*exchange.config.failover.statuses, 500)
         group, upstream = self._groups["decode"], self._place.upstreams["decode"]
-        return Leg(exchange, group, upstream, sends, failure_statuses=statuses, go_on_until=self._go_on_until)
+        return Leg(exchange, group, upstream, sends, failure_statuses=statuses, may_go_on=self._may_go_on)
 
     async def _open(self, leg: Leg) -> Opening:
         self.role = "decode"

@@ -89,10 +89,11 @@ async def ask(
 
     Raises ConnectionDied, UpstreamDisconnected, UpstreamProtocolError or OutOfResources. Limits are the caller's.
     """
-    is_sent = await _send(pair, connection, head, body)
-    await pair.wait_upstream()  # no engine has answered by now, so trying first would fail
+    is_sent, data = await _send(pair, connection, head, body)
     try:
-        data = await receive(pair, connection)
+        if not data:
+            await pair.wait_upstream()  # no engine has answered by now, so trying first would fail
+            data = await receive(pair, connection)
     except UpstreamDisconnected as exc:
         raise ConnectionDied(exc.message, phase=Phase.HEAD) from None
     if not data:
@@ -197,9 +198,12 @@ async def receive_next(pair: Pair, connection: UpstreamConnection, limit_s: floa
         raise UpstreamTimeout(message, phase=phase) from None
 
 
-async def _send(pair: Waits, connection: UpstreamConnection, head: bytes, body: Buffer) -> bool:
-    """Sends the request; False where the engine answered, or hung up, before it had read all of it."""
-    sock = connection.sock
+async def _send(pair: Waits, connection: UpstreamConnection, head: bytes, body: Buffer) -> tuple[bool, bytes]:
+    """Sends the request; False where the engine answered, or hung up, before it had read all of it.
+
+    And what has come from it meanwhile: interim answers stop nothing.
+    """
+    sock, early = connection.sock, b""
     parts = [head + body] if len(body) < _JOIN_BYTES else [head, body]
     for part in parts:
         view = memoryview(part)
@@ -209,10 +213,25 @@ async def _send(pair: Waits, connection: UpstreamConnection, head: bytes, body: 
             except BlockingIOError:
                 await pair.wait_upstream(or_writable=True)
                 if not connection.is_silent():
-                    return False
+                    try:
+                        data = await receive(pair, connection)
+                    except UpstreamDisconnected:
+                        return False, early
+                    early += data
+                    if not data or not _is_interim(early):
+                        return False, early
             except OSError as exc:
                 if exc.errno in (errno.EPIPE, errno.ECONNRESET):
-                    return False  # an answer may have come before; reading tells
+                    return False, early  # an answer may have come before; reading tells
                 message = f"sending to the engine failed: {exc.strerror}"
                 raise sockets.shortage(exc, Phase.HEAD) or UpstreamDisconnected(message, phase=Phase.HEAD) from None
-    return True
+    return True, early
+
+
+def _is_interim(data: bytes) -> bool:
+    """Whether all that has come are interim answers, the last of them perhaps in part, and not too much of them."""
+    rest = data
+    while rest.startswith(_INTERIM):
+        _, _, rest = rest.partition(_HEAD_END)
+    is_begun = any(each.startswith(rest) for each in _INTERIM)
+    return is_begun and len(data) <= MAX_ANSWER_HEAD_BYTES

@@ -120,6 +120,26 @@ async def test_a_body_as_fast_as_its_client_takes_it_holds_up_nobody(nursery: tr
     nursery.cancel_scope.cancel()
 
 
+async def test_who_pipelines_holds_up_nobody(nursery: trio.Nursery) -> None:
+    """Other tasks have their turn between two requests that the relay answers by itself."""
+    turns = 0
+
+    async def look() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await trio.lowlevel.checkpoint()
+
+    asked = b"GET /-/live HTTP/1.1\r\nhost: x\r\n\r\n"
+    async with fakes("m") as (engine,), running_relay(engine.url) as relay:
+        async with await Client.connect(relay.port) as client:
+            await client.send(asked * 500)
+            nursery.start_soon(look)
+            await until(lambda: len(relay.records) == 500)
+            assert turns >= 500
+    nursery.cancel_scope.cancel()
+
+
 async def test_an_encoded_stream_passes_as_it_comes() -> None:
     body = gzip.compress(STREAM)
     fields = b"content-type: text/event-stream\r\ncontent-encoding: gzip"

@@ -13,6 +13,7 @@ import trio
 from relay.config import DaemonConfig, LimitsConfig, TimeoutsConfig
 from relay_bench.engine import Engine, EngineConfig, serve_engine
 from tests.conftest import running_relay
+from tests.e2e.fleet import fakes
 from tests.e2e.harness import (
     ASKS,
     CHAT_PATH,
@@ -286,6 +287,19 @@ async def test_a_refusal_reaches_a_client_that_is_still_sending(engine: Engine, 
         assert (answer.status, answer.end, answer.error["code"]) == (413, "whole", "body_too_large")
 
 
+async def test_a_client_of_a_unix_socket_has_no_address_to_forward(tmp_path: Path) -> None:
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(tmp_path / "relay"))
+    listener.listen()
+    async with fakes("m") as (engine,), running_relay(engine.url, listener=listener) as relay:
+        async with Client(await trio.open_unix_socket(str(tmp_path / "relay"))) as client:
+            await client.ask(request())
+            await client.ask(request(x_forwarded_for="203.0.113.9"))
+        assert b"x-forwarded-for" not in engine.asked[0]
+        assert b"\r\nx-forwarded-for: 203.0.113.9\r\n" in engine.asked[1]
+        assert (await relay.record(2)).client == "unix"
+
+
 async def test_bodies_beyond_the_budget_wait_and_are_served(engine: Engine) -> None:
     async with (
         running_relay(engine.url, limits=LimitsConfig(max_buffered_bytes=1000)) as relay,
@@ -346,6 +360,25 @@ async def test_waiting_for_the_budget_is_not_the_clients_time(engine: Engine) ->
         assert (await second.answer()).status != 408
 
 
+async def test_who_leaves_while_it_waits_for_the_budget_gives_its_part_back(engine: Engine) -> None:
+    async with (
+        running_relay(engine.url, limits=LimitsConfig(max_buffered_bytes=1000)) as relay,
+        await Client.connect(relay.port) as first,
+        await Client.connect(relay.port) as second,
+    ):
+        budget = relay.worker.budget
+        await first.send(request(body={"user": "x" * 600}, sim_fault="stall-after:2"))
+        await first.frames(2)
+        held = budget.used
+        await second.send(POST + b"content-length: 5000\r\n\r\n{")
+        await until(lambda: budget.used == held + 1)
+        await second.send(b" " * 999)
+        second.leave("close")
+        await until(lambda: budget.used == held)
+        record = await relay.record()
+        assert (record.outcome, record.status) == ("CQ", 499)
+
+
 # -- clients that leave
 
 
@@ -362,6 +395,20 @@ async def test_a_client_leaves_before_the_head(engine: Engine, how: str, fault: 
         assert record.bytes_out == 0
         if how == "fin":
             assert await client.is_closed()
+
+
+@pytest.mark.parametrize("how", ["fin", "close"])
+@pytest.mark.parametrize("more", [b"\r\n", b"P", request()])
+@pytest.mark.parametrize("body", [{}, {"stream": False}])
+async def test_a_client_leaves_that_has_said_more(engine: Engine, how: str, more: bytes, body: dict[str, bool]) -> None:
+    """Its end is not the next thing to be read."""
+    async with running_relay(engine.url) as relay, await Client.connect(relay.port) as client:
+        await client.send(request(body=body, sim_fault="stall-before-head"))
+        await until(lambda: states(engine) == ["running"])
+        await client.send(more)
+        client.leave(how)
+        await until(lambda: states(engine) == ["aborted"], AT_ONCE_S)
+        assert (await relay.record()).outcome == "CH"
 
 
 @pytest.mark.parametrize("how", ["fin", "close", "rst"])

@@ -6,7 +6,9 @@ import re
 import socket
 from typing import Any
 
+import msgspec
 import pytest
+import trio
 
 from relay.config import FailoverConfig, HealthConfig, TimeoutsConfig
 from relay.core.timeline import Record
@@ -51,6 +53,35 @@ async def test_failures_before_the_first_byte_go_to_another_engine(how: str) -> 
             assert sorted(outcome(record) for record in relay.records) == [("--", 200, 1), ("--", 200, 2)]
             assert {record.upstream for record in relay.records} == {good.url}
             assert max(engine_ms) >= (1000 * SHORT_S if how == "silent" else 0)  # and not the relay's
+
+
+@pytest.mark.parametrize("how", ["503", "fin"])
+async def test_another_engine_may_become_free_meanwhile(how: str) -> None:
+    """When the attempt began it was full."""
+    failover = FailoverConfig(statuses=(503,))
+    async with fakes("a", "b") as (bad, good):
+        pool = pool_of(good.url, bad.url, max_in_flight=9, balance="round_robin")
+        pool = msgspec.structs.replace(
+            pool, upstreams=tuple(msgspec.structs.replace(one, max_in_flight=1) for one in pool.upstreams)
+        )
+        async with running_fleet(pool, failover=failover) as relay, trio.open_nursery() as nursery:
+            bad.hold()
+            good.hold()
+            answers: list[int] = []
+
+            async def ask_on() -> None:
+                answers.append((await ask(relay.port, CHAT)).status)
+
+            nursery.start_soon(ask_on)
+            await until(lambda: len(good.asked) == 1)
+            nursery.start_soon(ask_on)
+            await until(lambda: len(bad.asked) == 1)
+            good.gate.set()
+            await until(lambda: answers == [200])
+            bad.answer, bad.then = (answer(503), "keep") if how == "503" else (b"", "fin")
+            bad.gate.set()
+            await until(lambda: answers == [200, 200])
+        assert sorted(outcome(record) for record in relay.records) == [("--", 200, 1), ("--", 200, 2)]
 
 
 async def test_the_time_of_an_engine_that_says_nothing_is_not_the_relays() -> None:

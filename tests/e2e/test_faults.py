@@ -9,7 +9,7 @@ from typing import Literal
 import pytest
 import trio
 
-from relay.config import FailoverConfig, StreamConfig, TimeoutsConfig
+from relay.config import FailoverConfig, LimitsConfig, StreamConfig, TimeoutsConfig
 from relay.core.timeline import Record
 from relay_bench.engine import Engine
 from tests.conftest import RunningRelay, running_relay
@@ -480,6 +480,33 @@ async def test_interim_answers_pass(engine: Engine) -> None:
         assert (old.interim, old.status) == ([], 200)
         await relay.record(2)
         assert {outcome(record) for record in relay.records} == {("--", 200, 1)}
+
+
+@pytest.mark.parametrize("is_cut", [False, True])
+async def test_an_interim_answer_does_not_end_the_request(is_cut: bool, nursery: trio.Nursery) -> None:
+    """It comes, in one piece or two, when little of a large body has been read."""
+    interim = b"HTTP/1.1 102 Processing\r\n\r\nHTTP/1.1 103 Early Hints\r\nlink: </a>\r\n\r\n"
+    size = 12_000_000
+    got = bytearray()
+
+    async def serve(stream: trio.SocketStream) -> None:
+        got.extend(await stream.receive_some(1000))
+        cut = 30 if is_cut else len(interim)
+        await stream.send_all(interim[:cut])
+        while len(got) < got.find(b"\r\n\r\n") + 4 + size:
+            got.extend(await stream.receive_some(1_000_000))
+        await stream.send_all(interim[cut:] + GOOD_ANSWER)
+
+    (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    listener.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+    nursery.start_soon(trio.serve_listeners, serve, [listener])
+    limits = LimitsConfig(max_body_bytes=2 * size)
+    async with running_relay(f"http://127.0.0.1:{listener.socket.getsockname()[1]}", limits=limits) as relay:
+        head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % size
+        answer = await ask(relay.port, head + b"{" + b" " * (size - 2) + b"}")
+        assert (answer.status, answer.payload, answer.end) == (200, STREAM, "whole")
+        assert [each[:12] for each in answer.interim] == [b"HTTP/1.1 102", b"HTTP/1.1 103"]
+    nursery.cancel_scope.cancel()
 
 
 # -- connections to the engine

@@ -475,20 +475,6 @@ async def test_a_client_that_leaves_early_frees_the_engine(engine: Engine, how: 
             await until(lambda: states(engine) == ["aborted"])
 
 
-async def test_a_client_whose_hang_up_was_not_to_be_seen_is_found_out(engine: Engine) -> None:
-    """Behind the request it has begun another, so that its end is not the next thing to read."""
-    async with running_relay(engine.url, stream=COMMENTED) as relay:
-        async with await Client.connect(relay.port) as client:
-            await client.send(request(sim_fault="stall-before-head"))
-            await early(client, 1)
-            await client.send(b"POST /v1")
-            client.leave("fin")
-            await early(client, 3)
-            client.leave("close")
-            assert outcome(await relay.record()) == ("CH", 200, 1)
-            await until(lambda: states(engine) == ["aborted"])
-
-
 async def test_draining_tells_those_who_wait(engine: Engine) -> None:
     async with running_relay(engine.url, stream=COMMENTED) as relay:
         async with await Client.connect(relay.port) as client:

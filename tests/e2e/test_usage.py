@@ -6,6 +6,7 @@ import json
 from decimal import Decimal
 from typing import Any, Final
 
+import msgspec
 import pytest
 
 from relay.config import Config, CostConfig, PriceConfig, StreamConfig
@@ -120,6 +121,19 @@ async def test_a_cut_stream_tells_how_far_it_came(
 
 
 # -- money
+
+
+async def test_prices_that_change_meanwhile_are_for_those_who_come(engine: Engine) -> None:
+    """The client and the record are told the same."""
+    async with running_relay(engine.url, prices=PRICES, cost=TELL) as relay:
+        async with await Client.connect(relay.port) as client:
+            await client.send(request(body=ASKED, sim_step_ms="20"))
+            await client.frames(2)
+            service = relay.worker.service
+            dearer = {"ti*": PriceConfig(prompt=1e9, cached_prompt=1e9, completion=1e9)}
+            service.reconfigure(msgspec.structs.replace(service.config, prices=dearer), service.guard)
+            told = usage_of((await client.answer()).payload)
+        assert told["total_cost"] == (await relay.record()).cost
 
 
 @pytest.mark.parametrize("path", PATHS)
