@@ -309,7 +309,8 @@ def _summary(config: Config) -> Iterator[str]:
     """What a relay with this configuration would do, for people."""
     for address in config.listen.addresses:
         yield f"listen on {address.url_in('http' if config.listen.tls is None else 'https')}"
-    yield f"admin on {config.admin.address.url}" if config.admin.address else "admin off"
+    whence = ", from other machines, too" if config.admin.allow_remote else ""
+    yield f"admin on {config.admin.address.url}{whence}" if config.admin.address else "admin off"
     for pool in config.pools:
         split = f"split, {pool.connector}, " if pool.is_split else ""
         yield f"pool {pool.name}: {', '.join(pool.models) or 'every model'}; {split}{pool.balance} over"

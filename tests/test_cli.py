@@ -534,6 +534,30 @@ def test_check_reads_all_other_files(
         f"{none}: cannot be read: No such file or directory (auth.keys_file)",
         f"{path}:pool[0].upstreams[1].ca: {none}: cannot be read: No such file or directory",
         f"{path}:listen.tls.cert: {none}: cannot be read: No such file or directory",
+        f"{path}:listen.tls.key: {none}: cannot be read: No such file or directory",
+    ]
+
+
+def test_check_warns_of_what_can_hardly_be_meant(
+    file: Callable[[str], str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = file(
+        "[listen]\naddresses = ['127.0.0.1:1', '0.0.0.0:2', 'unix:/s']\n"
+        "[timeouts]\ntotal_s = 100\nfirst_token_s = 100\nqueue_s = 99\n"
+        "[prices.m]\nprompt = 1\ncached_prompt = 2\n"
+        "[[pool]]\nupstreams = ['http://a:1']\nconnector = 'mooncake'\nsession_header = 'X-Mine'\n"
+        "[[pool]]\nname = 'split'\nmodels = ['s']\nprefill = ['http://b:1']\ndecode = ['http://c:1']\n"
+        "callback_address = '127.0.0.1:9'\nbalance = 'session_affinity'\nsession_header = 'X-Mine'\n"
+    )
+    assert main(["check", "--config", path]) == 0
+    assert capsys.readouterr().err.splitlines() == [
+        f'{path}:pool[0].session_header: warning: does nothing here; it is for balance = "session_affinity"',
+        f"{path}:pool[0].connector: warning: does nothing here; it is for a split pool",
+        f"{path}:pool[1].callback_address: warning: does nothing here; it is for ascend_layerwise",
+        f"{path}:listen.addresses[1]: warning: 0.0.0.0:2 can be reached from other machines, and nobody is asked for a "
+        "key (auth.keys_file)",
+        f"{path}:timeouts.first_token_s: warning: 100 is never reached, as total_s is 100",
+        f'{path}:prices."m".cached_prompt: warning: is dearer than prompt',
     ]
 
 

@@ -44,6 +44,35 @@ def doubts(config: Config) -> Iterator[Problem]:
     for at, pool in enumerate(config.pools):
         if pool.connector == "p2p_nccl":
             yield from _shared_kv_sockets(pool, f"pool[{at}]")
+        yield from _useless_settings(pool, f"pool[{at}]")
+    if not config.auth.keys_file:
+        for at, address in enumerate(config.listen.addresses):
+            if not address.is_loopback:
+                message = (
+                    f"{address} can be reached from other machines, and nobody is asked for a key (auth.keys_file)"
+                )
+                yield Problem(f"listen.addresses[{at}]", message)
+    timeouts = config.timeouts
+    for name in ("queue_s", "connect_s", "prefill_s", "first_token_s", "between_tokens_s"):
+        is_own = (limit_s := getattr(timeouts, name)) != getattr(type(timeouts)(), name)
+        if is_own and 0 < timeouts.total_s <= limit_s:
+            yield Problem(f"timeouts.{name}", f"{limit_s:g} is never reached, as total_s is {timeouts.total_s:g}")
+    for model, prices in config.prices.items():
+        if prices.cached_prompt is not None and prices.cached_prompt > prices.prompt:
+            yield Problem(f'prices."{model}".cached_prompt', "is dearer than prompt")
+
+
+def _useless_settings(pool: PoolConfig, key: str) -> Iterator[Problem]:
+    """Settings that nothing in the pool goes by."""
+    usual = type(pool)()
+    wanted_by = {
+        "session_header": (pool.balance == "session_affinity", 'balance = "session_affinity"'),
+        "callback_address": (pool.is_split and pool.connector == "ascend_layerwise", "ascend_layerwise"),
+        **dict.fromkeys(("connector", "on_missing_kv", "drain_kv"), (pool.is_split, "a split pool")),
+    }
+    for name, (is_used, by) in wanted_by.items():
+        if not is_used and getattr(pool, name) != getattr(usual, name):
+            yield Problem(f"{key}.{name}", f"does nothing here; it is for {by}")
 
 
 def _own_addresses(config: Config) -> list[tuple[str, Address]]:

@@ -140,8 +140,10 @@ def reason_of(error: OSError) -> str:
 def server_context(config: TlsConfig) -> ssl.SSLContext:
     """What connections of clients are made from. Raises TlsError."""
     context = _context(ssl.PROTOCOL_TLS_SERVER)
-    for name, path in (("cert", config.cert), ("key", config.key)):
-        _check_readable(f"listen.tls.{name}", path)
+    files = {"cert": config.cert, "key": config.key}
+    unreadable = [_unreadable(f"listen.tls.{name}", path) for name, path in files.items()]
+    if problems := [problem for problem in unreadable if problem]:
+        raise TlsErrors(problems)
 
     def refuse() -> str:  # else OpenSSL asks the terminal
         raise TlsError(f"listen.tls.key: {config.key} is encrypted; allowed: a key without a passphrase")
@@ -188,6 +190,8 @@ def read(config: Config) -> Files:
     server = None
     try:
         server = server_context(config.listen.tls) if config.listen.tls is not None else None
+    except TlsErrors as errors:
+        problems += errors.problems
     except TlsError as error:
         problems.append(str(error))
     if problems:
@@ -219,7 +223,8 @@ def _client_context(ca: str, setting: str) -> ssl.SSLContext:
     if not ca:
         context.load_default_certs()
         return context
-    _check_readable(setting, ca)
+    if problem := _unreadable(setting, ca):
+        raise TlsError(problem)
     try:
         context.load_verify_locations(ca)
     except ssl.SSLError as error:
@@ -236,10 +241,10 @@ def _context(protocol: int) -> ssl.SSLContext:
     return context
 
 
-def _check_readable(name: str, path: str) -> None:
-    """OpenSSL's own errors do not say which file it is."""
+def _unreadable(name: str, path: str) -> str | None:
+    """What is wrong with a file, if it cannot be read: OpenSSL's own errors do not say which it is."""
     try:
         with open(path, "rb"):
-            pass
+            return None
     except OSError as error:
-        raise TlsError(f"{name}: {path}: cannot be read: {error.strerror}") from None
+        return f"{name}: {path}: cannot be read: {error.strerror}"

@@ -192,7 +192,8 @@ async def model_of(options: argparse.Namespace, target: Target, route: Route, he
     try:
         return msgspec.json.decode(answer.body, type=_Models).data[0].id
     except (msgspec.DecodeError, IndexError):
-        why = (
-            answer.problem and ": ".join(answer.problem)
-        ) or f"{answer.status} {answer.body[:100].decode('utf-8', 'replace')}"
-        raise LoadError(f"{target.url}/v1/models names no model ({why}); use --model") from None
+        asked = f"{target.url.removesuffix('/v1')}/v1/models"
+        if answer.problem:
+            raise LoadError(f"{asked} does not answer ({': '.join(answer.problem)})") from None
+        said = f"{answer.status} {answer.body[:100].decode('utf-8', 'replace')}"
+        raise LoadError(f"{asked} names no model ({said}); use --model") from None
