@@ -24,9 +24,9 @@ class Phase(Enum):
 
     REQUEST = "R"  #: reading the client's request
     QUEUE = "Q"  #: waiting for a place
-    CONNECT = "C"  #: dialling an engine, or sending it the request's first byte
+    CONNECT = "C"  #: dialling an engine
     PREFILL = "P"  #: waiting for the prefill leg
-    HEAD = "H"  #: request sent; no response head and first frame yet
+    HEAD = "H"  #: the request is being sent, or was; no response head and first frame yet
     DATA = "D"  #: committed: bytes of the response are with the client
 
 
@@ -139,7 +139,7 @@ class UpstreamDisconnected(ExchangeError):
 
 
 class UpstreamProtocolError(ExchangeError):
-    """The engine sent something that is not HTTP/1.1."""
+    """What the engine sent is not HTTP/1.1, or not the answer that was asked for."""
 
     side = Side.UPSTREAM
     status = 502
@@ -148,7 +148,7 @@ class UpstreamProtocolError(ExchangeError):
 
 
 class UpstreamTimeout(ExchangeError):
-    """The engine exceeded a named limit: connect, prefill, first token, or between tokens."""
+    """A named limit is over: of connecting, prefill, the first token, between tokens, or the whole exchange."""
 
     side = Side.UPSTREAM
     status = 504
@@ -208,7 +208,7 @@ class OutOfResources(ExchangeError):
 
 
 class NoUpstream(ExchangeError):
-    """No engine may be tried: none configured for the model, or none left within the attempt budget."""
+    """No engine of the pool is up, or the pool has been given other roles while the request waited."""
 
     status = 503
     code = "no_upstream"

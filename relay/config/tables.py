@@ -137,7 +137,7 @@ class PoolConfig(Table, frozen=True):
 
     #: The pool's name in records and metrics.
     name: Name = "default"
-    #: Models served here, `*` matches any text; empty: every model.
+    #: Models served here, `*` matches any text; empty: every model that no other pool claims.
     models: tuple[Name, ...] = ()
     #: The engines; none is an error unless flags give some.
     upstreams: tuple[Upstream, ...] = ()

@@ -1,4 +1,4 @@
-"""Who goes next when there is no room for all: a bounded queue that is fair among keys, and what the rest is told.
+"""Who goes next when there is no room for all: a queue that is fair among keys, and how long it takes.
 
 Fair means that keys take turns, as in deficit round robin with requests of one size: a key with a thousand requests in
 the queue delays a key with one by one request, not by a thousand (nginx and vLLM queue in order of arrival, and let the

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from decimal import Decimal
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from relay.core.models import ByModel
+from relay.core.by_name import ByName
 from relay.core.usage import Usage
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class PriceList:
     """Prices by model: the name itself, else the longest pattern that fits, where ``*`` is any text."""
 
     def __init__(self, prices: Mapping[str, Prices]) -> None:
-        self._by_model = ByModel((name, prices[name]) for name in sorted(prices, key=lambda name: (-len(name), name)))
+        self._by_model = ByName.longest_first(prices)
 
     def __repr__(self) -> str:
         return f"<PriceList {self._by_model!r}>"

@@ -49,7 +49,7 @@ def without_mark(data: bytes, *, is_chunked: bool) -> bytes:
 class FrameRelay:
     """One event stream on its way: decoder, frame finder and meter around an unfinished rest.
 
-    `is_done` and `error` are the decoder's: how the engine's body ended. After the end, `finish` gives what is due.
+    `decoder` says when and how the engine's body ended; after a clean end `finish` gives what is due.
     """
 
     __slots__ = (

@@ -54,8 +54,6 @@ class RequestFacts(msgspec.Struct, frozen=True, gc=False):
 
     #: The body is a JSON text. An empty body is not; nor are ``NaN`` or UTF-16, which Python's own parser would take.
     is_json: bool
-    #: Bytes of the body: what stands in for the size of the prompt.
-    size: int
     model: str | None = None
     wants_stream: bool = False
     #: ``stream_options.include_usage``: the client asked for the usage frame.
@@ -115,17 +113,15 @@ _decode_any = msgspec.json.Decoder(msgspec.Raw).decode
 
 def peek(body: bytes | bytearray) -> RequestFacts:
     """Read the facts off a request body. Never raises: what cannot be read is not known."""
-    size = len(body)
     try:
         found = _decode(body)
     except msgspec.ValidationError:
         return _peek_loosely(body)
     except UNDECODABLE:
-        return RequestFacts(False, size)
+        return RequestFacts(False)
     options = found.stream_options
     return RequestFacts(
         True,
-        size,
         found.model,
         found.stream is True,
         options is not None and options.include_usage is True,
@@ -136,13 +132,12 @@ def peek(body: bytes | bytearray) -> RequestFacts:
 
 
 def _peek_loosely(body: bytes | bytearray) -> RequestFacts:
-    size = len(body)
     try:
         found = _decode_loose(body)
     except msgspec.ValidationError:
-        return RequestFacts(_is_json(body), size)  # an array or a scalar
+        return RequestFacts(_is_json(body))  # an array or a scalar
     except UNDECODABLE:
-        return RequestFacts(False, size)
+        return RequestFacts(False)
     try:
         include_usage = _flag(_decode_loose_options(found.stream_options).include_usage)
     except msgspec.DecodeError:
@@ -150,7 +145,6 @@ def _peek_loosely(body: bytes | bytearray) -> RequestFacts:
     limits = (found.max_completion_tokens, found.max_output_tokens, found.max_tokens)
     return RequestFacts(
         True,
-        size,
         decode_or_none(_MODEL, found.model),
         _flag(found.stream),
         include_usage,

@@ -34,7 +34,9 @@ class _Own:
         self._file = None if address.unix_path is None else _identity(address.unix_path)
 
     def remove_file(self) -> None:
-        """Takes the file away, unless it is by now another process's. Before the socket is closed: see `_bind_unix`."""
+        """Takes the file away, unless it is by now another process's.
+        Before the socket is closed: else another could take it over in between, as one on which nobody listens.
+        """
         path, self._file, was = self.address.unix_path, None, self._file
         if path is not None and was is not None:
             with suppress(OSError):

@@ -24,7 +24,8 @@ from relay.daemon.reload import left_for_restart, read_again, reload_and_tell
 from relay.errors import ExchangeError, RequestRefused
 from relay.net import callbacks, poller, sockets, tls
 from relay.net.admin import Admin
-from relay.net.downstream import LINGER_S, BodyBudget, ClientConnection, make_room
+from relay.net.budget import BodyBudget
+from relay.net.downstream import LINGER_S, ClientConnection, make_room
 from relay.net.exchange import Exchange
 from relay.net.guard import Guard
 from relay.net.notices import Priority, say, say_fault

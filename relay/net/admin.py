@@ -1,4 +1,4 @@
-"""The admin side: readiness, metrics, what the worker is doing, and engines in and out. One answer per connection."""
+"""The admin side: readiness, metrics, what the daemon is doing, and engines in and out. One answer per connection."""
 
 from __future__ import annotations
 

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
-from relay.core.connectors.base import HandOver, drain
-from relay.core.connectors.base import Leg as Sends
+from relay.core.connectors.base import HandOver, LegRequest, drain
 from relay.errors import ExchangeError
 from relay.net.whole import ask_whole
 
@@ -59,7 +58,7 @@ class Drains:
         self.failed += not is_done
         exchange.service.tally.drained(is_done=is_done)
 
-    async def _run(self, exchange: Exchange, decoder: Upstream, sends: Sends) -> None:
+    async def _run(self, exchange: Exchange, decoder: Upstream, sends: LegRequest) -> None:
         is_done = False
         try:
             with trio.move_on_after(DRAIN_S):

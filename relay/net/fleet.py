@@ -16,9 +16,9 @@ import trio
 
 from relay.config import Config, PoolConfig
 from relay.core.admission import DepartureRate, FairQueue
+from relay.core.by_name import ByName
 from relay.core.connectors import connector_named
 from relay.core.health import HealthRules
-from relay.core.models import ByModel
 from relay.core.request import RequestFacts, Route
 from relay.errors import NoUpstream, Phase, QueueFull, QueueTimeout, RequestRefused
 from relay.net.group import Ask, Group
@@ -259,7 +259,7 @@ class Fleet:
             for upstream in list(pool.upstreams):
                 pool.groups[upstream.role].remove(upstream.config.url)
             pool.advance()
-        self._by_model = ByModel((model, pool) for pool in self.pools for model in pool.config.models)
+        self._by_model = ByName((model, pool) for pool in self.pools for model in pool.config.models)
         self._default = next((pool for pool in self.pools if not pool.config.models), None)
 
     def __repr__(self) -> str:

@@ -11,7 +11,7 @@ import msgspec
 from relay.config import AuthConfig, KeyLimitsConfig
 from relay.core import headers
 from relay.core.auth import Access, Keys, KeysError, Routes, Substitution, parse_keys, parse_upstream_key, substitution
-from relay.core.models import ByModel
+from relay.core.by_name import ByName
 
 #: Paths of the relay's own that load balancers ask for, and that tell nothing.
 _OPEN: Final = (b"/-/live", b"/-/ready")
@@ -79,7 +79,7 @@ class Guard:
     def unmatched_limits(self) -> list[str]:
         """Names and patterns of ``auth.limits`` that fit no key."""
         names = {*(self.credentials.names or {}).values()}
-        return [pattern for pattern in self._config.limits if not any(map(ByModel([(pattern, True)]).get, names))]
+        return [pattern for pattern in self._config.limits if not any(map(ByName([(pattern, True)]).get, names))]
 
     def admit(self, method: bytes, target: bytes, fields: headers.Headers) -> str | None:
         """The name of the key a request comes with; None where none is asked for. Raises RequestRefused: 401 or 404."""
@@ -89,8 +89,7 @@ class Guard:
 
 
 def _limits_of(config: AuthConfig, names: Collection[str]) -> Iterator[tuple[str, KeyLimitsConfig]]:
-    patterns = sorted(config.limits, key=lambda pattern: (-len(pattern), pattern))
-    limits = ByModel((pattern, config.limits[pattern]) for pattern in patterns)
+    limits = ByName.longest_first(config.limits)
     for name in names:
         found = limits.get(name)
         if found is not None and found != NO_LIMITS:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from relay.core import headers
-from relay.core.connectors.base import Leg as Sends
+from relay.core.connectors.base import LegRequest
 from relay.core.dialect import Meter
 from relay.core.request import Route
 from relay.errors import ExchangeError, Phase, Side, UpstreamRefused, UpstreamTimeout
@@ -31,7 +31,7 @@ class Leg:
         exchange: Exchange,
         group: Group,
         upstream: Upstream,
-        sends: Sends,
+        sends: LegRequest,
         *,
         failure_statuses: Collection[int],
         may_go_on: Callable[[], bool],
@@ -92,7 +92,7 @@ class Leg:
             exchange.timeline.add_connect(time.monotonic() - began)
 
     async def _over(self, connection: UpstreamConnection) -> Opening:
-        """Sends the request, and reads the answer up to the commit point, within ``first_token_s``."""
+        """LegRequest the request, and reads the answer up to the commit point, within ``first_token_s``."""
         exchange = self.exchange
         pair = exchange.pair
         limit_s = self._timeouts.first_token_s
@@ -177,7 +177,7 @@ def is_plain_json(answer: wire.Answer) -> bool:
     return is_json and answer.status == 200 and not answer.head.is_encoded
 
 
-def head_of(exchange: Exchange, upstream: Upstream, sends: Sends) -> bytes:
+def head_of(exchange: Exchange, upstream: Upstream, sends: LegRequest) -> bytes:
     """The head of a request to an engine: the client's own, with what `sends` changes."""
     request = exchange.request
     guard = exchange.service.guard.substitution

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from relay.core.connectors.base import Leg as Sends
+from relay.core.connectors.base import LegRequest
 from relay.net.delivery import Delivery
 from relay.net.leg import Leg
 
@@ -28,7 +28,7 @@ class PlainAttempt:
             exchange,
             pool.groups[self.role],
             place.upstreams[self.role],
-            Sends(exchange.body, exchange.attempt_id),
+            LegRequest(exchange.body, exchange.attempt_id),
             failure_statuses=exchange.config.failover.statuses,
             may_go_on=may_go_on,
         )

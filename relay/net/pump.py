@@ -193,7 +193,7 @@ class Pump:
         self.limited.discard(source)
 
     def open(self, client: Source, on_gone: Callable[[], None]) -> Pair:
-        """A pair for one exchange; `on_gone` is called, once and from the pump, when the client hangs up."""
+        """A pair for one exchange; `on_gone` is called, from the pump, when the client hangs up, perhaps again."""
         pair = client.of_client = Pair(self, client, on_gone)
         if client.is_ending or (client.says_goodbye and client.has_news):
             client.report_anew()
@@ -245,9 +245,7 @@ class Pump:
             source.has_news = True
         if flags & ENDS:
             source.is_ending = True
-            if source.of_client is not None:
-                self._look_at_client(source.of_client, flags)
-        elif source.says_goodbye and source.of_client is not None:
+        if source.of_client is not None and (flags & ENDS or source.says_goodbye):
             self._look_at_client(source.of_client, flags)
         if source.wake():
             self._woken = True

@@ -20,12 +20,12 @@ from relay.core.connectors.base import (
     DecodeFirst,
     DecodeOnly,
     Endpoint,
+    LegRequest,
     Plan,
     Preflight,
     Sequential,
     SplitRequest,
 )
-from relay.core.connectors.base import Leg as Sends
 from relay.core.dialect import Meter
 from relay.core.editor import UsageEditor
 from relay.core.request import Route
@@ -101,7 +101,7 @@ class SplitAttempt:
         exchange, pool, place = self._exchange, self._pool, self._place
         prefiller, decoder = place.upstreams.get("prefill"), place.upstreams["decode"]
         if prefiller is None or exchange.route is Route.OTHER:
-            return DecodeOnly(Sends(exchange.body, exchange.attempt_id))
+            return DecodeOnly(LegRequest(exchange.body, exchange.attempt_id))
         request = SplitRequest(exchange.route, exchange.body, exchange.id, exchange.attempts, pool.callback_url)
         endpoint = endpoint_of(decoder.config, pool.config.connector, "decode")
         return pool.connector.plan(request, await self._ready(prefiller), endpoint, _rng)
@@ -261,7 +261,7 @@ class SplitAttempt:
 
     # -- the legs
 
-    async def _prefill(self, sends: Sends, *, is_beside: bool = False, last_word_s: float = 0.0) -> WholeAnswer:
+    async def _prefill(self, sends: LegRequest, *, is_beside: bool = False, last_word_s: float = 0.0) -> WholeAnswer:
         """The prefiller's answer, if it is one or a refusal (4xx). Raises ExchangeError for all else."""
         exchange, upstream = self._exchange, self._place.upstreams["prefill"]
         exchange.prefill_upstream = upstream
@@ -301,7 +301,7 @@ class SplitAttempt:
             attempt.abandoned(time.monotonic())
             group.refresh(upstream)
 
-    def _decode_leg(self, sends: Sends) -> Leg:
+    def _decode_leg(self, sends: LegRequest) -> Leg:
         exchange = self._exchange
         # In a split pool a 500 is a failed attempt too: a lost handle shows as one.
         statuses = (*exchange.config.failover.statuses, 500)

@@ -32,8 +32,7 @@ class Tally:
         board = self.board
         self._frames = board.counter(metrics.FRAMES)
         self._frames_counted = 0
-        self._bytes_in = board.counter(metrics.BYTES, "in")
-        self._bytes_out = board.counter(metrics.BYTES, "out")
+        self._bytes_in, self._bytes_out = (board.counter(metrics.BYTES, direction) for direction in metrics.DIRECTIONS)
         self._duration = board.histogram(metrics.REQUEST_DURATION)
         self._added = {stage: board.histogram(metrics.ADDED, stage) for stage in metrics.STAGES}
         self._cost = Sum(board.counter(metrics.COST))
@@ -149,7 +148,7 @@ class Tally:
         self._shown = set(gauges)
 
     async def run(self, service: Service) -> None:
-        """Does so each second, and notes how late that was, until cancelled."""
+        """Takes in what is under way each second, and notes how late that was, until cancelled."""
         due = time.monotonic() + BEAT_S
         while True:
             await trio.sleep(max(0.0, due - time.monotonic()))

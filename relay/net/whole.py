@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import trio
 
 from relay.core import headers
-from relay.core.connectors.base import Leg as Sends
+from relay.core.connectors.base import LegRequest
 from relay.core.framing import decode_into
 from relay.errors import ExchangeError, Phase, UpstreamDisconnected, UpstreamProtocolError
 from relay.net import upstream as wire
@@ -68,7 +68,9 @@ class _LegWaits:
                 self._connection.end_sending()
 
 
-async def ask_whole(exchange: Exchange, upstream: Upstream, sends: Sends, *, last_word_s: float = 0.0) -> WholeAnswer:
+async def ask_whole(
+    exchange: Exchange, upstream: Upstream, sends: LegRequest, *, last_word_s: float = 0.0
+) -> WholeAnswer:
     """Asks an engine, and reads its answer. Cancelling it hangs up, which frees the engine.
 
     With `last_word_s`, an answer that comes all the same within that time is returned in spite of the cancellation.
@@ -84,7 +86,9 @@ async def ask_whole(exchange: Exchange, upstream: Upstream, sends: Sends, *, las
     return await _over(exchange, await upstream.dial(timeouts.connect_s), sends, last_word_s)
 
 
-async def _over(exchange: Exchange, connection: UpstreamConnection, sends: Sends, last_word_s: float) -> WholeAnswer:
+async def _over(
+    exchange: Exchange, connection: UpstreamConnection, sends: LegRequest, last_word_s: float
+) -> WholeAnswer:
     waits = _LegWaits(connection, connection.under(exchange.service.pump), last_word_s)
     try:
         return await _ask(exchange, connection, waits, sends)
@@ -98,7 +102,7 @@ async def _over(exchange: Exchange, connection: UpstreamConnection, sends: Sends
         del failure  # whose frames hold this one
 
 
-async def _ask(exchange: Exchange, connection: UpstreamConnection, waits: _LegWaits, sends: Sends) -> WholeAnswer:
+async def _ask(exchange: Exchange, connection: UpstreamConnection, waits: _LegWaits, sends: LegRequest) -> WholeAnswer:
     is_reusable = False
     try:
         head = head_of(exchange, connection.upstream, sends)

@@ -22,7 +22,7 @@ from relay.core.connectors.base import (
     DecodeFirst,
     DecodeOnly,
     Endpoint,
-    Leg,
+    LegRequest,
     Plan,
     Role,
     Sequential,
@@ -51,7 +51,7 @@ def planned(name: str, request: SplitRequest, rng: Random | None = None) -> Plan
     return connector.plan(request, prefill, decode, rng or Random(1))
 
 
-def legs_of(plan: Plan) -> tuple[Leg | None, Leg]:
+def legs_of(plan: Plan) -> tuple[LegRequest | None, LegRequest]:
     """Both legs, the engines having answered as they should."""
     match plan:
         case DecodeOnly(decode=decode):
@@ -161,13 +161,13 @@ def test_brackets_around_a_bootstrap_host() -> None:
     "body", [b"", b"[]", b"null", b"{", b'{"a":NaN}', b"\xff", b'{"a":' * 100_000], ids=lambda b: repr(b)[:20]
 )
 def test_a_body_the_relay_cannot_read_is_for_the_engine_to_refuse(name: str, body: bytes) -> None:
-    assert planned(name, SplitRequest(Route.CHAT, body, "req-1", 2)) == DecodeOnly(Leg(body, "req-1-2"))
+    assert planned(name, SplitRequest(Route.CHAT, body, "req-1", 2)) == DecodeOnly(LegRequest(body, "req-1-2"))
 
 
 @pytest.mark.parametrize("name", CONNECTORS)
 def test_other_routes_go_to_a_decoder_untouched(name: str) -> None:
     body = b'{"n":2,"kv_transfer_params":{}}'
-    assert planned(name, SplitRequest(Route.OTHER, body, "req-1")) == DecodeOnly(Leg(body, "req-1"))
+    assert planned(name, SplitRequest(Route.OTHER, body, "req-1")) == DecodeOnly(LegRequest(body, "req-1"))
 
 
 #: With which requests a connector does without a prefill. `n` and lists of prompts: one handle serves one sequence,
@@ -190,14 +190,14 @@ def test_what_is_decoded_without_prefill(name: str, route: Route, body: bytes, b
     client = edit(body, {KV_PARAMS: b'{"remote_host":"203.0.113.9"}'})
     plan = planned(name, SplitRequest(route, client, "req-1", 3))
     if name in ONE_HANDLE:
-        assert plan == DecodeOnly(Leg(body, "req-1-3"), because)
+        assert plan == DecodeOnly(LegRequest(body, "req-1-3"), because)
     else:
         assert not isinstance(plan, DecodeOnly)
 
 
 def test_responses_are_not_layerwise() -> None:
     plan = planned("ascend_layerwise", SplitRequest(Route.RESPONSES, b"{}", "r"))
-    assert plan == DecodeOnly(Leg(b"{}", "r"), "route")
+    assert plan == DecodeOnly(LegRequest(b"{}", "r"), "route")
 
 
 # -- any request
@@ -236,7 +236,7 @@ def test_the_client_s_own_bytes_reach_both_engines(
     try:
         untouched = less(body, HANDED)
     except ValueError:  # a lone surrogate
-        assert plan == DecodeOnly(Leg(body, "req-1"))
+        assert plan == DecodeOnly(LegRequest(body, "req-1"))
         return
     assert less(decode.body, HANDED) == untouched
     if not client.keys() & set(HANDED):

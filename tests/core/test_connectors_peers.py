@@ -25,7 +25,7 @@ from relay.core.connectors.base import (
     DecodeOnly,
     Endpoint,
     HandOver,
-    Leg,
+    LegRequest,
     Plan,
     Sequential,
     SplitRequest,
@@ -62,11 +62,11 @@ class Peer(Protocol):
     """A prefiller and a decoder."""
 
     def query(self, url: str) -> bytes: ...
-    def prefill(self, leg: Leg) -> bytes: ...
-    def decode(self, leg: Leg) -> bytes: ...
+    def prefill(self, leg: LegRequest) -> bytes: ...
+    def decode(self, leg: LegRequest) -> bytes: ...
 
 
-Tamper = Callable[[str, Leg], Leg]
+Tamper = Callable[[str, LegRequest], LegRequest]
 
 
 def run(connector: Connector, peer: Peer, request: SplitRequest, tamper: Tamper = lambda _, leg: leg) -> Plan:
@@ -107,7 +107,7 @@ def limit_of(route: Route, body: dict[str, Any]) -> int | None:
     return found
 
 
-def parsed(route: Route, leg: Leg) -> dict[str, Any]:
+def parsed(route: Route, leg: LegRequest) -> dict[str, Any]:
     """The body, if vLLM takes it."""
     body = json.loads(bytes(leg.body))
     limit = limit_of(route, body)
@@ -121,7 +121,7 @@ def parsed(route: Route, leg: Leg) -> dict[str, Any]:
     return body
 
 
-def one_token(route: Route, leg: Leg) -> dict[str, Any]:
+def one_token(route: Route, leg: LegRequest) -> dict[str, Any]:
     """The body, if its answer is one token, in one piece, ended by length."""
     body = parsed(route, leg)
     need(limit_of(route, body) == 1, "more than one token")
@@ -131,7 +131,7 @@ def one_token(route: Route, leg: Leg) -> dict[str, Any]:
     return body
 
 
-def ids_of(route: Route, leg: Leg, body: dict[str, Any]) -> list[str]:
+def ids_of(route: Route, leg: LegRequest, body: dict[str, Any]) -> list[str]:
     """Under which ids vLLM runs the request's sequences, before it appends 9 random characters."""
     prompt = body.get("prompt")
     if route is Route.COMPLETIONS:
@@ -149,7 +149,7 @@ class _Params(msgspec.Struct):
     kv_transfer_params: msgspec.Raw = msgspec.Raw(b"null")
 
 
-def raw_params(leg: Leg) -> bytes:
+def raw_params(leg: LegRequest) -> bytes:
     """`kv_transfer_params` in the bytes they were sent in."""
     return bytes(msgspec.json.decode(leg.body, type=_Params).kv_transfer_params)
 
@@ -175,7 +175,7 @@ class PullPeer:
         """Nothing is asked."""
         raise Refused(url)
 
-    def prefill(self, leg: Leg) -> bytes:
+    def prefill(self, leg: LegRequest) -> bytes:
         """The answer that holds the handle."""
         body = one_token(self.route, leg)
         wanted = {"do_remote_decode": True, "do_remote_prefill": False}
@@ -187,7 +187,7 @@ class PullPeer:
         self.held.add(self.handle)
         return b'{"id":"chatcmpl-x","kv_transfer_params":%b,"usage":{}}' % self.handle
 
-    def decode(self, leg: Leg) -> bytes:
+    def decode(self, leg: LegRequest) -> bytes:
         """Reads what the handle names; decodes alone where there is none."""
         body = parsed(self.route, leg)
         if self.held:
@@ -244,7 +244,7 @@ def test_an_answer_without_a_handle_is_told(name: str, answer: bytes) -> None:
     handed = handed_over(name, Route.CHAT, client, answer)
     assert handed.is_missing
     assert not handed.holds_kv
-    assert handed.decode == Leg(CLIENT[Route.CHAT], "req-1")
+    assert handed.decode == LegRequest(CLIENT[Route.CHAT], "req-1")
 
 
 def handed_over(name: str, route: Route, client: bytes, answer: bytes) -> HandOver:
@@ -272,7 +272,7 @@ class MooncakePeer:
         workers = {"worker_addr": {"0": {"0": "10.0.0.1:5000"}}}
         return json.dumps({rank: {"engine_id": engine, **workers} for rank, engine in self.engines.items()}).encode()
 
-    def decode(self, leg: Leg) -> bytes:
+    def decode(self, leg: LegRequest) -> bytes:
         """Asks the named engine for the transfer, and waits for it."""
         body = parsed(self.route, leg)
         params = body["kv_transfer_params"]
@@ -287,7 +287,7 @@ class MooncakePeer:
         self.transfers.append(params["transfer_id"])
         return b""
 
-    def prefill(self, leg: Leg) -> bytes:
+    def prefill(self, leg: LegRequest) -> bytes:
         """Computes on the rank that was asked, and serves the decoder that waits there."""
         body = one_token(self.route, leg)
         need(len(ids_of(self.route, leg, body)) == 1, "several sequences")
@@ -296,7 +296,7 @@ class MooncakePeer:
         need(params == {"do_remote_decode": True, "do_remote_prefill": False}, "invalid KVTransferParams")
         return b'{"kv_transfer_params":null}'
 
-    def engine_of(self, leg: Leg) -> str:
+    def engine_of(self, leg: LegRequest) -> str:
         """The engine that computes: the rank the header asks for, which an engine of one rank needs not."""
         headers = dict(leg.headers)
         rank = headers.pop(b"x-data-parallel-rank", b"0").decode()
@@ -347,7 +347,7 @@ class PushPeer:
         """Nothing is asked."""
         raise Refused(url)
 
-    def prefill(self, leg: Leg) -> bytes:
+    def prefill(self, leg: LegRequest) -> bytes:
         """Sends each sequence's tensors to the decoder its id names."""
         body = one_token(self.route, leg)
         need("kv_transfer_params" not in body, "parameters nobody reads")
@@ -357,7 +357,7 @@ class PushPeer:
             self.sent[one] = address_in(one, r"___decode_addr_(.*):(\d+)")
         return b'{"choices":[]}'
 
-    def decode(self, leg: Leg) -> bytes:
+    def decode(self, leg: LegRequest) -> bytes:
         """Waits for the tensors of each sequence, from the prefiller its id names."""
         body = parsed(self.route, leg)
         for one in ids_of(self.route, leg, body):
@@ -411,7 +411,7 @@ class LayerwisePeer:
         """Nothing is asked."""
         raise Refused(url)
 
-    def decode(self, leg: Leg) -> bytes:
+    def decode(self, leg: LegRequest) -> bytes:
         """Makes room, and calls the metaserver back."""
         body = parsed(self.route, leg)
         room = {"do_remote_decode": False, "do_remote_prefill": True, "metaserver": CALLBACK}
@@ -425,7 +425,7 @@ class LayerwisePeer:
         self.message = json.dumps({**flags, **blocks, **where}, indent=1).encode()
         return self.message
 
-    def prefill(self, leg: Leg) -> bytes:
+    def prefill(self, leg: LegRequest) -> bytes:
         """Pushes each layer, and reports "done" under its own id."""
         body = one_token(self.route, leg)
         need(raw_params(leg) == self.message, "not the decoder's message, to the byte")
@@ -477,13 +477,13 @@ class RoomPeer:
         """Nothing is asked."""
         raise Refused(url)
 
-    def decode(self, leg: Leg) -> bytes:
+    def decode(self, leg: LegRequest) -> bytes:
         """Waits in the rooms, and goes on from the prefiller's first token."""
         self.rooms = self.rooms_of(leg)
         need(not leg.headers and without_rooms(leg.body) == self.client, "not the client's body")
         return b""
 
-    def prefill(self, leg: Leg) -> bytes:
+    def prefill(self, leg: LegRequest) -> bytes:
         """Samples the first token, as the client wants it, and hands it over in the rooms."""
         need(self.rooms_of(leg) == self.rooms, "other rooms than the decoder's")
         need(json.loads(bytes(leg.body)).get("stream") is False, "an error would have status 200")
@@ -495,7 +495,7 @@ class RoomPeer:
         self.rooms = []
         return b'{"choices":[]}'
 
-    def rooms_of(self, leg: Leg) -> list[int]:
+    def rooms_of(self, leg: LegRequest) -> list[int]:
         """The rooms, one for each sequence, all at the prefiller."""
         body = json.loads(bytes(leg.body))
         hosts, ports, rooms = (body[f"bootstrap_{part}"] for part in ("host", "port", "room"))
@@ -537,7 +537,7 @@ def test_sglang_has_a_room_for_each_sequence(members: bytes, sequences: int) -> 
 def test_sglang_makes_no_arrays_that_outgrow_the_request(members: bytes) -> None:
     client = b"{%b}" % members
     plan = connector_named("sglang").plan(SplitRequest(Route.COMPLETIONS, client, "r"), PREFILL, DECODE, Random(1))
-    assert plan == DecodeOnly(Leg(client, "r"), "n")
+    assert plan == DecodeOnly(LegRequest(client, "r"), "n")
 
 
 # -- none
@@ -554,14 +554,14 @@ class WarmPeer:
         """Nothing is asked."""
         raise Refused(url)
 
-    def prefill(self, leg: Leg) -> bytes:
+    def prefill(self, leg: LegRequest) -> bytes:
         """Computes the prompt once."""
         body = one_token(self.route, leg)
         need(not {"n", "best_of"} & body.keys() and "kv_transfer_params" not in body, "more than a warmer")
         self.warmed += 1
         return b""
 
-    def decode(self, leg: Leg) -> bytes:
+    def decode(self, leg: LegRequest) -> bytes:
         """The client's request."""
         need(leg.body == self.client and self.warmed, "not the client's body")
         return b""
@@ -620,7 +620,7 @@ def handed_over_by_push(route: Route) -> HandOver:
 CHAT = CLIENT[Route.CHAT]
 
 
-def respelled(leg: Leg) -> bytes:
+def respelled(leg: LegRequest) -> bytes:
     """The same JSON in other bytes."""
     return json.dumps(json.loads(bytes(leg.body))).encode()
 
@@ -667,7 +667,7 @@ def respelled(leg: Leg) -> bytes:
     ids=str,
 )
 def test_a_falsified_leg_is_refused(name: str, peer: Peer, where: str, falsify: Any) -> None:
-    def tamper(side: str, leg: Leg) -> Leg:
+    def tamper(side: str, leg: LegRequest) -> LegRequest:
         if side != where:
             return leg
         if isinstance(falsify, str):

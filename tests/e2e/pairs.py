@@ -16,7 +16,7 @@ import trio.testing
 from relay.address import parse_upstream
 from relay.config import PoolConfig
 from relay.core.board import read
-from relay.core.connectors.base import Leg
+from relay.core.connectors.base import LegRequest
 from relay.core.request import Route
 from tests.core.captured import Captured, captured
 from tests.e2e.fleet import RunningFleet, answer, running_fleet
@@ -90,10 +90,10 @@ class Asked(NamedTuple):
         return self.headers["x-request-id"]
 
     @property
-    def leg(self) -> Leg:
+    def leg(self) -> LegRequest:
         """As a connector would have planned it."""
         rank = self.headers.get("x-data-parallel-rank")
-        return Leg(self.body, self.id, () if rank is None else ((b"x-data-parallel-rank", rank.encode()),))
+        return LegRequest(self.body, self.id, () if rank is None else ((b"x-data-parallel-rank", rank.encode()),))
 
     def json(self) -> Any:
         return json.loads(self.body)

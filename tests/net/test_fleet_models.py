@@ -47,16 +47,16 @@ def test_the_pool_for_a_model(model: str, pool: str) -> None:
     found = FLEET.serving(model)
     assert found is not None
     assert found.name == pool
-    assert FLEET.pool_for(Route.CHAT, RequestFacts(is_json=True, size=1, model=model)) is found
+    assert FLEET.pool_for(Route.CHAT, RequestFacts(is_json=True, model=model)) is found
 
 
 @pytest.mark.parametrize("route", Route)
 def test_requests_without_a_model_go_to_the_first_pool(route: Route) -> None:
-    assert FLEET.pool_for(route, RequestFacts(is_json=True, size=1)).name == "first"
+    assert FLEET.pool_for(route, RequestFacts(is_json=True)).name == "first"
 
 
 def test_a_model_that_nobody_serves() -> None:
-    facts = RequestFacts(is_json=True, size=1, model="x")
+    facts = RequestFacts(is_json=True, model="x")
     with pytest.raises(RequestRefused) as refused:
         NAMED.pool_for(Route.CHAT, facts)
     assert (refused.value.status, refused.value.code) == (404, "model_not_found")
@@ -65,7 +65,7 @@ def test_a_model_that_nobody_serves() -> None:
 
 
 def test_a_body_that_is_not_json_names_no_pool() -> None:
-    facts = RequestFacts(is_json=False, size=1)
+    facts = RequestFacts(is_json=False)
     for fleet in (FLEET, NAMED):
         with pytest.raises(RequestRefused) as refused:
             fleet.pool_for(Route.CHAT, facts)

@@ -10,7 +10,7 @@ from relay.core.sse import FrameFinder, missing_blank_line, split_frames
 
 
 class Collector:
-    """Reads one stream. `is_done` and `error` are the decoder's: how the engine's body ended."""
+    """Reads one stream. `decoder` says when and how the engine's body ended."""
 
     __slots__ = ("_pending", "aggregator", "decoder", "finder", "has_excess", "meter")
 

@@ -25,7 +25,7 @@ from relay.core.connectors.base import (
     Connector,
     DecodeFirst,
     Endpoint,
-    Leg,
+    LegRequest,
     Plan,
     SplitRequest,
     alone,
@@ -71,7 +71,7 @@ class AscendLayerwise(Connector):
         id_ = f"{request.attempt_id}-{key}"
         room = {"do_remote_decode": False, "do_remote_prefill": True, "metaserver": request.callback_url}
         return DecodeFirst(
-            decode=Leg(edit(request.body, {KV_PARAMS: _encode(room)}), id_),
+            decode=LegRequest(edit(request.body, {KV_PARAMS: _encode(room)}), id_),
             key=key,
-            prefill=lambda message: Leg(one_token(request.body, request.route, {KV_PARAMS: message}), id_),
+            prefill=lambda message: LegRequest(one_token(request.body, request.route, {KV_PARAMS: message}), id_),
         )

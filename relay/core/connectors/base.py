@@ -86,7 +86,7 @@ class SplitRequest(msgspec.Struct, frozen=True):
         return self.id if self.attempt == 1 else f"{self.id}-{self.attempt}"
 
 
-class Leg(msgspec.Struct, frozen=True):
+class LegRequest(msgspec.Struct, frozen=True):
     """One request to one engine; method, path and the client's other headers are those of the client's request."""
 
     body: Buffer
@@ -99,7 +99,7 @@ class Leg(msgspec.Struct, frozen=True):
 class HandOver(msgspec.Struct, frozen=True):
     """What a prefiller's answer leads to."""
 
-    decode: Leg
+    decode: LegRequest
     #: The answer should hold a handle and does not. `decode` is then the request for a decoder alone: the pool's
     #: ``on_missing_kv`` says whether to send it.
     is_missing: bool = False
@@ -110,7 +110,7 @@ class HandOver(msgspec.Struct, frozen=True):
 class DecodeOnly(msgspec.Struct, frozen=True):
     """The request goes to a decoder as it is."""
 
-    decode: Leg
+    decode: LegRequest
     #: What it cannot be split for: a member of the body, or ``route``; empty where the relay could not read it.
     because: str = ""
 
@@ -118,7 +118,7 @@ class DecodeOnly(msgspec.Struct, frozen=True):
 class Sequential(msgspec.Struct, frozen=True):
     """Prefill, read whole; then decode."""
 
-    prefill: Leg
+    prefill: LegRequest
     #: Of the body of the prefiller's answer (2xx) makes the rest of the plan. Never raises.
     hand_over: Callable[[bytes], HandOver]
     #: Only the decoder that was planned for can take over; otherwise it may be chosen again when prefill has ended.
@@ -133,8 +133,8 @@ class Concurrent(msgspec.Struct, frozen=True):
     The prefiller's answer is read to its end and dropped: closing its connection would abort the transfer.
     """
 
-    prefill: Leg
-    decode: Leg
+    prefill: LegRequest
+    decode: LegRequest
 
 
 class DecodeFirst(msgspec.Struct, frozen=True):
@@ -146,10 +146,10 @@ class DecodeFirst(msgspec.Struct, frozen=True):
     leg, which would wait for it without end.
     """
 
-    decode: Leg
+    decode: LegRequest
     key: str
     #: Of the body of a callback with this key makes the prefill leg. Its answer holds nothing that is needed.
-    prefill: Callable[[bytes], Leg]
+    prefill: Callable[[bytes], LegRequest]
 
 
 Plan: TypeAlias = DecodeOnly | Sequential | Concurrent | DecodeFirst
@@ -187,24 +187,24 @@ class Connector(ABC):
         their keys and values.
         """
         if request.route is Route.OTHER:
-            return DecodeOnly(Leg(request.body, request.attempt_id))
+            return DecodeOnly(LegRequest(request.body, request.attempt_id))
         try:
             return self._plan(request, prefill, decode, rng)
         except ValueError:  # not a JSON object, or too many members: the engine says what is wrong with it
-            return DecodeOnly(Leg(request.body, request.attempt_id))
+            return DecodeOnly(LegRequest(request.body, request.attempt_id))
 
     @abstractmethod
     def _plan(self, request: SplitRequest, prefill: Endpoint, decode: Endpoint, rng: Random) -> Plan:
         """`plan` of a request that generates. Raises ValueError where the body is not a JSON object."""
 
 
-def drain(leg: Leg, route: Route) -> Leg:
+def drain(leg: LegRequest, route: Route) -> LegRequest:
     """The decode leg of a client that has left, made short: the decoder takes what is held for it, and ends at once.
 
     One token, not an empty or a wrong request: every version of every engine frees a handle that was read; not all do
     for one that was refused. The answer is of no interest. Raises ValueError where the body is not a JSON object.
     """
-    return Leg(one_token(leg.body, route, {}), leg.request_id, leg.headers)
+    return LegRequest(one_token(leg.body, route, {}), leg.request_id, leg.headers)
 
 
 def alone(request: SplitRequest, because: str = "") -> DecodeOnly:
@@ -213,7 +213,7 @@ def alone(request: SplitRequest, because: str = "") -> DecodeOnly:
     A client's own `KV_PARAMS` are removed: in a split pool they are the relay's, and would make the decoder read from
     wherever they say. Raises ValueError where the body is not a JSON object.
     """
-    return DecodeOnly(Leg(edit(request.body, {KV_PARAMS: None}), request.attempt_id), because)
+    return DecodeOnly(LegRequest(edit(request.body, {KV_PARAMS: None}), request.attempt_id), because)
 
 
 def unique(rng: Random) -> str:

@@ -22,7 +22,7 @@ from relay.core.connectors.base import (
     Concurrent,
     Connector,
     Endpoint,
-    Leg,
+    LegRequest,
     Plan,
     Preflight,
     Role,
@@ -99,8 +99,8 @@ class Mooncake(Connector):
         })  # fmt: skip
         which = ((b"x-data-parallel-rank", b"%d" % rank),) if len(prefill.ranks) > 1 else ()
         return Concurrent(
-            prefill=Leg(one_token(request.body, request.route, {KV_PARAMS: send}), request.attempt_id, which),
-            decode=Leg(edit(request.body, {KV_PARAMS: receive}), request.attempt_id),
+            prefill=LegRequest(one_token(request.body, request.route, {KV_PARAMS: send}), request.attempt_id, which),
+            decode=LegRequest(edit(request.body, {KV_PARAMS: receive}), request.attempt_id),
         )
 
 

@@ -21,7 +21,7 @@ from relay.core.connectors.base import (
     Connector,
     Endpoint,
     HandOver,
-    Leg,
+    LegRequest,
     Plan,
     Sequential,
     SplitRequest,
@@ -59,10 +59,10 @@ class Nixl(Connector):
             handle = handle_of(answer)
             if handle is None:
                 return HandOver(alone(request).decode, is_missing=True)
-            return HandOver(Leg(edit(request.body, {KV_PARAMS: handle}), request.attempt_id), holds_kv=True)
+            return HandOver(LegRequest(edit(request.body, {KV_PARAMS: handle}), request.attempt_id), holds_kv=True)
 
         body = one_token(request.body, request.route, {KV_PARAMS: _ASK_FOR_HANDLE})
-        return Sequential(Leg(body, request.attempt_id), hand_over)
+        return Sequential(LegRequest(body, request.attempt_id), hand_over)
 
 
 def handle_of(answer: bytes) -> bytes | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from random import Random
 
-from relay.core.connectors.base import Connector, Endpoint, HandOver, Leg, Plan, Sequential, SplitRequest
+from relay.core.connectors.base import Connector, Endpoint, HandOver, LegRequest, Plan, Sequential, SplitRequest
 from relay.core.prefill import one_token
 
 
@@ -18,7 +18,7 @@ class NoConnector(Connector):
     name = "none"
 
     def _plan(self, request: SplitRequest, prefill: Endpoint, decode: Endpoint, rng: Random) -> Plan:
-        as_it_is = Leg(request.body, request.attempt_id)
+        as_it_is = LegRequest(request.body, request.attempt_id)
         # One sequence warms as much as several.
         body = one_token(request.body, request.route, {"n": None, "best_of": None})
-        return Sequential(Leg(body, request.attempt_id), lambda _: HandOver(as_it_is))
+        return Sequential(LegRequest(body, request.attempt_id), lambda _: HandOver(as_it_is))

@@ -21,7 +21,7 @@ from relay.core.connectors.base import (
     Connector,
     Endpoint,
     HandOver,
-    Leg,
+    LegRequest,
     Plan,
     Role,
     Sequential,
@@ -61,8 +61,8 @@ class P2pNccl(Connector):
         id_ = f"{pair}_{unique(rng)}"
         named = _names(request.route, id_)
         body = edit(request.body, named) if named else request.body
-        ready = HandOver(Leg(body, id_), holds_kv=True)
-        first = Leg(one_token(request.body, request.route, named), id_)
+        ready = HandOver(LegRequest(body, id_), holds_kv=True)
+        first = LegRequest(one_token(request.body, request.route, named), id_)
         return Sequential(first, lambda _: ready, binds_decoder=True)
 
 

@@ -15,7 +15,7 @@ from typing import Final
 
 import msgspec
 
-from relay.core.connectors.base import Concurrent, Connector, DecodeOnly, Endpoint, Leg, Plan, Role, SplitRequest
+from relay.core.connectors.base import Concurrent, Connector, DecodeOnly, Endpoint, LegRequest, Plan, Role, SplitRequest
 from relay.core.prefill import WHOLE, prompts
 from relay.core.request import peek
 from relay.core.rewrite import edit
@@ -45,7 +45,7 @@ class Sglang(Connector):
     def _plan(self, request: SplitRequest, prefill: Endpoint, decode: Endpoint, rng: Random) -> Plan:
         sequences = prompts(request.body) * max(1, peek(request.body).n or 1)
         if sequences > MAX_SEQUENCES:
-            return DecodeOnly(Leg(request.body, request.attempt_id), "n")
+            return DecodeOnly(LegRequest(request.body, request.attempt_id), "n")
         host = f"[{prefill.host}]" if ":" in prefill.host else prefill.host
         rooms = [rng.getrandbits(63) for _ in range(sequences)]
         if sequences == 1:
@@ -61,6 +61,6 @@ class Sglang(Connector):
                 "bootstrap_room": _encode(rooms),
             }
         return Concurrent(
-            prefill=Leg(edit(request.body, {**members, **WHOLE}), request.attempt_id),
-            decode=Leg(edit(request.body, members), request.attempt_id),
+            prefill=LegRequest(edit(request.body, {**members, **WHOLE}), request.attempt_id),
+            decode=LegRequest(edit(request.body, members), request.attempt_id),
         )

@@ -1,16 +1,16 @@
-"""What is configured by model: under its own name, or under a pattern in which ``*`` is any text."""
+"""What is configured by name, of models and of keys: under the name itself, or a pattern in which ``*`` is any text."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from typing import Generic, TypeVar
+from collections.abc import Iterable, Mapping
+from typing import Generic, Self, TypeVar
 
 T = TypeVar("T")
 
 
-class ByModel(Generic[T]):
-    """Looks up what is configured for a model: its own name comes first, then the first pattern that fits."""
+class ByName(Generic[T]):
+    """Looks up what is configured for a name: that itself comes first, then the first pattern that fits."""
 
     def __init__(self, items: Iterable[tuple[str, T]]) -> None:
         self._by_name: dict[str, T] = {}
@@ -21,15 +21,20 @@ class ByModel(Generic[T]):
             else:
                 self._by_name[name] = item
 
-    def __repr__(self) -> str:
-        return f"<ByModel names={len(self._by_name)} patterns={len(self._by_pattern)}>"
+    @classmethod
+    def longest_first(cls, items: Mapping[str, T]) -> Self:
+        """With the longest pattern that fits, and of two the first in the alphabet."""
+        return cls((name, items[name]) for name in sorted(items, key=lambda name: (-len(name), name)))
 
-    def get(self, model: str) -> T | None:
-        """What is configured for a model; None: nothing."""
-        named = self._by_name.get(model)
+    def __repr__(self) -> str:
+        return f"<ByName names={len(self._by_name)} patterns={len(self._by_pattern)}>"
+
+    def get(self, name: str) -> T | None:
+        """What is configured for a name; None: nothing."""
+        named = self._by_name.get(name)
         if named is not None:
             return named
-        return next((item for pattern, item in self._by_pattern if pattern.fullmatch(model)), None)
+        return next((item for pattern, item in self._by_pattern if pattern.fullmatch(name)), None)
 
 
 def _compiled(glob: str) -> re.Pattern[str]:
