@@ -105,13 +105,17 @@ class Leg:
             await self._begin_answer(opening)
             exchange.timeline.answered = time.monotonic()
             return opening
-        except BaseException as exc:
-            self.close(connection, is_reusable=False)
-            exchange.timeline.give_up(time.monotonic())
-            if isinstance(exc, trio.TooSlowError):
-                message = f"{self.upstream.config.url} sent no token within first_token_s = {limit_s:g} s"
-                raise UpstreamTimeout(message, phase=Phase.HEAD) from None
+        except trio.TooSlowError:
+            self._give_up(connection)
+            message = f"{self.upstream.config.url} sent no token within first_token_s = {limit_s:g} s"
+            raise UpstreamTimeout(message, phase=Phase.HEAD) from None
+        except BaseException:
+            self._give_up(connection)
             raise
+
+    def _give_up(self, connection: UpstreamConnection) -> None:
+        self.close(connection, is_reusable=False)
+        self.exchange.timeline.give_up(time.monotonic())
 
     async def _begin_answer(self, opening: Opening) -> None:
         """Reads of an answer what has to be known before it is committed to: its first frame, or all of it."""

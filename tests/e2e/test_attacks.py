@@ -346,7 +346,7 @@ async def test_a_stream_that_outlasts_the_first_token_limit_ends_as_it_does(nurs
         sock.close()
 
 
-async def test_a_fault_while_one_client_is_told_to_wait_on_is_its_own_alone(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_fault_while_one_client_is_told_to_wait_on_is_its_own_alone(capfd: pytest.CaptureFixture[str]) -> None:
     pump = Pump()
     ends = [socket.socketpair() for _ in range(2)]
     gone: list[int] = []
