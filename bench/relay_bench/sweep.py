@@ -245,17 +245,21 @@ async def _measured(chosen: argparse.Namespace, target: Target, title: str, perc
     plan = options.plan_of(chosen, model=chosen.model, is_detailed=chosen.save_detailed, variant=title)
     tally = await command.carried_out(plan, target, title)
     result = results.result_of(plan, tally, url=target.url, label=title, percentiles=percentiles)
-    progress.console.print(
-        f"{title}: {result['request_throughput']:,.2f} requests/s, {result['failed']} failed", style="dim"
-    )
+    progress.console.print(f"{title}: {_rate(result):,.2f} done/s, {result['failed']} failed", style="dim")
     return result
+
+
+def _rate(result: Result) -> float:
+    """Requests completed a second, from the first to the last, which a run's beginning and end do not thin out."""
+    rate: float = result["completion_rate"] or result["request_throughput"]
+    return rate
 
 
 def point_of(load: float, result: Result) -> Point:
     """The point a run makes."""
     return Point(
         load=load,
-        throughput=result["completion_rate"] or result["request_throughput"],
+        throughput=_rate(result),
         attainment=result.get("slo_attainment"),
         failed=result["failed"],
         is_degraded=bool(result["harness"]["degraded"]),
@@ -315,7 +319,7 @@ def _table(result: Result, pairs: list[tuple[Result, Result]], unit: str) -> Tab
     table = Table(box=None)
     for name in (unit, "done/s", "TTFT\np50", "TTFT\np99", "TPOT\np50", "gap\np99", "met", "failed"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("done/s")
+    table.add_column("")
     most = max(point["throughput"] for point, _ in pairs) or 1.0
     for point, run in pairs:
         cells = [f"{point['load']:g}", f"{point['throughput']:,.2f}"]

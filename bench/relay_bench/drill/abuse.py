@@ -312,9 +312,10 @@ async def idle_connections(site: Site) -> None:
         await site.judge_healthy("idle connections")
         await begun()
         open_now = site.relay.descriptors() - site.at_rest
-        site.judge("idle connections", f"no more than max_connections = {plan.max_connections:,} are open",
-                   open_now <= plan.max_connections + plan.healthy,
-                   f"{open_now:,} of {plan.idle:,}, those of the healthy to engines among them")  # fmt: skip
+        most = plan.max_connections + plan.healthy
+        limit = f"max_connections = {plan.max_connections:,}, and {plan.healthy:,} to engines"
+        seen = f"{open_now:,}, of {plan.idle:,} silent clients"
+        site.judge("idle connections", f"no more are open than {limit}", open_now <= most, seen)
         took_s = await _newcomer(site)
         site.judge("idle connections", "a newcomer is answered within 5 s", took_s < 5, f"{took_s:.2f} s")
         site.judge_memory("idle connections", before, plan.max_connections * 8192 + 8 * _MIB, "8 KiB each")
