@@ -97,7 +97,7 @@ def _check(arguments: argparse.Namespace) -> int:
         errors.append(str(error))
     try:
         tls.read(config)
-    except tls.TlsErrors as error:
+    except tls.TlsError as error:
         errors += [f"{arguments.config}:{problem}" for problem in error.problems]
     warnings = [Problem(doubt.key, f"warning: {doubt.message}").line(arguments.config) for doubt in doubts]
     for line in (*errors, *warnings):

@@ -53,15 +53,15 @@ def hold_reload() -> None:
 def receive_signals() -> Iterator[AsyncIterator[int]]:
     """The signals to stop and to reload as they come, first of all the one that was held.
 
-    To be called once: those that come later wait for ever, or they would be the exit status of a process that drained.
+    To be called once: those that come after a good end are ignored, or they would be the process's exit status.
     """
     numbers = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
     with trio.open_signal_receiver(*numbers) as signals:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
-        try:
-            yield signals
-        finally:
-            signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+        yield signals
+        signal.pthread_sigmask(signal.SIG_BLOCK, numbers)  # while there are the default actions again, for a moment
+    for number in numbers:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def record_sink(writer: RecordWriter, config: LogConfig) -> Callable[[Record], None] | None:

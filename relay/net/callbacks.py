@@ -76,7 +76,6 @@ class Callbacks:
         self._service = service
         self._pass_on = pass_on
         self._listeners: dict[str, _Listener] = {}
-        self._wanted: dict[str, str] = {}
         self.nursery: trio.Nursery | None = None  #: where they are served
 
     def __repr__(self) -> str:
@@ -104,7 +103,6 @@ class Callbacks:
             listener = _Listener(f"{Address(host, port).url}{CALLBACK_PATH.decode('ascii')}")
             self._listeners[address] = listener
             self.nursery.start_soon(self._serve, sock, listener.scope)
-        self._wanted = prepared.wanted
         for pool in self._service.fleet.pools:
             wanted = prepared.wanted.get(pool.name)
             pool.callback_url = "" if wanted is None else self._listeners[wanted].url

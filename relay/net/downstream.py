@@ -347,7 +347,7 @@ class ClientConnection:
         """Counts body bytes against the worker's budget; waits for room, up to ``client_body_s`` for all of a body."""
         if not self._budget.take_now(size):
             began_ns = time.monotonic_ns()
-            with trio.move_on_after((self._limit_s or math.inf) - self._room_ns / 1e9) as limit:
+            with trio.move_on_after(max(0.0, (self._limit_s or math.inf) - self._room_ns / 1e9)) as limit:
                 await self._wait_for_room(size)
             waited_ns = time.monotonic_ns() - began_ns
             self._room_ns += waited_ns

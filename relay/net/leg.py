@@ -42,9 +42,7 @@ class Leg:
         self.sends = sends
         self.is_sent = False  #: the engine may have got the request
         self.failure_statuses = failure_statuses  #: that another engine is tried after
-        self.may_go_on = (
-            may_go_on  #: whether another engine would be tried now, and the client need not know of this one
-        )
+        self.may_go_on = may_go_on  #: whether another engine would be tried now, should this one fail
         self._timeouts = exchange.config.timeouts
 
     async def open(self) -> Opening:
@@ -92,7 +90,7 @@ class Leg:
             exchange.timeline.add_connect(time.monotonic() - began)
 
     async def _over(self, connection: UpstreamConnection) -> Opening:
-        """LegRequest the request, and reads the answer up to the commit point, within ``first_token_s``."""
+        """Sends the request, and reads the answer up to the commit point, within ``first_token_s``."""
         exchange = self.exchange
         pair = exchange.pair
         limit_s = self._timeouts.first_token_s
@@ -106,14 +104,15 @@ class Leg:
             exchange.timeline.answered = time.monotonic()
             return opening
         except trio.TooSlowError:
-            self._give_up(connection)
+            self.give_up(connection)
             message = f"{self.upstream.config.url} sent no token within first_token_s = {limit_s:g} s"
             raise UpstreamTimeout(message, phase=Phase.HEAD) from None
         except BaseException:
-            self._give_up(connection)
+            self.give_up(connection)
             raise
 
-    def _give_up(self, connection: UpstreamConnection) -> None:
+    def give_up(self, connection: UpstreamConnection) -> None:
+        """Drops the connection of an engine that is of no use: what it took is no time of the relay's."""
         self.close(connection, is_reusable=False)
         self.exchange.timeline.give_up(time.monotonic())
 

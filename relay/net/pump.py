@@ -268,7 +268,9 @@ class Pump:
                     self._comment(pair)
                 except Exception as exc:  # a fault of ours, as above
                     say_fault(exc)
-                    self._give_back(pair, Stop.FAULT) if pair.relay else self._client_left(pair)
+                    self.commented.discard(pair)
+                    if pair.relay is not None:
+                        self._give_back(pair, Stop.FAULT)
 
     def _comment(self, pair: Pair) -> None:
         if pair.relay is None:

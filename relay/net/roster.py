@@ -185,6 +185,8 @@ class Roster:
                 began = time.monotonic()
                 is_well = await self._probe(upstream, rules.path, min(PROBE_S, max(1.0, rules.interval_s)))
                 upstream.probe_s = time.monotonic() - began
+                if rules != self._service.config.health:
+                    continue  # they have changed meanwhile, and with them what it says
                 was_up = upstream.health.is_up
                 upstream.health.on_probe(is_well, time.monotonic())
                 if was_up != upstream.health.is_up:
@@ -198,6 +200,8 @@ class Roster:
                 if is_well and time.monotonic() - upstream.models_at > MODELS_S:
                     await self._ask_models(upstream)
             pool.advance()  # also because one that was ejected may be tried again by now
+            if rules != self._service.config.health:
+                continue
             with trio.move_on_after(next_probe_delay(rules.interval_s or PROBE_S, self._rng)):
                 await self._other_rules.wait()
         self._watched.discard(upstream)

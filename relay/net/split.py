@@ -164,7 +164,7 @@ class SplitAttempt:
                 try:
                     await is_prefilled.wait()
                 except BaseException:
-                    leg.close(opening.connection, is_reusable=False)
+                    leg.give_up(opening.connection)
                     raise
             await self._deliver(opening)
 
@@ -317,8 +317,7 @@ class SplitAttempt:
         try:
             await see_second_frame(self._exchange.pair, opening)
         except BaseException as exc:
-            leg.close(opening.connection, is_reusable=False)
-            self._exchange.timeline.give_up(time.monotonic())
+            leg.give_up(opening.connection)
             is_refusal = isinstance(exc, UpstreamAnswered) and exc.status < 500  # the request's own fault
             if isinstance(exc, ExchangeError) and exc.side is Side.UPSTREAM and not is_refusal:
                 note_failure(self._exchange, leg.upstream, exc)

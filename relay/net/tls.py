@@ -20,13 +20,9 @@ RECORD_BYTES: Final = 16_384
 
 
 class TlsError(ValueError):
-    """A file of certificates or keys cannot be used; the message says which, and why."""
+    """Files of certificates or keys cannot be used; each of the `problems` says which, and why."""
 
-
-class TlsErrors(TlsError):
-    """All `problems` there are with files."""
-
-    def __init__(self, problems: list[str]) -> None:
+    def __init__(self, *problems: str) -> None:
         super().__init__("; ".join(problems))
         self.problems = problems
 
@@ -143,7 +139,7 @@ def server_context(config: TlsConfig) -> ssl.SSLContext:
     files = {"cert": config.cert, "key": config.key}
     unreadable = [_unreadable(f"listen.tls.{name}", path) for name, path in files.items()]
     if problems := [problem for problem in unreadable if problem]:
-        raise TlsErrors(problems)
+        raise TlsError(*problems)
 
     def refuse() -> str:  # else OpenSSL asks the terminal
         raise TlsError(f"listen.tls.key: {config.key} is encrypted; allowed: a key without a passphrase")
@@ -178,7 +174,7 @@ class Files(NamedTuple):
 def read(config: Config) -> Files:
     """Reads all files of TLS that `config` names, and changes nothing: see `take_on`.
 
-    The system's own certificates are read once in the life of a process. Raises TlsErrors.
+    The system's own certificates are read once in the life of a process. Raises TlsError.
     """
     problems: list[str] = []
     contexts: dict[str, ssl.SSLContext] = {}
@@ -186,16 +182,14 @@ def read(config: Config) -> Files:
         try:
             contexts[ca] = _client_context(ca, setting) if ca else client_context()
         except TlsError as error:
-            problems.append(str(error))
+            problems += error.problems
     server = None
     try:
         server = server_context(config.listen.tls) if config.listen.tls is not None else None
-    except TlsErrors as errors:
-        problems += errors.problems
     except TlsError as error:
-        problems.append(str(error))
+        problems += error.problems
     if problems:
-        raise TlsErrors(problems)
+        raise TlsError(*problems)
     return Files(server, contexts)
 
 

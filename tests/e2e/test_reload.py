@@ -171,6 +171,23 @@ async def test_reloads_end_and_begin_probing(config_file: ConfigFile) -> None:
             assert (await ask(relay.port, CHAT)).status == 200
 
 
+async def test_a_probe_under_way_when_probing_ends_says_nothing(config_file: ConfigFile) -> None:
+    """Its answer would stand for ever."""
+    async with fakes("a") as (engine,):
+        config_file.pools(("chat", engine.url))
+        text = config_file.path.read_text()
+        async with running_fleet(*config_file.load().pools, load_config=config_file.load) as relay:
+            engine.health = 0  # it does not answer
+            config_file.path.write_text(text.replace("interval_s = 0", "interval_s = 0.02\nfailures = 1"))
+            assert (await relay.admin("POST", "/-/reload")).status == 200
+            await until(lambda: bool(engine.probed))
+            config_file.path.write_text(text.replace("interval_s = 0", "interval_s = 0\nfailures = 1"))
+            assert (await relay.admin("POST", "/-/reload")).status == 200
+            (upstream,) = relay.upstreams.values()
+            await until(lambda: upstream.probe_s is not None)
+            assert relay.is_up(engine)
+
+
 async def test_gauges_of_what_has_left_are_gone(config_file: ConfigFile) -> None:
     async with fakes("a", "b") as (one, two):
         config_file.pools(("first", one.url), ("second", two.url))
