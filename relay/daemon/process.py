@@ -7,6 +7,7 @@ import resource
 import signal
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Final
 
 import trio
@@ -23,6 +24,7 @@ CUT_S: Final = 3.0
 GRACE_S: Final = 5.0
 #: How often systemd is told how a drain goes on.
 DRAIN_TOLD_S: Final = 5.0
+_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 #: Fewer descriptors are no limit to serve under: the processes themselves have some twenty.
 _LEAST_DESCRIPTORS: Final = 64
 
@@ -53,15 +55,24 @@ def hold_reload() -> None:
 def receive_signals() -> Iterator[AsyncIterator[int]]:
     """The signals to stop and to reload as they come, first of all the one that was held.
 
-    To be called once: those that come after a good end are ignored, or they would be the process's exit status.
+    To be called once: those that come afterwards are ignored, or they would be the process's exit status.
     """
-    numbers = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
-    with trio.open_signal_receiver(*numbers) as signals:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
-        yield signals
-        signal.pthread_sigmask(signal.SIG_BLOCK, numbers)  # while there are the default actions again, for a moment
-    for number in numbers:
-        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    _act_on_signals(lambda *_: None)  # what trio puts back, for a moment; to ignore them now would lose the one held
+    try:
+        with trio.open_signal_receiver(*_SIGNALS) as signals:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+            try:
+                yield signals
+            finally:
+                signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    finally:
+        _act_on_signals(signal.SIG_IGN)
+
+
+def _act_on_signals(action: Callable[[int, FrameType | None], None] | signal.Handlers) -> None:
+    for number in _SIGNALS:
+        signal.signal(number, action)
 
 
 def record_sink(writer: RecordWriter, config: LogConfig) -> Callable[[Record], None] | None:

@@ -198,19 +198,6 @@ def test_next_to_no_descriptors() -> None:
     assert (ended.returncode, ended.stderr) == (1, said)
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
-@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
-async def test_signals_to_the_last_moment_leave_the_exit_status(number: signal.Signals, workers: str) -> None:
-    async with relay_serve("--upstream", "http://127.0.0.1:1", "--workers", workers) as relay:
-        await relay.prints(lambda: b"\n" in relay.stderr)
-        relay.signal(signal.SIGTERM)
-        with trio.fail_after(START_S):
-            while relay.process.poll() is None:
-                relay.signal(number)
-                await trio.lowlevel.checkpoint()
-        assert relay.process.returncode == 0
-
-
 async def test_drain_s_is_a_limit(engine: Engine) -> None:
     async with relay_serve("--upstream", engine.url, "--drain-s", "0.2") as relay:
         await relay.prints(lambda: b"\n" in relay.stderr)
