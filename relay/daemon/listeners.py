@@ -35,6 +35,7 @@ class _Own:
 
     def remove_file(self) -> None:
         """Takes the file away, unless it is by now another process's.
+
         Before the socket is closed: else another could take it over in between, as one on which nobody listens.
         """
         path, self._file, was = self.address.unix_path, None, self._file
