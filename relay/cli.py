@@ -129,12 +129,16 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 
 def _version(_: argparse.Namespace) -> int:
+    import importlib.util
     from importlib import metadata
 
     print(f"relay {relay.__version__}")
     print(f"Python {platform.python_version()} ({platform.python_implementation()})")
     for name in ("trio", "h11", "httpx", "msgspec", "prometheus-client", "rich"):
         print(f"{name} {metadata.version(name)}")
+    pump = importlib.util.find_spec("relay.net.pump")
+    is_compiled = pump is not None and pump.origin is not None and not pump.origin.endswith(".py")
+    print(f"pump {'compiled' if is_compiled else 'interpreted'}")
     return _DONE
 
 
@@ -213,7 +217,7 @@ def _parser() -> argparse.ArgumentParser:
     install.add_argument("--prefix", metavar="DIR", default="/", help="write below this directory (default /)")
     install.add_argument("--force", action="store_true", help="overwrite units that differ")
 
-    command("version", _version, "Print the versions of relay, Python and the dependencies.")
+    command("version", _version, "Print the versions of relay, Python and the dependencies, and whether the pump is compiled.")
     return parser
 
 

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+import pytest
 import trio
 from hypothesis import settings
 
@@ -15,11 +16,14 @@ from relay.config import Config, HealthConfig, LogConfig, PoolConfig
 from relay.core.timeline import Record
 from relay.daemon.listeners import Listeners
 from relay.daemon.worker import Worker
-from relay.net import tls
+from relay.net import pump, tls
 
 # How long an example takes says more of the machine than of the code.
 settings.register_profile("relay", deadline=None)
 settings.load_profile("relay")
+
+#: Of tests that change a method of the pump, or of what it calls: which cannot be done where they are compiled.
+changes_pump = pytest.mark.skipif(not pump.__file__.endswith(".py"), reason="the pump is compiled")
 
 #: No test waits longer than this for anything.
 TEST_LIMIT_S = 20.0

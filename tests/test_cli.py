@@ -376,7 +376,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"relay {relay.__version__}"
     assert [line.split()[0] for line in lines] == [
-        *["relay", "Python", "trio", "h11", "httpx", "msgspec", "prometheus-client", "rich"]
+        *["relay", "Python", "trio", "h11", "httpx", "msgspec", "prometheus-client", "rich", "pump"]
     ]
 
 

@@ -63,6 +63,7 @@ ROOMS = {
         )
     ),
     "relay.__main__": Room(_names("relay.cli")),
+    "relay.hatch_build": Room(_names(""), others=frozenset({"hatchling"})),
     "relay_bench.micro.unmetered": Room(_names("relay.cli relay.core")),
     "relay_bench": Room(_names("relay.errors relay.core relay_bench")),
 }

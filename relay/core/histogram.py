@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from array import array
 from math import ceil
+from typing import Final
 
 #: Steps per doubling: a bucket is at most 1/8 wide, so its middle is within 6.25 % of every value in it.
 _STEPS = 8
 _STEP_BITS = 3
 #: Values are counted in units of 2**10 ns, about a microsecond; the last bucket takes all beyond about 20 minutes.
 _UNIT_BITS = 10
-BUCKETS = _STEPS * 29  #: how many there are
+BUCKETS: Final[int] = _STEPS * 29  #: how many there are
 
 
 class Histogram:

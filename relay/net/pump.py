@@ -153,8 +153,9 @@ class Pair:
 class Pump:
     """All sockets of a worker's exchanges on one epoll; driven by `poller.install`, or else by `run_as_task`."""
 
-    def __init__(self) -> None:
+    def __init__(self, sweep_s: float = SWEEP_S) -> None:
         self.epoll = select.epoll()
+        self.sweep_s = sweep_s
         self.frames = 0  #: frames passed on since the start
         self.limited: set[Source] = set()  #: those waited for up to a limit
         self.streaming: set[Pair] = set()
@@ -212,7 +213,7 @@ class Pump:
         wake_at = time.monotonic_ns() + int(timeout * 1e9)
         while True:
             is_swept = self.limited or self.streaming or self.commented
-            events = poll(SWEEP_S if wait > SWEEP_S and is_swept else wait, EVENTS_PER_TURN)
+            events = poll(self.sweep_s if wait > self.sweep_s and is_swept else wait, EVENTS_PER_TURN)
             now = time.monotonic_ns()
             is_trios_turn = False
             for fd, flags in events:
@@ -230,7 +231,7 @@ class Pump:
                         if source.streams is not None:
                             self._give_back(source.streams, Stop.FAULT)
             if now >= self._next_sweep_ns:
-                self._next_sweep_ns = now + int(SWEEP_S * 1e9)
+                self._next_sweep_ns = now + int(self.sweep_s * 1e9)
                 self.sweep(now)
             if is_trios_turn or self._woken:
                 self._woken = False
@@ -282,7 +283,7 @@ class Pump:
     async def run_as_task(self) -> None:
         """The pump as an ordinary task, on a nested epoll: a turn of trio's scheduler for each wake-up."""
         while True:
-            with trio.move_on_after(SWEEP_S):
+            with trio.move_on_after(self.sweep_s):
                 await trio.lowlevel.wait_readable(self.epoll.fileno())
             self.turn(0)
 

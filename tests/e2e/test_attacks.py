@@ -17,7 +17,11 @@ import trio
 import trio.testing
 
 from relay.config import CostConfig, HealthConfig, LimitsConfig, PriceConfig, StreamConfig, TimeoutsConfig
+from relay.core.dialect import Meter
+from relay.core.frames import FrameRelay
+from relay.core.framing import CloseDecoder
 from relay.core.histogram import Histogram
+from relay.core.request import Route
 from relay.net.pump import Pair, Pump, Stop
 from relay.net.sockets import READ_BYTES
 from relay.net.upstream import MOST_INTERIM
@@ -332,7 +336,8 @@ async def test_a_stream_that_outlasts_the_first_token_limit_ends_as_it_does(nurs
     stops: list[Stop] = []
 
     async def stream(pair: Pair) -> None:
-        stops.append(await pair.stream(object(), Histogram(), idle_limit_s=0))  # type: ignore[arg-type]
+        relay = FrameRelay(CloseDecoder(), Meter(Route.CHAT), is_chunked=True, max_frame_bytes=64)
+        stops.append(await pair.stream(relay, Histogram(), idle_limit_s=0))
 
     nursery.start_soon(stream, pair)
     await trio.testing.wait_all_tasks_blocked()

@@ -11,6 +11,7 @@ import re
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
+from functools import partial
 from typing import Final, Literal, TypeAlias, get_args
 
 import pytest
@@ -18,8 +19,8 @@ import trio
 
 from relay.config import StreamConfig
 from relay.net import poller
-from relay.net import pump as pump_module
 from relay.net.exchange import Exchange
+from relay.net.pump import Pump
 from relay_bench.engine import Engine
 from tests.conftest import RunningRelay, running_relay
 from tests.e2e.harness import (
@@ -252,7 +253,7 @@ CHANGED: Final = {
 async def test_an_exchange_that_changes_its_answer(
     engine: Engine, stream: StreamConfig, data: bytes, how: How, when: When, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pump_module, "SWEEP_S", 0.002)  # so often are comments looked for
+    monkeypatch.setattr("relay.daemon.worker.Pump", partial(Pump, sweep_s=0.002))  # so often are comments looked for
     async with running_relay(engine.url, stream=stream) as relay:
         assert await interrupt_everywhere(relay, EngineView(engine.stats), Scenario(data), how, when) >= 3
 

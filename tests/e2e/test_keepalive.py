@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
+from functools import partial
 from typing import Final
 
 import pytest
@@ -15,7 +16,7 @@ from relay.core.frames import COMMENT
 from relay.core.timeline import Record
 from relay.net import poller, pump
 from relay_bench.engine import Engine
-from tests.conftest import running_relay
+from tests.conftest import changes_pump, running_relay
 from tests.e2e.fleet import FakeEngine, RunningFleet, answer, fakes, pool_of, running_fleet
 from tests.e2e.harness import (
     CHAT_PATH,
@@ -49,7 +50,7 @@ BODY: Final = b'{"choices":[{"message":{"content":"a"}}]}'
 @pytest.fixture(autouse=True)
 def fine_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests need not wait for the quarter of a second that does for people."""
-    monkeypatch.setattr(pump, "SWEEP_S", 0.005)
+    monkeypatch.setattr("relay.daemon.worker.Pump", partial(pump.Pump, sweep_s=0.005))
 
 
 def chunk(data: bytes) -> bytes:
@@ -178,6 +179,7 @@ async def test_nothing_is_said_behind_the_end_mark() -> None:
             assert comments(await ask(relay.port, request())) == 0
 
 
+@changes_pump
 async def test_a_comment_that_the_client_takes_in_parts_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     flush, is_cut = pump.Pump._flush, False
 

@@ -11,7 +11,7 @@ from relay.core.frames import FrameRelay, Pieces
 from relay.net import poller
 from relay.net.delivery import Delivery
 from relay_bench.engine import Engine, EngineConfig, serve_engine
-from tests.conftest import running_relay
+from tests.conftest import changes_pump, running_relay
 from tests.e2e.harness import ask, assert_cut_off, request, until
 
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 6, "stream": True}
@@ -65,6 +65,7 @@ async def test_a_silent_engine_is_noticed_and_a_leaving_client_frees_it() -> Non
         nursery.cancel_scope.cancel()
 
 
+@changes_pump
 async def test_a_fault_of_the_relays_own_ends_one_stream_and_no_other(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -24,7 +24,7 @@ from relay.config import HealthConfig, PoolConfig, StreamConfig, TimeoutsConfig
 from relay.core.frames import FrameRelay, Pieces
 from relay.net import pool as pool_module
 from relay_bench.engine import Engine
-from tests.conftest import running_relay
+from tests.conftest import changes_pump, running_relay
 from tests.e2e.children import START_S, child, relay_child
 from tests.e2e.fleet import engines_of, running_fleet
 from tests.e2e.harness import GOOD_ANSWER, STREAM, Client, ask, assert_cut_off, request, states, until
@@ -283,6 +283,7 @@ def test_a_daemon_that_can_write_nowhere_serves_and_ends_in_order(tmp_path: Path
             process.kill()
 
 
+@changes_pump
 async def test_what_cannot_be_said_ends_nothing(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """A fault of the relay's own, and an accept that fails, while standard error is on a full disk."""
     feed = FrameRelay.feed

@@ -1,0 +1,81 @@
+"""What `pip install` runs: where there is a C compiler, the modules a frame passes through are compiled by mypyc.
+
+They are ordinary modules, listed in pyproject.toml, and stay beside their compiled form, which Python prefers; where
+nothing can be compiled they are what runs, with the same behaviour for more CPU. An editable install is not compiled,
+so that an edit counts. ``RELAY_COMPILE=0`` leaves all as it is, ``RELAY_COMPILE=1`` fails where it cannot be compiled;
+`relay version` says what an install has.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from hatchling.builders.config import BuilderConfig
+from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+
+#: How long the compiler may take, seconds; it takes about ten.
+COMPILE_S = 300.0
+
+# Run by itself in a folder with a copy of the package: mypyc has the names of modules from relative paths, and exits
+# where it finds fault. What is not compiled is not looked at, so that its dependencies need not be there.
+_SCRIPT = """
+import sys
+from mypyc.build import mypycify
+from setuptools import setup
+flags = ["--config-file=", "--follow-imports=silent", "--ignore-missing-imports"]
+modules = mypycify([*flags, *sys.argv[1:]], opt_level="2", group_name="relay")
+setup(name="relay", packages=[], ext_modules=modules, script_args=["build_ext", "--inplace"])
+"""
+
+
+class CompileError(Exception):
+    """The modules could not be compiled; the message is the compiler's."""
+
+
+class CompileHook(BuildHookInterface[BuilderConfig]):
+    """Puts the compiled modules into a wheel."""
+
+    _folder: tempfile.TemporaryDirectory[str] | None = None  # of what is compiled, until it is in the wheel
+
+    def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+        """Called before a wheel is built. Raises CompileError with ``RELAY_COMPILE=1``, where that is not possible."""
+        wanted = os.environ.get("RELAY_COMPILE", "")
+        if version == "editable" or wanted == "0":
+            return
+        self._folder = tempfile.TemporaryDirectory()
+        try:
+            compiled = compile_modules(Path(self.root), Path(self._folder.name), self.config["modules"])
+        except CompileError as exc:
+            self._folder.cleanup()
+            if wanted == "1":
+                raise
+            self.app.display_warning(f"relay is installed without its compiled part: {exc}")
+            return
+        build_data["force_include"].update(compiled)
+        build_data["pure_python"] = False
+        build_data["infer_tag"] = True
+
+    def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
+        """Called behind it."""
+        if self._folder is not None:
+            self._folder.cleanup()
+
+
+def compile_modules(root: Path, folder: Path, modules: list[str]) -> dict[str, str]:
+    """Compiles modules of a package in `root`, by way of `folder`; by file, the place it has in a wheel."""
+    shutil.copytree(root / "relay", folder / "relay")
+    command = [sys.executable, "-c", _SCRIPT, *modules]
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=COMPILE_S)
+    except subprocess.TimeoutExpired:
+        raise CompileError(f"the compiler took over {COMPILE_S:.0f} s") from None
+    if done.returncode:
+        raise CompileError((done.stderr or done.stdout).strip()[-1000:])
+    shutil.rmtree(folder / "build")
+    return {str(path): str(path.relative_to(folder)) for path in folder.rglob("*.so")}

@@ -1,0 +1,94 @@
+"""What a wheel has of compiled modules, and what becomes of it where they cannot be compiled."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hatchling.bridge.app import Application
+from hatchling.builders.config import BuilderConfig
+
+from relay import hatch_build
+
+ROOT = Path(__file__).parents[1]
+
+needs_setuptools = pytest.mark.skipif(
+    importlib.util.find_spec("setuptools") is None, reason="setuptools is in a build's environment, not in this one"
+)
+
+
+def hook(root: Path, *modules: str) -> hatch_build.CompileHook:
+    builder: Any = object()
+    config = {"modules": list(modules)}
+    where = str(root)
+    build = BuilderConfig(builder, where, "wheel", {}, {})
+    return hatch_build.CompileHook(where, config, build, builder, where, "wheel", Application())
+
+
+def package(root: Path, text: str) -> Path:
+    (root / "relay").mkdir()
+    (root / "relay" / "__init__.py").touch()
+    (root / "relay" / "double.py").write_text(text)
+    return root
+
+
+def build_data() -> dict[str, Any]:
+    return {"force_include": {}, "pure_python": True, "infer_tag": False}
+
+
+@needs_setuptools
+def test_a_module_is_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RELAY_COMPILE", "1")
+    data = build_data()
+    compiling = hook(package(tmp_path, "def double(number: int) -> int:\n    return 2 * number\n"), "relay/double.py")
+    compiling.initialize("standard", data)
+    assert (data["pure_python"], data["infer_tag"]) == (False, True)
+    places = {place.partition(".")[0]: Path(path) for path, place in data["force_include"].items()}
+    assert {*places} == {"relay/double", "relay__mypyc"}
+    assert all(path.is_file() for path in places.values())
+    compiling.finalize("standard", data, "")
+    assert not any(path.exists() for path in places.values())
+
+
+def test_what_cannot_be_compiled_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("RELAY_COMPILE", raising=False)
+    data = build_data()
+    hook(package(tmp_path, "number: int = 'none'\n"), "relay/double.py").initialize("standard", data)
+    assert data == build_data()
+    assert "relay is installed without its compiled part" in "".join(capsys.readouterr())
+
+
+def test_whoever_wants_it_compiled_is_told_why_it_cannot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RELAY_COMPILE", "1")
+    with pytest.raises(hatch_build.CompileError, match=r"int|setuptools"):
+        hook(package(tmp_path, "number: int = 'none'\n"), "relay/double.py").initialize("standard", build_data())
+
+
+def test_a_compiler_that_does_not_end_is_no_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hatch_build, "COMPILE_S", 0.001)
+    with pytest.raises(hatch_build.CompileError, match="took over"):
+        hatch_build.compile_modules(package(tmp_path, ""), tmp_path / "elsewhere", ["relay/double.py"])
+
+
+@pytest.mark.parametrize(("version", "wanted"), [("editable", "1"), ("editable", ""), ("standard", "0")])
+def test_what_is_not_to_be_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str, wanted: str) -> None:
+    monkeypatch.setenv("RELAY_COMPILE", wanted)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "none"))
+    data = build_data()
+    hook(tmp_path, "relay/double.py").initialize(version, data)
+    assert data == build_data()
+
+
+def test_the_modules_are_there() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    modules = project["tool"]["hatch"]["build"]["targets"]["wheel"]["hooks"]["custom"]["modules"]
+    assert "relay/net/pump.py" in modules
+    assert all((ROOT / module).is_file() for module in modules)
+    # What the compiler cannot do: msgspec's structs, whose settings it drops without a word.
+    assert not any("Struct" in (ROOT / module).read_text() for module in modules)
