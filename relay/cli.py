@@ -218,7 +218,7 @@ def _parser() -> argparse.ArgumentParser:
     install.add_argument("--force", action="store_true", help="overwrite units that differ")
 
     command(
-        "version", _version, "Print the versions of relay, Python and the dependencies, and if the pump is compiled."
+        "version", _version, "Print versions: relay, Python, the dependencies, and whether the pump is compiled."
     )
     return parser
 
