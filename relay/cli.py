@@ -217,9 +217,7 @@ def _parser() -> argparse.ArgumentParser:
     install.add_argument("--prefix", metavar="DIR", default="/", help="write below this directory (default /)")
     install.add_argument("--force", action="store_true", help="overwrite units that differ")
 
-    command(
-        "version", _version, "Print versions: relay, Python, the dependencies, and whether the pump is compiled."
-    )
+    command("version", _version, "Print versions: relay, Python, the dependencies, and whether the pump is compiled.")
     return parser
 
 
