@@ -35,6 +35,14 @@ Capsys: TypeAlias = pytest.CaptureFixture[str]
 UPSTREAM = ["--upstream", "http://127.0.0.1:8000"]
 
 
+@pytest.fixture(autouse=True)
+def same_signals() -> Iterator[None]:
+    """`relay serve` holds SIGHUP back until it can act on it; these tests' process is to go on as before."""
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    yield
+    signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
 @pytest.fixture
 def served(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Config]:
     """What `relay serve` would run with given flags: the daemon's place is taken."""
