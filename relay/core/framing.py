@@ -11,8 +11,9 @@ answered, `error` says what is wrong and `position` where, and the caller decide
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from enum import Enum
-from typing import Final, Protocol
+from typing import Final
 
 Buffer = bytes | bytearray
 
@@ -74,37 +75,38 @@ def response_body_kind(method: bytes, status: int, version: bytes, headers: list
     return BodyKind.LENGTH
 
 
-class BodyDecoder(Protocol):
+class BodyDecoder(ABC):
     """Finds the payload in what arrives of one body."""
 
-    #: the body has ended, as its framing says
-    is_done: bool
-    #: the first thing wrong with it; nothing after that byte is read
-    error: FramingError | None
+    __slots__ = ("error", "is_done")
 
+    def __init__(self) -> None:
+        self.is_done = False  #: the body has ended, as its framing says
+        self.error: FramingError | None = None  #: the first thing wrong with it; nothing after that byte is read
+
+    @abstractmethod
     def next(self, buffer: Buffer, start: int, stop: int) -> tuple[int, int, int]:
         """Answers ``(begin, end, position)``: the next run of payload, and where to go on reading.
 
         ``begin == end`` where only framing was consumed. Call again while ``position < stop`` and neither `is_done`
         nor `error` is set; what then lies between ``position`` and ``stop`` is not part of the body.
         """
-        ...
 
+    @abstractmethod
     def at_close(self) -> None:
         """Takes note that the peer has closed: ends a close-delimited body, and is an `error` in any other."""
-        ...
 
 
-class LengthDecoder:
+class LengthDecoder(BodyDecoder):
     """A body of ``Content-Length`` bytes (RFC 9112 §6.2); also, with 0, no body at all."""
 
-    __slots__ = ("error", "is_done", "left", "length")
+    __slots__ = ("left", "length")
 
     def __init__(self, length: int) -> None:
+        super().__init__()
         self.length = length
         self.left = length
         self.is_done = length == 0
-        self.error: FramingError | None = None
 
     def next(self, buffer: Buffer, start: int, stop: int) -> tuple[int, int, int]:
         """See `BodyDecoder.next`."""
@@ -121,14 +123,10 @@ class LengthDecoder:
             )
 
 
-class CloseDecoder:
+class CloseDecoder(BodyDecoder):
     """A body that lasts until its sender closes (RFC 9112 §6.3, rule 8)."""
 
-    __slots__ = ("error", "is_done")
-
-    def __init__(self) -> None:
-        self.is_done = False
-        self.error: FramingError | None = None
+    __slots__ = ()
 
     def next(self, buffer: Buffer, start: int, stop: int) -> tuple[int, int, int]:
         """See `BodyDecoder.next`."""
@@ -139,14 +137,14 @@ class CloseDecoder:
         self.is_done = True
 
 
-class ChunkDecoder:
+class ChunkDecoder(BodyDecoder):
     """A chunked body (RFC 9112 §7.1): strict about line ends and sizes, since what it accepts is sent on.
 
     Extensions are skipped. Trailers are read and dropped but for their names: nothing the relay does depends on them
     (RFC 9110 §6.5.1).
     """
 
-    __slots__ = ("_line", "_seen", "_trailer_bytes", "error", "is_done", "left", "trailer_names")
+    __slots__ = ("_line", "_seen", "_trailer_bytes", "left", "trailer_names")
 
     # What `left` means beside a number of payload bytes.
     HEADER: Final = -1
@@ -154,9 +152,8 @@ class ChunkDecoder:
     TRAILER: Final = -3
 
     def __init__(self) -> None:
+        super().__init__()
         self.left = self.HEADER
-        self.is_done = False
-        self.error: FramingError | None = None
         self._line = bytearray()  # of a header or trailer line, what earlier reads brought
         self._seen = 0  # bytes of the body before the range being read
         self._trailer_bytes = 0
