@@ -19,17 +19,14 @@ from typing import Any
 from hatchling.builders.config import BuilderConfig
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-#: How long the compiler may take, seconds; it takes about ten.
-COMPILE_S = 300.0
-
 # Run by itself in a folder with a copy of the package: mypyc has the names of modules from relative paths, and exits
-# where it finds fault. What is not compiled is not looked at, so that its dependencies need not be there.
+# where it finds fault. It makes code of what it knows of types, those of other modules and packages included: with trio's
+# or msgspec's missing that would be other code, so that is an error too.
 _SCRIPT = """
 import sys
 from mypyc.build import mypycify
 from setuptools import setup
-flags = ["--config-file=", "--follow-imports=silent", "--ignore-missing-imports"]
-modules = mypycify([*flags, *sys.argv[1:]], opt_level="2", group_name="relay")
+modules = mypycify(["--config-file=", *sys.argv[1:]], opt_level="2", debug_level="0", group_name="relay")
 setup(name="relay", packages=[], ext_modules=modules, script_args=["build_ext", "--inplace"])
 """
 
@@ -43,6 +40,12 @@ class CompileHook(BuildHookInterface[BuilderConfig]):
 
     _folder: tempfile.TemporaryDirectory[str] | None = None  # of what is compiled, until it is in the wheel
 
+    def dependencies(self) -> list[str]:
+        """The compiler, and what relay's own types are made of."""
+        if os.environ.get("RELAY_COMPILE") == "0":
+            return []
+        return [*self.config["compiler"], *self.metadata.core.dependencies]
+
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Called before a wheel is built. Raises CompileError with ``RELAY_COMPILE=1``, where that is not possible."""
         wanted = os.environ.get("RELAY_COMPILE", "")
@@ -51,7 +54,7 @@ class CompileHook(BuildHookInterface[BuilderConfig]):
         self._folder = tempfile.TemporaryDirectory()
         try:
             compiled = compile_modules(Path(self.root), Path(self._folder.name), self.config["modules"])
-        except CompileError as exc:
+        except (CompileError, OSError) as exc:
             self._folder.cleanup()
             if wanted == "1":
                 raise
@@ -69,13 +72,9 @@ class CompileHook(BuildHookInterface[BuilderConfig]):
 
 def compile_modules(root: Path, folder: Path, modules: list[str]) -> dict[str, str]:
     """Compiles modules of a package in `root`, by way of `folder`; by file, the place it has in a wheel."""
-    shutil.copytree(root / "relay", folder / "relay")
-    command = [sys.executable, "-c", _SCRIPT, *modules]
-    try:
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=COMPILE_S)
-    except subprocess.TimeoutExpired:
-        raise CompileError(f"the compiler took over {COMPILE_S:.0f} s") from None
+    shutil.copytree(root / "relay", folder / "relay", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    done = subprocess.run([sys.executable, "-c", _SCRIPT, *modules], cwd=folder, capture_output=True, text=True)
     if done.returncode:
-        raise CompileError((done.stderr or done.stdout).strip()[-1000:])
-    shutil.rmtree(folder / "build")
-    return {str(path): str(path.relative_to(folder)) for path in folder.rglob("*.so")}
+        raise CompileError(f"{done.stdout}{done.stderr}".strip()[-1000:])
+    paths = [*folder.glob("*.so"), *(folder / "relay").rglob("*.so")]
+    return {str(path): str(path.relative_to(folder)) for path in paths}

@@ -21,6 +21,7 @@ from relay.address import Address
 from relay.cli import main
 from relay.config import Config
 from relay.core.auth import keys_line
+from relay.net import pump
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -383,6 +384,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["version"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"relay {relay.__version__}"
+    assert lines[-1] == ("pump interpreted" if pump.__file__.endswith(".py") else "pump compiled")
     assert [line.split()[0] for line in lines] == [
         *["relay", "Python", "trio", "h11", "httpx", "msgspec", "prometheus-client", "rich", "pump"]
     ]

@@ -15,37 +15,80 @@ from typing import Any, Final
 import msgspec
 
 from relay.core import ordinary
-from relay.core.event import (
-    ERROR,
-    FIELDS,
-    MESSAGE,
-    NULL,
-    REFUSAL,
-    STOP,
-    Error,
-    Event,
-    Incomplete,
-    Message,
-    Refusal,
-    Response,
-    Stop,
-    decode_event,
-    decode_fields,
-)
 from relay.core.framing import Buffer
 from relay.core.loose import UNDECODABLE, decode_or_none
 from relay.core.request import Route
 from relay.core.sse import fields
-from relay.core.usage import Usage, updated
+from relay.core.usage import Usage, WireUsage, updated
 
 __all__ = ["Meter", "Usage", "error_body", "error_frame", "refusal_frame"]
 
 #: Longest text of an error kept for the record, in characters.
 _ERROR_TEXT: Final = 300
 
+_NULL: Final = msgspec.Raw(b"null")
 _NO_ERROR: Final = (b"null", b'""', b"{}", b"false")
 
 
+class _Choice(msgspec.Struct, gc=False):
+    delta: dict[str, Any] | None = None
+    text: str | None = None
+    finish_reason: str | None = None
+
+
+class _Incomplete(msgspec.Struct, gc=False):
+    reason: str | None = None
+
+
+class _Response(msgspec.Struct, gc=False):
+    status: str | None = None
+    incomplete_details: _Incomplete | None = None
+    usage: WireUsage | None = None
+    error: msgspec.Raw = _NULL
+
+
+class _Stop(msgspec.Struct, gc=False):
+    stop_reason: str | None = None
+
+
+class _Message(msgspec.Struct, gc=False):
+    usage: WireUsage | None = None
+
+
+class _Event(msgspec.Struct, gc=False):
+    """What is read of one frame's JSON, whichever the dialect."""
+
+    choices: list[_Choice] | None = None
+    usage: WireUsage | None = None
+    type: str | None = None
+    object: str | None = None
+    error: msgspec.Raw = _NULL
+    message: msgspec.Raw = _NULL
+    response: _Response | None = None
+    delta: msgspec.Raw = _NULL
+    stop_reason: str | None = None
+    status: str | None = None
+    incomplete_details: _Incomplete | None = None
+
+
+class _Error(msgspec.Struct, gc=False):
+    message: str | None = None
+    type: str | None = None
+    code: str | int | None = None
+
+
+class _Refusal(msgspec.Struct, gc=False):
+    error: msgspec.Raw = _NULL
+
+
+_decode_event = msgspec.json.Decoder(_Event).decode
+_decode_fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+_ERROR: Final = msgspec.json.Decoder(_Error)
+_MESSAGE: Final = msgspec.json.Decoder(_Message)
+_REFUSAL: Final = msgspec.json.Decoder(_Refusal)
+_STOP: Final = msgspec.json.Decoder(_Stop)
+#: For frames with a key of an unexpected type: each key by itself.
+_FIELDS: Final = tuple((field.name, msgspec.json.Decoder(field.type)) for field in msgspec.structs.fields(_Event))
 _encode = msgspec.json.encode
 
 
@@ -112,7 +155,7 @@ class Meter:
             self.saw_end = True
             return
         try:
-            body = decode_event(data)
+            body = _decode_event(data)
         except UNDECODABLE:
             self.opaque_frames += 1
             salvaged = _salvaged(data)
@@ -120,7 +163,7 @@ class Meter:
                 self.error = _cut(data) if event == b"error" else self.error
                 return
             body = salvaged
-        has_error = body.error is not NULL and bytes(body.error) not in _NO_ERROR
+        has_error = body.error is not _NULL and bytes(body.error) not in _NO_ERROR
         if has_error or event == b"error" or body.object == "error" or body.type == "error":
             self.error = _error_text(body.error if has_error else msgspec.Raw(data))
         if body.usage is not None:
@@ -132,7 +175,7 @@ class Meter:
     def take_body(self, body: bytes) -> None:
         """Takes note of usage and finish reason of a whole JSON answer. Never raises."""
         try:
-            answer = decode_event(body)
+            answer = _decode_event(body)
         except UNDECODABLE:
             return
         if answer.usage is not None:
@@ -143,7 +186,7 @@ class Meter:
         if answer.object == "response":
             self.finish_reason = _finish_of(answer.status, answer.incomplete_details)
 
-    def _is_content(self, body: Event) -> bool:
+    def _is_content(self, body: _Event) -> bool:
         if body.choices is not None:
             for choice in body.choices:  # noqa: SIM110 - any() makes a generator, which costs more than the rest
                 if choice.text or (choice.delta and _says_something(choice.delta)):
@@ -152,7 +195,7 @@ class Meter:
         kind = body.type or ""
         return kind == "content_block_delta" or (kind.startswith("response.") and kind.endswith(".delta"))
 
-    def _take_end(self, body: Event) -> None:
+    def _take_end(self, body: _Event) -> None:
         for choice in body.choices or ():
             self.finish_reason = choice.finish_reason or self.finish_reason
         kind = body.type
@@ -161,17 +204,17 @@ class Meter:
         if kind == "message_stop":
             self.saw_end = True
         elif kind == "message_delta":
-            stop: Stop | None = decode_or_none(STOP, body.delta)
+            stop = decode_or_none(_STOP, body.delta)
             self.finish_reason = (stop and stop.stop_reason) or self.finish_reason
         elif kind == "message_start":
-            message: Message | None = decode_or_none(MESSAGE, body.message)
+            message = decode_or_none(_MESSAGE, body.message)
             if message is not None and message.usage is not None:
                 # What it says of the output is a placeholder: should the stream be cut, nothing is known of it.
                 message.usage.output_tokens = None
                 self.usage = updated(self.usage, message.usage)
         elif kind in ("response.completed", "response.incomplete", "response.failed"):
             self.saw_end = True
-            response = body.response or Response()
+            response = body.response or _Response()
             self.finish_reason = _finish_of(response.status, response.incomplete_details)
             if response.usage is not None:
                 self.usage = updated(self.usage, response.usage)
@@ -179,14 +222,14 @@ class Meter:
                 self.error = _error_text(response.error)
 
 
-def _salvaged(data: bytes) -> Event | None:
+def _salvaged(data: bytes) -> _Event | None:
     """What can be read of an object with a key of an unexpected type, which counts as absent; None: no JSON object."""
     try:
-        found = decode_fields(data)
+        found = _decode_fields(data)
     except UNDECODABLE:
         return None
-    event = Event()
-    for name, decoder in FIELDS:
+    event = _Event()
+    for name, decoder in _FIELDS:
         if name in found and (value := decode_or_none(decoder, found[name])) is not None:
             setattr(event, name, value)
     return event
@@ -200,13 +243,13 @@ def _says_something(delta: dict[str, Any]) -> bool:
     return False
 
 
-def _finish_of(status: str | None, incomplete: Incomplete | None) -> str | None:
+def _finish_of(status: str | None, incomplete: _Incomplete | None) -> str | None:
     return (incomplete and incomplete.reason) or status
 
 
 def _error_text(raw: msgspec.Raw) -> str:
     """A line for the record out of an error, whatever its form."""
-    error = decode_or_none(ERROR, raw) or Error()
+    error = decode_or_none(_ERROR, raw) or _Error()
     text = error.message or error.type or error.code
     return _cut(bytes(raw)) if text is None else str(text)[:_ERROR_TEXT]
 
@@ -248,7 +291,7 @@ def refusal_frame(route: Route, status: int, code: str, message: str, answer: by
     The engine's error object stays as it is, in one line. Of any other form (SGLang's flat one, FastAPI's ``detail``, a
     proxy's page) the beginning of what it says is put behind `message`.
     """
-    refusal: Refusal | None = decode_or_none(REFUSAL, msgspec.Raw(answer))
+    refusal = decode_or_none(_REFUSAL, msgspec.Raw(answer))
     error = bytes(refusal.error).translate(None, b"\r\n") if refusal else b""
     if not error.startswith(b"{"):
         said = _error_text(msgspec.Raw(answer))

@@ -246,7 +246,7 @@ class ClientConnection:
 
         The caller bounds it by `LINGER_S`.
         """
-        self._buffer = bytearray()  # many may linger at once, and nobody reads what has come
+        self._buffer.clear()  # many may linger at once, and nobody reads what has come
         self._say_goodbye()
         try:
             self.sock.shutdown(socket.SHUT_WR)  # and TLS is over: what comes is dropped as it is
