@@ -20,8 +20,7 @@ from hatchling.builders.config import BuilderConfig
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 # Run by itself in a folder with a copy of the package: mypyc has the names of modules from relative paths, and exits
-# where it finds fault. It makes code of what it knows of types, those of other modules and packages included: with trio's
-# or msgspec's missing that would be other code, so that is an error too.
+# where it finds fault. What it knows of types decides what code it makes, so types that are missing are a fault too.
 _SCRIPT = """
 import sys
 from mypyc.build import mypycify
