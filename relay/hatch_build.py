@@ -26,8 +26,13 @@ import sys
 from mypyc.build import mypycify
 from setuptools import setup
 modules = mypycify(["--config-file=", *sys.argv[1:]], opt_level="2", debug_level="0", group_name="relay")
+for module in modules:
+    module.extra_compile_args.append("-Wno-error")  # a compiler's new warning, or one of the user's CFLAGS, is no fault
 setup(name="relay", packages=[], ext_modules=modules, script_args=["build_ext", "--inplace"])
 """
+
+
+_HINT = "what it takes: apt-get install gcc python3-dev; RELAY_COMPILE=0 does without"
 
 
 class CompileError(Exception):
@@ -48,6 +53,8 @@ class CompileHook(BuildHookInterface[BuilderConfig]):
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Called before a wheel is built. Raises CompileError with ``RELAY_COMPILE=1``, where that is not possible."""
         wanted = os.environ.get("RELAY_COMPILE", "")
+        if wanted not in ("", "0", "1"):
+            raise CompileError(f"RELAY_COMPILE is {wanted!r}; it may be 0 or 1")
         if version == "editable" or wanted == "0":
             return
         self._folder = tempfile.TemporaryDirectory()
@@ -74,6 +81,12 @@ def compile_modules(root: Path, folder: Path, modules: list[str]) -> dict[str, s
     shutil.copytree(root / "relay", folder / "relay", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     done = subprocess.run([sys.executable, "-c", _SCRIPT, *modules], cwd=folder, capture_output=True, text=True)
     if done.returncode:
-        raise CompileError(f"{done.stdout}{done.stderr}".strip()[-1000:])
+        raise CompileError(f"{_errors(done.stdout + done.stderr)}; {_HINT}")
     paths = [*folder.glob("*.so"), *(folder / "relay").rglob("*.so")]
     return {str(path): str(path.relative_to(folder)) for path in paths}
+
+
+def _errors(said: str) -> str:
+    """What a compiler says is wrong, first things first: the last line is the whole command."""
+    lines = [line.strip() for line in said.splitlines() if "error:" in line] or said.splitlines()[-1:]
+    return "; ".join(lines)[:600]

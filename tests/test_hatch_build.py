@@ -71,6 +71,27 @@ def test_whoever_wants_it_compiled_is_told_why_it_cannot(tmp_path: Path, monkeyp
         hook(package(tmp_path, "number: int = 'none'\n"), "relay/double.py").initialize("standard", build_data())
 
 
+@needs_compiler
+def test_flags_that_warn_are_no_hindrance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CFLAGS", "-Wall -Wextra -Wpedantic")
+    package(tmp_path, "def double(number: int) -> int:\n    return 2 * number\n")
+    assert hatch_build.compile_modules(tmp_path, tmp_path / "elsewhere", ["relay/double.py"])
+
+
+@needs_compiler
+def test_what_the_c_compiler_finds_is_told_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CFLAGS", "-include no_such_header.h")
+    package(tmp_path, "def double(number: int) -> int:\n    return 2 * number\n")
+    with pytest.raises(hatch_build.CompileError, match=r"error: .*no_such_header.*apt-get install gcc python3-dev"):
+        hatch_build.compile_modules(tmp_path, tmp_path / "elsewhere", ["relay/double.py"])
+
+
+def test_an_unknown_wish_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RELAY_COMPILE", "yes")
+    with pytest.raises(hatch_build.CompileError, match="RELAY_COMPILE is 'yes'; it may be 0 or 1"):
+        hook(tmp_path, "relay/double.py").initialize("standard", build_data())
+
+
 def test_a_package_whose_types_are_not_there_is_not_compiled(tmp_path: Path) -> None:
     """What mypyc does not know of, it makes other code of."""
     with pytest.raises(hatch_build.CompileError, match="no_such_package"):

@@ -36,10 +36,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.parse_args(arguments)  # prints help or what is wrong, and exits
     verb, *rest = arguments
     module = importlib.import_module(VERBS[verb][0])
+    if argv is None:
+        _end_in_order()
     try:
         status = int(module.main(rest) or 0)
         sys.stdout.flush()
     except BrokenPipeError:  # standard output's reader has left, as `head` does; nothing more is to be flushed to it
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 128 + signal.SIGPIPE  # as the shell reports a process ended by it
+    except (KeyboardInterrupt, BaseExceptionGroup) as error:
+        if isinstance(error, BaseExceptionGroup) and error.split(KeyboardInterrupt)[1] is not None:
+            raise  # something else went wrong, too
+        print(f"relay-bench {verb}: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
     return status
+
+
+def _end_in_order() -> None:
+    """Has SIGTERM end a verb as SIGINT does, also where the shell has that ignored: no process is to stay behind."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
