@@ -26,7 +26,9 @@ NO_ERROR = "no client sees an error before the commit point"
 def kept(capsysbinary: pytest.CaptureFixture[bytes], *arguments: str) -> tuple[int, Report]:
     """The exit status of a quick drill, and its report."""
     status = main([*arguments, "--quick", "--json"])
-    return status, msgspec.json.decode(capsysbinary.readouterr().out, type=Report)
+    report = msgspec.json.decode(capsysbinary.readouterr().out, type=Report)
+    print(*(f"{promise.text}: {promise.seen}" for promise in report.promises if not promise.is_kept), sep="\n")
+    return status, report
 
 
 def sabotaged(*changes: str) -> tuple[str, ...]:
