@@ -30,8 +30,6 @@ for module in modules:
     module.extra_compile_args.append("-Wno-error")  # a compiler's new warning, or one of the user's CFLAGS, is no fault
 setup(name="relay", packages=[], ext_modules=modules, script_args=["build_ext", "--inplace"])
 """
-
-
 _HINT = "what it takes: apt-get install gcc python3-dev; RELAY_COMPILE=0 does without"
 
 
@@ -77,7 +75,10 @@ class CompileHook(BuildHookInterface[BuilderConfig]):
 
 
 def compile_modules(root: Path, folder: Path, modules: list[str]) -> dict[str, str]:
-    """Compiles modules of a package in `root`, by way of `folder`; by file, the place it has in a wheel."""
+    """Compiles modules of a package in `root`, by way of `folder`; by file, the place it has in a wheel.
+
+    Raises CompileError, and OSError where `folder` has no room.
+    """
     shutil.copytree(root / "relay", folder / "relay", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     done = subprocess.run([sys.executable, "-c", _SCRIPT, *modules], cwd=folder, capture_output=True, text=True)
     if done.returncode:

@@ -11,11 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from relay_bench.processes import family
+
 LIMIT_S = 20.0
-
-
-def children_of(pid: int) -> set[int]:
-    return {int(word) for path in Path(f"/proc/{pid}/task").glob("*/children") for word in path.read_text().split()}
 
 
 def wait_for(is_so: Callable[[], bool]) -> None:
@@ -35,8 +33,8 @@ def test_engines_and_relay_end_with_a_drill(number: signal.Signals) -> None:
     finally:
         signal.signal(signal.SIGINT, was)
     with drill:
-        wait_for(lambda: len(children_of(drill.pid)) >= 3)
-        started = children_of(drill.pid)
+        wait_for(lambda: len(family(drill.pid)) > 3)
+        started = family(drill.pid)[1:]
         drill.send_signal(number)
         _, said = drill.communicate(timeout=LIMIT_S)
         assert (drill.returncode, said.splitlines()[-1]) == (130, "relay-bench drill: interrupted")

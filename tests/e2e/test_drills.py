@@ -27,7 +27,11 @@ def kept(capsysbinary: pytest.CaptureFixture[bytes], *arguments: str) -> tuple[i
     """The exit status of a quick drill, and its report."""
     status = main([*arguments, "--quick", "--json"])
     report = msgspec.json.decode(capsysbinary.readouterr().out, type=Report)
-    print(*(f"{promise.text}: {promise.seen}" for promise in report.promises if not promise.is_kept), sep="\n")
+    print(
+        *(f"{promise.text}: {promise.seen}" for promise in report.promises if not promise.is_kept),
+        sep="\n",
+        file=sys.stderr,
+    )
     return status, report
 
 

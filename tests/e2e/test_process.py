@@ -23,6 +23,8 @@ from tests.e2e.harness import Client, ask, request, states, until
 
 #: A Python start-up on a loaded machine.
 START_S = 15.0
+#: Between two of the signals that come to the last moment. Without a pause a daemon in twenty or so still ends by one.
+EACH_S = 0.001
 
 
 class Process:
@@ -196,6 +198,19 @@ def test_next_to_no_descriptors() -> None:
     ended = subprocess.run([*shell, *command], capture_output=True, check=False, text=True, timeout=START_S)
     said = "relay: open files are limited to 40; raise that (ulimit -Hn, LimitNOFILE=): 2 for each stream\n"
     assert (ended.returncode, ended.stderr) == (1, said)
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
+async def test_signals_to_the_last_moment_leave_the_exit_status(number: signal.Signals, workers: str) -> None:
+    async with relay_serve("--upstream", "http://127.0.0.1:1", "--workers", workers) as relay:
+        await relay.prints(lambda: b"\n" in relay.stderr)
+        relay.signal(signal.SIGTERM)
+        with trio.fail_after(START_S):
+            while relay.process.poll() is None:
+                relay.signal(number)
+                await trio.sleep(EACH_S)
+        assert relay.process.returncode == 0
 
 
 async def test_drain_s_is_a_limit(engine: Engine) -> None:
