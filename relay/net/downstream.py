@@ -154,9 +154,11 @@ class ClientConnection:
         try:
             if self._tls is not None:
                 await self._shake_hands(self._tls)
-        except (ssl.SSLEOFError, trio.TooSlowError):
+        except trio.TooSlowError:
             return False
         except ssl.SSLError as exc:
+            if tls.has_left(exc):
+                return False
             if exc.reason == "HTTP_REQUEST":
                 self._speak_plainly()
                 raise RequestRefused(400, "bad_request", "this port speaks TLS; write https:// in the URL") from None

@@ -120,11 +120,17 @@ def wrap(context: ssl.SSLContext, sock: socket.socket, *, server_name: str | Non
     return wrapped
 
 
+def has_left(error: OSError) -> bool:
+    """Whether the peer ended the connection without a goodbye (before Python 3.11.3 that has no type of its own)."""
+    reason = error.reason if isinstance(error, ssl.SSLError) else None
+    return isinstance(error, ssl.SSLEOFError) or reason == "UNEXPECTED_EOF_WHILE_READING"
+
+
 def reason_of(error: OSError) -> str:
     """Why a handshake failed, in OpenSSL's words: ``certificate verify failed: certificate has expired``."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"certificate verify failed: {error.verify_message}"
-    if isinstance(error, ssl.SSLEOFError):
+    if has_left(error):
         return "the connection was closed"
     reason = error.reason if isinstance(error, ssl.SSLError) else None
     return reason.lower().replace("_", " ") if reason else error.strerror or str(error)
@@ -230,6 +236,8 @@ def _context(protocol: int) -> ssl.SSLContext:
     context = ssl.SSLContext(protocol)
     context.minimum_version = ssl.TLSVersion.TLSv1_2  # RFC 8996
     context.options |= ssl.OP_NO_COMPRESSION | ssl.OP_NO_RENEGOTIATION
+    # With it an end without a goodbye is one like any other; before Python 3.11.3 it is set (python/cpython#95494).
+    context.options &= ~ssl.OP_IGNORE_UNEXPECTED_EOF
     context.set_alpn_protocols(["http/1.1"])
     context.sslsocket_class = TlsSocket
     return context
