@@ -128,6 +128,7 @@ def test_rows_hold_what_was_measured() -> None:
     assert row.figures["cpu_us_per_frame_saturated"].median == pytest.approx(50)
     assert (row.ttft_p50_ms, row.ttft_p99_ms) == pytest.approx((2, 2))
     assert row.bytes_per_stream == 2048
+    assert (row.saturated_frames_per_s, other.saturated_frames_per_s) == (10_000, None)
     assert (other.figures, other.ttft_p50_ms, other.memory_bytes) == ({}, None, None)
     assert summary.bound_by_harness([row, other]) == ["a"]
     assert summary.floor_of(samples)["saturated"]["frames_per_s"] == pytest.approx(2000)

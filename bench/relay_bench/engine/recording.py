@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,4 +59,9 @@ def load_recording(folder: str, name: str) -> Recording:
         raise Refusal(
             400, f"x-sim-play: there is no recording {name!r}; see --captures", "BadRequestError", "x-sim-play"
         )
+    return _parsed(path, path.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=8)
+def _parsed(path: Path, _changed_ns: int) -> Recording:
     return parse_recording(path.read_bytes())

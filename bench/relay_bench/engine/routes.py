@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import lru_cache
 from typing import TYPE_CHECKING, Final
 from urllib.parse import parse_qs
 
@@ -11,16 +12,24 @@ import msgspec
 from relay_bench.engine.ask import Ask, Route, read_ask
 from relay_bench.engine.chat import ChatScript
 from relay_bench.engine.completions import CompletionsScript
-from relay_bench.engine.faults import Controls, read_controls
+from relay_bench.engine.faults import Controls, Shape, read_controls
 from relay_bench.engine.handover import CONNECTORS, Here, Part
 from relay_bench.engine.messages import MessagesScript
 from relay_bench.engine.metrics import CONTENT_TYPE, metrics_text
 from relay_bench.engine.plain import Refusal, body_answer, empty_answer, json_answer, models_body, response_head
 from relay_bench.engine.prefix_cache import BLOCK_TOKENS
-from relay_bench.engine.recording import load_recording
+from relay_bench.engine.recording import Recording, load_recording
 from relay_bench.engine.responses import ResponsesScript
 from relay_bench.engine.text import words_of
-from relay_bench.engine.wire import Cut, Op, framed_stream, json_answer_steps, stream_answer
+from relay_bench.engine.wire import (
+    Cut,
+    Op,
+    framed_stream,
+    json_answer_steps,
+    ready_stream,
+    stream_answer,
+    uvicorn_steps,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -252,11 +261,20 @@ def _played(controls: Controls, config: EngineConfig, now_s: int, *, close: bool
     """The steps of a recording: its status, type and payload; framed as the request says."""
     recording = load_recording(config.captures, controls.play)
     if recording.is_stream:
-        frames = list(recording.steps())
         kind = b"content-type: " + recording.content_type
+        if controls.shape == Shape() and not controls.faults:
+            return ready_stream(_ordinary_body(recording), controls.shape, now_s, kind, close=close)
+        frames = list(recording.steps())
         return framed_stream(iter(frames), len(frames), controls, now_s, kind, close=close)
     head = _json_head(recording.status, len(recording.body), now_s, close=close)
     return json_answer_steps(1, head, recording.body, controls)
+
+
+@lru_cache(maxsize=8)
+def _ordinary_body(recording: Recording) -> tuple[list[Op], ...]:
+    """Made once: where nothing but the connections holds it up, an engine is to send as fast as it can."""
+    frames = list(recording.steps())
+    return tuple(uvicorn_steps(iter(frames), len(frames)))
 
 
 def _json_head(status: int, length: int, now_s: int, *, close: bool) -> bytes:

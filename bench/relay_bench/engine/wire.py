@@ -8,13 +8,14 @@ all edits: ``comment`` frames count, too.
 from __future__ import annotations
 
 from enum import Enum
+from itertools import chain
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 from relay_bench.engine.faults import Shape
 from relay_bench.engine.plain import response_head
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from relay_bench.engine.faults import Controls
     from relay_bench.engine.script import Script
@@ -49,6 +50,28 @@ def framed_stream(
 ) -> Iterator[list[Op]]:
     """The frames of `steps`, of which there are to be `count`, as the body of a 200."""
     shape = controls.shape
+    length = -1
+    if shape.framing == "length":
+        whole = list(steps)
+        length = sum(len(frame) for step in whole for frame in step)
+        steps = iter(whole)
+    head: list[Op] = [*early_hints(controls), _stream_head(shape, length, now_s, content_type, close=close)]
+    cut = _Cutter.of(controls)
+    if cut is not None and cut.after == 0 and cut.is_at_head:
+        yield [*head, cut.kind]
+        return
+    yield head
+    yield from _body_steps(steps, count, shape, cut)
+
+
+def ready_stream(
+    body: Iterable[list[Op]], shape: Shape, now_s: int, content_type: bytes, *, close: bool
+) -> Iterator[list[Op]]:
+    """A body that has been made before, as that of a 200."""
+    return chain([[_stream_head(shape, -1, now_s, content_type, close=close)]], body)
+
+
+def _stream_head(shape: Shape, length: int, now_s: int, content_type: bytes, *, close: bool) -> bytes:
     fields = [content_type] if content_type else []
     fields.append(b"vary: Origin")
     if close or shape.framing == "close":
@@ -56,16 +79,8 @@ def framed_stream(
     if shape.framing == "chunked":
         fields.append(b"transfer-encoding: chunked")
     elif shape.framing == "length":
-        whole = list(steps)
-        fields.append(b"content-length: %d" % sum(len(frame) for step in whole for frame in step))
-        steps = iter(whole)
-    head: list[Op] = [*early_hints(controls), response_head(200, now_s, *fields)]
-    cut = _Cutter.of(controls)
-    if cut is not None and cut.after == 0 and cut.is_at_head:
-        yield [*head, cut.kind]
-        return
-    yield head
-    yield from _body_steps(steps, count, shape, cut)
+        fields.append(b"content-length: %d" % length)
+    return response_head(200, now_s, *fields)
 
 
 def json_answer_steps(tokens: int, head: bytes, body: bytes, controls: Controls) -> Iterator[list[Op]]:
@@ -203,7 +218,7 @@ class _Cutter:
 def _body_steps(steps: Iterator[list[bytes]], count: int, shape: Shape, cut: _Cutter | None) -> Iterator[list[Op]]:
     """All of the body; `count` steps are expected, so that what ends it leaves with the last and not a step later."""
     if shape == Shape() and cut is None:
-        yield from _uvicorn_steps(steps, count)
+        yield from uvicorn_steps(steps, count)
         return
     framer = _Framer(shape)
     passed = 0
@@ -226,7 +241,7 @@ def _body_steps(steps: Iterator[list[bytes]], count: int, shape: Shape, cut: _Cu
     yield [*_in_writes([*framer.flush(), *framer.end()], shape.write_size), Cut.END]
 
 
-def _uvicorn_steps(steps: Iterator[list[bytes]], count: int) -> Iterator[list[Op]]:
+def uvicorn_steps(steps: Iterator[list[bytes]], count: int) -> Iterator[list[Op]]:
     """The ordinary shape, which benchmarks run on: a chunk and a write per frame, and one more for the last chunk."""
     left = count
     for step in steps:

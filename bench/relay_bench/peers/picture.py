@@ -81,13 +81,14 @@ def warnings(result: Result) -> list[str]:
 
 
 def cells(result: Result) -> list[list[str]]:
-    """A row for each proxy: name, the figures of `COLUMNS`, TTFT added (p50, p99), KiB per stream, MiB."""
+    """A row for each proxy: name, the figures of `COLUMNS`, thousands of frames a second, TTFT added, memory."""
     found = []
     for row in msgspec.convert(result["rows"], list[Row]):
+        rate = NOTHING if row.saturated_frames_per_s is None else f"{row.saturated_frames_per_s / 1000:.0f}"
         added = [NOTHING if ms is None else number_signed(ms) for ms in (row.ttft_p50_ms, row.ttft_p99_ms)]
         stream = NOTHING if row.bytes_per_stream is None else f"{row.bytes_per_stream / 1024:.1f}"
         memory = NOTHING if row.memory_bytes is None else f"{row.memory_bytes / 2**20:.0f}"
-        found.append([row.name, *(figure_text(row.figures.get(key)) for key in COLUMNS), *added, stream, memory])
+        found.append([row.name, *(figure_text(row.figures.get(key)) for key in COLUMNS), rate, *added, stream, memory])
     return found
 
 
@@ -125,9 +126,9 @@ def _tables(result: Result) -> list[RenderableType]:
     cpu = Table(
         title="CPU µs by the kernel's accounts (ratio to the first; *: its core was full; †: a tenth of the streams)"
     )
-    rest = Table(title="TTFT added to the same requests direct, ms; memory")
+    rest = Table(title="saturated, thousands of frames/s; TTFT added to the same requests direct, ms; memory")
     names = [column.short for column in COLUMNS.values()]
-    for table, headings in ((cpu, names), (rest, ["TTFT p50", "TTFT p99", "KiB/stream", "MiB"])):
+    for table, headings in ((cpu, names), (rest, ["k frames/s", "TTFT p50", "TTFT p99", "KiB/stream", "MiB"])):
         table.title_justify = "left"
         table.add_column("", no_wrap=True)
         for heading in headings:

@@ -24,10 +24,8 @@ if TYPE_CHECKING:
     from relay_bench.peers.running import EngineServer
     from relay_bench.servers import Server
 
-#: Frames of the recording that saturated streams are made of, and frames to a write: the engine's part in what a frame
-#: costs is then a few µs, and it is not the bottleneck.
+#: Frames of the recording that saturated streams are made of: an engine that plays one sends more than it could make.
 RECORDED_FRAMES: Final = 512
-_FRAMES_PER_WRITE: Final = 4
 #: Seconds of a stream beyond its window, so that none ends within it, however slowly the others begin.
 _MARGIN_S: Final = 12.0
 #: Seconds for requests to leave the engines once their clients have.
@@ -98,7 +96,7 @@ SCENARIOS: Final = (
         title="32 streams as fast as they come",
         connections=32,
         window_s=1.5,
-        engine={"play": "saturated", "rechunk": f"burst:{_FRAMES_PER_WRITE}", "step_ms": "0"},
+        engine={"play": "saturated", "step_ms": "0"},
         tokens=RECORDED_FRAMES,
         repeats=True,
     ),

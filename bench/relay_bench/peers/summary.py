@@ -41,6 +41,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
 
     name: str
     figures: dict[str, Figure]  #: by key of `COLUMNS`
+    saturated_frames_per_s: float | None = None  #: that came through, median: more is better
     ttft_p50_ms: float | None = None  #: added, median of the paired differences
     ttft_p99_ms: float | None = None  #: added, difference of the p99s
     memory_bytes: int | None = None  #: before streams were held open
@@ -105,6 +106,7 @@ def rows_of(
             Row(
                 name=name,
                 figures=figures,
+                saturated_frames_per_s=_frames_per_s(name, "saturated", samples),
                 ttft_p50_ms=p50,
                 ttft_p99_ms=p99,
                 memory_bytes=memory.before_bytes if memory else None,
@@ -141,12 +143,17 @@ def floor_of(samples: Sequence[Sample]) -> dict[str, dict[str, float]]:
         direct = [one for one in samples if one.name == DIRECT and one.scenario == scenario]
         if direct:
             found[scenario] = {
-                "frames_per_s": statistics.median(one.frames / one.seconds for one in direct),
+                "frames_per_s": _frames_per_s(DIRECT, scenario, samples) or 0.0,
                 "answers_per_s": statistics.median(one.answers / one.seconds for one in direct),
                 "client_cpu_us_per_frame": statistics.median(one.client_cpu_ns / 1000 / one.frames for one in direct),
                 "engine_cpu_us_per_frame": statistics.median(one.engine_cpu_ns / 1000 / one.frames for one in direct),
             }
     return found
+
+
+def _frames_per_s(name: str, scenario: str, samples: Sequence[Sample]) -> float | None:
+    rates = [one.frames / one.seconds for one in samples if (one.name, one.scenario) == (name, scenario)]
+    return statistics.median(rates) if rates else None
 
 
 def bound_by_harness(rows: Sequence[Row]) -> list[str]:
