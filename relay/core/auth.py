@@ -38,7 +38,7 @@ _NAMES_ALLOWED = "1 to 64 letters, digits and . _ @ + -, the first a letter or d
 _DIGEST = re.compile(r"[0-9A-Fa-f]{64}")
 
 #: Segments of RFC 3986 §3.3's pchar as it is decoded, and the space; without the semicolon, and none is "." or "..".
-#: The group is not possessive: before Python 3.11.5 it would have eaten what a segment begins with that is none.
+#: The group is not possessive: before Python 3.11.5 it would then eat the slash of a segment that is none.
 _UNAMBIGUOUS_PATH = re.compile(rb"/|(?:/(?!\.{1,2}(?:/|\Z))[A-Za-z0-9\-._~!$&'()*+,=:@ ]++)+/?")
 
 _UPSTREAM_KEY = re.compile(rb"[\x21-\x7e]+")

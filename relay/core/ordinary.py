@@ -17,8 +17,8 @@ from typing import Final
 from relay.core.request import Route
 
 # Single negated characters rather than classes, and possessive repeats: what sre runs fastest. Before Python 3.11.5 a
-# possessive group that fails has eaten what it read (python/cpython#106052). Where one stands below, nothing ordinary
-# comes to that, and what is taken for ordinary by it is no JSON.
+# possessive group that fails behind a repeat or a lookahead has eaten what it read (python/cpython#106052, #100061): no
+# ordinary frame comes to that where one stands below, and what is then taken for ordinary is no JSON.
 #: The rest of a JSON string behind its opening quote, with something in it.
 _TEXT: Final = rb'(?!")[^"\\]*+(?:\\.[^"\\]*+)*+"'
 _NOTHING: Final = rb"(?:null|\[[\d,]*+\])"  # or token ids
@@ -26,7 +26,7 @@ _NOTHING: Final = rb"(?:null|\[[\d,]*+\])"  # or token ids
 _HEAD: Final = rb'data: \{"[^{]*+\{(?:"finish_reason":null,)?+"index":\d++,'
 _TAIL: Final = rb'(?:,"[^"]++":%b)*+\}\](?:,"(?!error")[^"]++":(?:%b|\d++|"[^"\\]*+"))*+\}\n\n' % (_NOTHING, _NOTHING)
 _CALL: Final = rb'tool_calls":\[\{"index":\d++,"function":\{"arguments":"%b\}\}\]' % _TEXT
-_DELTA: Final = rb'"delta":\{"(?:[^"]++":null,")*(?:(?!role"|tool_calls")[^"]++":"%b|%b)(?:,"[^"]++":null)*+\}' % (
+_DELTA: Final = rb'"delta":\{"(?:[^"]++":null,"){0,16}(?:(?!role"|tool_calls")[^"]++":"%b|%b)(?:,"[^"]++":null)*+\}' % (
     _TEXT,
     _CALL,
 )

@@ -51,7 +51,7 @@ _TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]"
 _VALUE = rb"[\t\x20-\x7e\x80-\xff]"
 
 # Possessive (`++`, `*+`): no position is tried twice, whatever the input. Groups are not: before Python 3.11.5 a
-# possessive one that fails has eaten what it read (python/cpython#106052).
+# possessive one that fails behind a repeat or a lookahead has eaten what it read (python/cpython#106052, #100061).
 _HEAD = re.compile(
     rb"(?P<method>" + _TOKEN + rb"++) (?P<target>[\x21-\x7e]++) HTTP/1\.(?P<minor>[01])\r\n"
     rb"(?:" + _TOKEN + rb"++:" + _VALUE + rb"*+\r\n)*"

@@ -237,7 +237,7 @@ def _context(protocol: int) -> ssl.SSLContext:
     context.minimum_version = ssl.TLSVersion.TLSv1_2  # RFC 8996
     context.options |= ssl.OP_NO_COMPRESSION | ssl.OP_NO_RENEGOTIATION
     # With it an end without a goodbye is one like any other; before Python 3.11.3 it is set (python/cpython#95494).
-    context.options &= ~ssl.OP_IGNORE_UNEXPECTED_EOF
+    context.options &= ~getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)  # which is OpenSSL 3's
     context.set_alpn_protocols(["http/1.1"])
     context.sslsocket_class = TlsSocket
     return context

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from decimal import Decimal
 from typing import Any
 
@@ -123,6 +124,19 @@ SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False,
 VALUES = st.recursive(
     SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(NAMES) | TEXT, inner)
 )
+
+
+def test_a_long_key_takes_no_memory() -> None:
+    """Of each escape in it nothing is kept: clients choose their keys."""
+    body = b'{"%b":1}' % (rb"\n" * 1_000_000)
+    tracemalloc.start()
+    try:
+        edited = edit(body, {"a": b"2"})
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert edited is not None and edited.endswith(b'"a":2}')
+    assert peak < 10 * len(body)
 
 
 @st.composite

@@ -18,7 +18,7 @@ from relay.config import TlsConfig
 
 def told_of_goodbyes(context: ssl.SSLContext) -> ssl.SSLContext:
     """As Python has it since 3.11.3: an end without a goodbye is an error."""
-    context.options &= ~ssl.OP_IGNORE_UNEXPECTED_EOF
+    context.options &= ~getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
     return context
 
 

@@ -263,7 +263,7 @@ def _played(controls: Controls, config: EngineConfig, now_s: int, *, close: bool
     if recording.is_stream:
         kind = b"content-type: " + recording.content_type
         if controls.shape == Shape() and not controls.faults:
-            return ready_stream(_ordinary_body(recording), controls.shape, now_s, kind, close=close)
+            return ready_stream(_ordinary_body(recording), now_s, kind, close=close)
         frames = list(recording.steps())
         return framed_stream(iter(frames), len(frames), controls, now_s, kind, close=close)
     head = _json_head(recording.status, len(recording.body), now_s, close=close)

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Callable, Iterator
 
-#: Without a step length, frames sent before the other tasks get a turn: several hundred µs of work.
-_FRAMES_PER_TURN: Final = 256
+#: Without a step length, frames sent before the other tasks get a turn: a few hundred µs of work.
+_FRAMES_PER_TURN: Final = 64
 
 
 class Sequence:

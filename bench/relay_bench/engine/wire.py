@@ -50,7 +50,7 @@ def framed_stream(
 ) -> Iterator[list[Op]]:
     """The frames of `steps`, of which there are to be `count`, as the body of a 200."""
     shape = controls.shape
-    length = -1
+    length = None
     if shape.framing == "length":
         whole = list(steps)
         length = sum(len(frame) for step in whole for frame in step)
@@ -64,21 +64,19 @@ def framed_stream(
     yield from _body_steps(steps, count, shape, cut)
 
 
-def ready_stream(
-    body: Iterable[list[Op]], shape: Shape, now_s: int, content_type: bytes, *, close: bool
-) -> Iterator[list[Op]]:
-    """A body that has been made before, as that of a 200."""
-    return chain([[_stream_head(shape, -1, now_s, content_type, close=close)]], body)
+def ready_stream(body: Iterable[list[Op]], now_s: int, content_type: bytes, *, close: bool) -> Iterator[list[Op]]:
+    """What `uvicorn_steps` has made before, as the body of a 200."""
+    return chain([[_stream_head(Shape(), None, now_s, content_type, close=close)]], body)
 
 
-def _stream_head(shape: Shape, length: int, now_s: int, content_type: bytes, *, close: bool) -> bytes:
+def _stream_head(shape: Shape, length: int | None, now_s: int, content_type: bytes, *, close: bool) -> bytes:
     fields = [content_type] if content_type else []
     fields.append(b"vary: Origin")
     if close or shape.framing == "close":
         fields.append(b"connection: close")
     if shape.framing == "chunked":
         fields.append(b"transfer-encoding: chunked")
-    elif shape.framing == "length":
+    elif length is not None:
         fields.append(b"content-length: %d" % length)
     return response_head(200, now_s, *fields)
 

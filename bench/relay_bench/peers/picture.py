@@ -84,7 +84,7 @@ def cells(result: Result) -> list[list[str]]:
     """A row for each proxy: name, the figures of `COLUMNS`, thousands of frames a second, TTFT added, memory."""
     found = []
     for row in msgspec.convert(result["rows"], list[Row]):
-        rate = NOTHING if row.saturated_frames_per_s is None else f"{row.saturated_frames_per_s / 1000:.0f}"
+        rate = NOTHING if row.saturated_frames_per_s is None else number(row.saturated_frames_per_s / 1000)
         added = [NOTHING if ms is None else number_signed(ms) for ms in (row.ttft_p50_ms, row.ttft_p99_ms)]
         stream = NOTHING if row.bytes_per_stream is None else f"{row.bytes_per_stream / 1024:.1f}"
         memory = NOTHING if row.memory_bytes is None else f"{row.memory_bytes / 2**20:.0f}"
