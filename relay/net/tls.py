@@ -8,6 +8,7 @@ reported; whatever else OpenSSL holds back is told by `TlsSocket.has_more`.
 
 from __future__ import annotations
 
+import re
 import socket
 import ssl
 from collections.abc import Iterable
@@ -120,6 +121,10 @@ def wrap(context: ssl.SSLContext, sock: socket.socket, *, server_name: str | Non
     return wrapped
 
 
+#: What Python's module adds to OpenSSL's words.
+_OF_THE_MODULE: Final = re.compile(r"^\[SSL\] | \(_ssl\.c:\d+\)$")
+
+
 def has_left(error: OSError) -> bool:
     """Whether the peer ended the connection without a goodbye (before Python 3.11.3 that has no type of its own)."""
     reason = error.reason if isinstance(error, ssl.SSLError) else None
@@ -133,7 +138,7 @@ def reason_of(error: OSError) -> str:
     if has_left(error):
         return "the connection was closed"
     reason = error.reason if isinstance(error, ssl.SSLError) else None
-    return reason.lower().replace("_", " ") if reason else error.strerror or str(error)
+    return reason.lower().replace("_", " ") if reason else _OF_THE_MODULE.sub("", error.strerror or str(error))
 
 
 # -- contexts

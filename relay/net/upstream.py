@@ -17,7 +17,7 @@ from relay.core import headers
 from relay.core.answer_head import AnswerHead
 from relay.core.framing import BodyDecoder, Buffer, FramingError, decoder_for
 from relay.errors import Phase, UpstreamDisconnected, UpstreamProtocolError, UpstreamTimeout
-from relay.net import sockets
+from relay.net import sockets, tls
 from relay.net.pool import UpstreamConnection
 from relay.net.sockets import READ_BYTES
 
@@ -180,7 +180,7 @@ async def receive(pair: Waits, connection: UpstreamConnection, phase: Phase = Ph
                 source.has_news = False
             await pair.wait_upstream()
         except OSError as exc:
-            message = f"the engine's connection broke: {exc.strerror}"
+            message = f"the engine's connection broke: {tls.reason_of(exc)}"
             raise sockets.shortage(exc, phase) or UpstreamDisconnected(message, phase=phase) from None
 
 
@@ -223,7 +223,7 @@ async def _send(pair: Waits, connection: UpstreamConnection, head: bytes, body: 
             except OSError as exc:
                 if exc.errno in (errno.EPIPE, errno.ECONNRESET):
                     return False, early  # an answer may have come before; reading tells
-                message = f"sending to the engine failed: {exc.strerror}"
+                message = f"sending to the engine failed: {tls.reason_of(exc)}"
                 raise sockets.shortage(exc, Phase.HEAD) or UpstreamDisconnected(message, phase=Phase.HEAD) from None
     return True, early
 

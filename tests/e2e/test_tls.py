@@ -205,6 +205,18 @@ async def test_an_end_without_a_goodbye_is_no_end(side: str, authority: Authorit
         assert [record.outcome for record in path.relay.records] == ["--", "UD"]
 
 
+async def test_an_end_without_a_goodbye_is_told_in_words(authority: Authority) -> None:
+    async with fakes("tiny") as (engine,), secured("engine", engine.url, authority) as path:
+        assert path.edge is not None
+        path.edge.says_goodbye = False
+        engine.answer, engine.then = b"HTTP/1.1 200 OK\r\n", "fin"
+        answer = await path.ask(request())
+        assert (answer.status, answer.error["message"]) == (
+            502,
+            "the engine's connection broke: the connection was closed",
+        )
+
+
 @pytest.mark.parametrize("how", ["fin", "close", "rst"])
 async def test_an_end_without_a_goodbye_leaves_nothing_to_collect(how: str, authority: Authority) -> None:
     """Of an idle client, of one with a stream, and of an engine."""
@@ -528,7 +540,7 @@ def test_files_that_cannot_be_used(authority: Authority, tmp_path: Path) -> None
     for wrong, said in (
         (TlsConfig(cert=str(tmp_path / "none"), key=files.key), "listen.tls.cert: .* cannot be read: No such file"),
         (TlsConfig(cert=files.cert, key=str(tmp_path)), "listen.tls.key: .* cannot be read: Is a directory"),
-        (TlsConfig(cert=files.key, key=files.key), "no certificate chain and key in PEM"),
+        (TlsConfig(cert=files.key, key=files.key), "no certificate chain and key in PEM: PEM lib$"),
     ):
         with pytest.raises(TlsError, match=said):
             server_context(wrong)
