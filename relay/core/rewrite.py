@@ -28,7 +28,7 @@ Change: TypeAlias = "bytes | Mapping[str, Change] | None"
 MAX_MEMBERS: Final = 4096
 
 # Possessive (`++`, `*+`): no position is tried twice, whatever the input, and nothing is kept of each escape in a key.
-# What `relay.core.strict` says of groups does not concern this one: it fails at its first byte only.
+# What `relay.core.strict` says of groups does not concern this one: in JSON it fails at its first byte only.
 _KEY = re.compile(rb'[ \t\r\n]*+[{,][ \t\r\n]*+("(?:[^"\\]++|\\.)*+")[ \t\r\n]*+:[ \t\r\n]*+')
 #: Of a frame everything but its data: a byte order mark, names of fields, other lines, line ends (WHATWG HTML §9.2.6).
 _NOT_DATA = re.compile(rb"(?:\A(?:\xef\xbb\xbf)?|\r\n|\n|\r)(?:data:[ ]?|[^\r\n]*+)")

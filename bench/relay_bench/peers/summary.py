@@ -101,12 +101,13 @@ def rows_of(
     for name in names:
         figures = {key: figure for key in COLUMNS if (figure := figure_of(key, name, names[0], samples)) is not None}
         p50, p99 = _added_ttft(*_of_both(name, records))
+        saturated = [one for one in samples if (one.name, one.scenario) == (name, "saturated")]
         memory = by_name.get(name)
         rows.append(
             Row(
                 name=name,
                 figures=figures,
-                saturated_frames_per_s=_frames_per_s(name, "saturated", samples),
+                saturated_frames_per_s=_frames_per_s(saturated) if saturated else None,
                 ttft_p50_ms=p50,
                 ttft_p99_ms=p99,
                 memory_bytes=memory.before_bytes if memory else None,
@@ -143,7 +144,7 @@ def floor_of(samples: Sequence[Sample]) -> dict[str, dict[str, float]]:
         direct = [one for one in samples if one.name == DIRECT and one.scenario == scenario]
         if direct:
             found[scenario] = {
-                "frames_per_s": _frames_per_s(DIRECT, scenario, samples) or 0.0,
+                "frames_per_s": _frames_per_s(direct),
                 "answers_per_s": statistics.median(one.answers / one.seconds for one in direct),
                 "client_cpu_us_per_frame": statistics.median(one.client_cpu_ns / 1000 / one.frames for one in direct),
                 "engine_cpu_us_per_frame": statistics.median(one.engine_cpu_ns / 1000 / one.frames for one in direct),
@@ -151,9 +152,8 @@ def floor_of(samples: Sequence[Sample]) -> dict[str, dict[str, float]]:
     return found
 
 
-def _frames_per_s(name: str, scenario: str, samples: Sequence[Sample]) -> float | None:
-    rates = [one.frames / one.seconds for one in samples if (one.name, one.scenario) == (name, scenario)]
-    return statistics.median(rates) if rates else None
+def _frames_per_s(samples: Sequence[Sample]) -> float:
+    return statistics.median(one.frames / one.seconds for one in samples)
 
 
 def bound_by_harness(rows: Sequence[Row]) -> list[str]:
