@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import errno
 import json
-import socket
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -18,18 +18,13 @@ from relay.config import PoolConfig
 from relay.core.connectors import CONNECTORS
 from relay_bench.engine import Engine, EngineConfig, serve_engine
 from relay_bench.engine.handover import CONNECTORS as ENGINES_CONNECTORS
+from relay_bench.processes import free_port
 from tests.e2e.fleet import RunningFleet, running_fleet
 from tests.e2e.harness import Answer, ask, until
 from tests.e2e.secure import Authority, behind_tls
 
 #: In a decode leg that is refused the engine waits no longer than this.
 IMPATIENT: Final = 0.05
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-    return port
 
 
 class Pair:
@@ -48,10 +43,16 @@ class Pair:
 
 
 async def engine_of(nursery: trio.Nursery, connector: str, role: str, **settings: Any) -> Engine:
-    kv_port = free_port() if connector in ("mooncake", "sglang", "p2p_nccl") else 0
-    config = EngineConfig(connector=connector, role=role, kv_port=kv_port, **settings)
-    engine: Engine = await nursery.start(serve_engine, config)
-    return engine
+    while True:
+        kv_port = free_port() if connector in ("mooncake", "sglang", "p2p_nccl") else 0
+        config = EngineConfig(connector=connector, role=role, kv_port=kv_port, **settings)
+        try:
+            engine: Engine = await nursery.start(serve_engine, config)
+        except OSError as error:
+            if not kv_port or error.errno != errno.EADDRINUSE:  # somebody has taken it meanwhile
+                raise
+        else:
+            return engine
 
 
 @asynccontextmanager
