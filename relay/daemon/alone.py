@@ -35,6 +35,7 @@ async def serve(
     status = 0
     writer = RecordWriter(sys.stdout.fileno())
     sink = partial(record_sink, writer)
+    garbage = Garbage()
     worker = Worker(config, listeners, sink, admin, load_config, guard=guard, tls_context=tls_context)
     writer.on_drop = worker.service.tally.records_dropped
     with receive_signals() as signals:
@@ -47,7 +48,7 @@ async def serve(
                 say(f"relay: {exc}", Priority.ERROR)
                 status = 1
             else:
-                nursery.start_soon(Garbage().watch)
+                nursery.start_soon(garbage.watch)
                 if worker.service.is_ready:
                     announce(listeners.urls)
                     systemd.ready(f"serving on {', '.join(listeners.urls)}")

@@ -66,13 +66,14 @@ async def _work(
 ) -> None:
     writer = RecordWriter(sys.stdout.fileno())
     worker = Follower(config, guard, partial(record_sink, writer), scoreboard, number, Channel(sock))
+    garbage = Garbage()
     worker.tls_context = tls_context  # until it is told of a configuration
     writer.on_drop = worker.service.tally.records_dropped
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_beat, scoreboard.slot(number), beat_s)
         nursery.start_soon(writer.run)
         await nursery.start(worker.run)
-        nursery.start_soon(Garbage().watch)
+        nursery.start_soon(garbage.watch)
         await worker.stopped.wait()
         nursery.cancel_scope.cancel()
 

@@ -27,20 +27,16 @@ _PAGE_BYTES: Final = os.sysconf("SC_PAGE_SIZE")
 
 
 class Garbage:
-    """Collects the old garbage of this process. To be made when all is there that lives as long as the process."""
+    """Collects the old garbage of this process, once `settle` has been called."""
 
     def __init__(self) -> None:
-        gc.collect()
-        gc.freeze()  # and that is not looked at again
-        young, middle, _ = gc.get_threshold()
-        gc.set_threshold(young, middle, _NEVER)
         self.collections = 0
         try:
             self._statm = os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)  # now: later there may be none
         except OSError:  # there is no /proc: the time decides alone
             self._statm = -1
-        self._most_bytes = _most_beside(self.resident_bytes())
-        self._last = time.monotonic()
+        self._most_bytes = 0
+        self._last = 0.0
 
     def __del__(self) -> None:
         if self._statm >= 0:
@@ -49,6 +45,15 @@ class Garbage:
     def __repr__(self) -> str:
         return f"<Garbage collections={self.collections} at {self._most_bytes} bytes>"
 
+    def settle(self) -> None:
+        """All is there that lives as long as the process: nobody looks at it again, nor does Python by itself."""
+        gc.collect()
+        gc.freeze()
+        young, middle, _ = gc.get_threshold()
+        gc.set_threshold(young, middle, _NEVER)
+        self._most_bytes = _most_beside(self.resident_bytes())
+        self._last = time.monotonic()
+
     def resident_bytes(self) -> int:
         """The memory of this process (proc_pid_statm(5)); 0 where that is not to be had."""
         if self._statm < 0:
@@ -56,7 +61,8 @@ class Garbage:
         return int(os.pread(self._statm, 256, 0).split()[1]) * _PAGE_BYTES
 
     async def watch(self) -> None:
-        """Collects when it has to be, until cancelled."""
+        """Settles, then collects when it has to be, until cancelled."""
+        self.settle()
         while True:
             await trio.sleep(LOOK_S)
             self.look(self.resident_bytes(), time.monotonic())

@@ -23,6 +23,12 @@ def as_it_was() -> Iterator[None]:
     gc.collect()
 
 
+def settled() -> Garbage:
+    garbage = Garbage()
+    garbage.settle()
+    return garbage
+
+
 class Circle:
     """Refers to itself."""
 
@@ -42,7 +48,7 @@ def old_circles() -> int:
 
 
 def test_little_garbage_is_left_alone_and_much_is_collected() -> None:
-    watched = Garbage()
+    watched = settled()
     held, now = watched.resident_bytes(), time.monotonic()
     make_circles()
     watched.look(held + SLACK_BYTES, now)
@@ -54,7 +60,7 @@ def test_little_garbage_is_left_alone_and_much_is_collected() -> None:
 
 
 def test_what_is_much_follows_what_there_is() -> None:
-    watched = Garbage()
+    watched = settled()
     held, now = watched.resident_bytes(), time.monotonic()
     watched.look(held // 2, now)
     watched.look(held + SLACK_BYTES // 2, now)
@@ -64,7 +70,7 @@ def test_what_is_much_follows_what_there_is() -> None:
 
 
 def test_garbage_does_not_grow_old() -> None:
-    watched = Garbage()
+    watched = settled()
     held, now = watched.resident_bytes(), time.monotonic()
     make_circles()
     watched.look(held, now + LONGEST_S - 1)
@@ -76,14 +82,14 @@ def test_garbage_does_not_grow_old() -> None:
 
 
 def test_what_a_process_holds() -> None:
-    watched = Garbage()
+    watched = settled()
     before = watched.resident_bytes()
     held = b"x" * (64 << 20)
     assert watched.resident_bytes() - before > len(held) * 0.9
 
 
 def test_python_itself_leaves_the_old_alone() -> None:
-    Garbage()
+    settled()
     make_circles()
     kept: list[list[Any]] = [[] for _ in range(2_000_000)]  # far more than a quarter of what there was
     assert kept

@@ -567,10 +567,10 @@ async def test_idle_connections_expire(engine: Engine) -> None:
 
 
 async def test_idle_connections_are_closed_where_no_request_follows(engine: Engine) -> None:
-    async with running_relay(engine.url, timeouts=TimeoutsConfig(upstream_idle_s=0.05)) as relay:
+    async with running_relay(engine.url, timeouts=TimeoutsConfig(upstream_idle_s=0.3)) as relay:
         await ask(relay.port, request())
         (upstream,) = relay.worker.service.fleet.upstreams
-        assert upstream.idle == 1
+        await until(lambda: upstream.idle == 1)  # the client may have its answer before the exchange has ended
         await until(lambda: upstream.idle == 0)
         await until(lambda: engine.stats()["connections_open"] == 0)
 
