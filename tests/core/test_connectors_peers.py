@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Callable
 from random import Random
+from types import FunctionType
 from typing import Any, Protocol
 
 import msgspec
@@ -629,7 +630,7 @@ def named(value: object) -> str:
     """An id that is the same in each run: no address of an object in it."""
     if hasattr(value, "prefill"):
         return type(value).__name__
-    return value.__name__ if callable(value) else str(value)
+    return value.__qualname__ if isinstance(value, FunctionType) else str(value)
 
 
 @pytest.mark.parametrize(
