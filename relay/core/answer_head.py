@@ -11,7 +11,9 @@ from relay.core.framing import BodyKind, response_body_kind
 class AnswerHead:
     """The head of a final answer. Raises FramingError where it contradicts itself."""
 
-    __slots__ = ("fields", "is_encoded", "is_event_stream", "is_keep_alive", "kind", "reason", "status")
+    __slots__ = (
+        "_stream_start", "fields", "is_encoded", "is_event_stream", "is_keep_alive", "kind", "reason", "status"
+    )  # fmt: skip
 
     def __init__(self, method: bytes, event: h11.Response) -> None:
         version = event.http_version
@@ -27,6 +29,15 @@ class AnswerHead:
         )
         self.is_event_stream = headers.is_event_stream(headers.content_type(self.fields))
         self.is_encoded = headers.find(self.fields, b"content-encoding") is not None
+
+        self._stream_start: headers.HeadStart | None = None
+
+    @property
+    def stream_start(self) -> headers.HeadStart:
+        """How the head of the client's stream begins, of which this is the engine's."""
+        if self._stream_start is None:
+            self._stream_start = headers.head_start(self.status, self.reason, self.fields, event_stream=True)
+        return self._stream_start
 
     def __repr__(self) -> str:
         return f"<AnswerHead {self.status} {self.kind.value}>"

@@ -34,7 +34,10 @@ class ByName(Generic[T]):
         named = self._by_name.get(name)
         if named is not None:
             return named
-        return next((item for pattern, item in self._by_pattern if pattern.fullmatch(name)), None)
+        for pattern, item in self._by_pattern:
+            if pattern.fullmatch(name):
+                return item
+        return None
 
 
 def _compiled(glob: str) -> re.Pattern[str]:

@@ -17,10 +17,10 @@ on their way (CVE-2022-1388 was one such), so names in `PROTECTED` stay: §7.6.1
 from __future__ import annotations
 
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
 #: Field lines in their order; names in lower case, values without surrounding white space.
 Headers = list[tuple[bytes, bytes]]
@@ -135,34 +135,28 @@ def is_event_stream(media_type: bytes) -> bool:
     return media_type == _EVENT_STREAM
 
 
-def request_id(headers: Headers, new_id: Callable[[], str]) -> str:
-    """The client's ``X-Request-Id`` where it is 1 to 200 visible ASCII characters, a new one otherwise."""
+def request_id(headers: Headers) -> str | None:
+    """The client's ``X-Request-Id`` where it is 1 to 200 visible ASCII characters."""
     given = find(headers, b"x-request-id")
     if given is not None and 1 <= len(given) <= 200 and _VISIBLE.issuperset(given):
         return given.decode("ascii")
-    return new_id()
+    return None
 
 
-def request_head(
-    method: bytes,
-    target: bytes,
+def passed_fields(
     headers: Headers,
     *,
-    host: bytes,
-    body: int | Literal["none"],
     version: bytes,
     client_ip: str,
     scheme: bytes,
     original_host: bytes,
-    request_id: str,
     identity: bool = False,
     without: frozenset[bytes] = frozenset(),
     extra: Sequence[tuple[bytes, bytes]] = (),
 ) -> bytes:
-    """Write the head of a request on its way to an engine (RFC 9110 §7.6).
+    """Write the field lines of a request that are the same for every engine and each time the client repeats its head.
 
-    `target` is in origin form (`relay.core.strict.check_request` gives it); `host` is the engine's authority,
-    `original_host` the one the client asked for; `version` is that of the client's message, for ``Via``. `client_ip`
+    `original_host` is the authority the client asked for; `version` is that of its message, for ``Via``. `client_ip`
     may be empty (a Unix socket), and is then not added to ``X-Forwarded-For``. `identity` asks the engine for an
     unencoded answer, whatever the client accepts. Fields named in `without` are left out, those of `extra` added:
     together they replace a credential.
@@ -176,7 +170,7 @@ def request_head(
     via: list[bytes] = []
     forwarded_for: list[bytes] = []
     has_proto = has_host = False
-    parts = [method, b" ", target, b" HTTP/1.1\r\nhost: ", host]
+    parts: list[bytes] = []
     for name, value in headers:
         if name in drop:
             if name == b"via":
@@ -199,37 +193,42 @@ def request_head(
         parts += (b"\r\nx-forwarded-proto: ", scheme)
     if not has_host and original_host:
         parts += (b"\r\nx-forwarded-host: ", original_host)
-    parts += (b"\r\nx-request-id: ", request_id.encode("ascii"))
     if identity:
         parts.append(b"\r\naccept-encoding: identity")
     for name, value in extra:
         parts += (b"\r\n", name, b": ", value)
-    if body != "none":
-        parts.append(b"\r\ncontent-length: %d" % body)
-    parts.append(b"\r\n\r\n")
     return b"".join(parts)
 
 
-def response_head(
-    status: int,
-    reason: bytes,
-    headers: Headers,
-    *,
-    framing: Framing,
-    keep_alive: bool,
-    date: bytes,
-    request_id: str,
-    server_timing: bytes = b"",
-    event_stream: bool = False,
+def request_head(
+    method: bytes, target: bytes, passed: bytes, *, host: bytes, request_id: str, body: int | Literal["none"]
 ) -> bytes:
-    """Write the head of a response on its way to the client, an engine's or the relay's own.
+    """Write the head of a request on its way to an engine (RFC 9110 §7.6).
 
-    `framing` decides the framing fields alone: with ``"none"`` (answers to HEAD, 304) the engine's ``Content-Length``
-    stays, as it describes what GET would have brought (RFC 9110 §8.6), but never on 1xx and 204. `date` is added where
-    the engine sent none (§6.6.1). `event_stream` says that the body is one, whatever its label: nobody on the way shall
-    buffer or cache it, and a wrong media type is put right.
+    `target` is in origin form (`relay.core.strict.check_request` gives it), `host` the engine's authority, and `passed`
+    made by `passed_fields`.
+    """
+    length = b"" if body == "none" else b"\r\ncontent-length: %d" % body
+    end = (method, target, host, passed, request_id.encode("ascii"), length)
+    return b"%b %b HTTP/1.1\r\nhost: %b%b\r\nx-request-id: %b%b\r\n\r\n" % end
 
-    The version is the relay's own (§6.2). Values lose their control bytes, so nothing an engine sends can end the head.
+
+class HeadStart(NamedTuple):
+    """The beginning of a response's head: what is the same each time an engine repeats its own."""
+
+    lines: bytes  #: the status line and the fields that are passed on, without the last line end
+    length: bytes  #: the engine's ``Content-Length``
+    has_date: bool  #: the engine sent one
+
+
+def head_start(status: int, reason: bytes, headers: Headers, *, event_stream: bool = False) -> HeadStart:
+    """Write the beginning of the head of a response on its way to the client, an engine's or the relay's own.
+
+    `event_stream` says that the body is one, whatever its label: nobody on the way shall buffer or cache it, and a
+    wrong media type is put right.
+
+    The version is the relay's own (RFC 9110 §6.2). Values lose their control bytes, so nothing an engine sends can end
+    the head.
     """
     drop = _with_nominated(_REWRITTEN_IN_STREAM if event_stream else _REWRITTEN_IN_RESPONSE, headers)
     is_mislabelled = event_stream and not is_event_stream(content_type(headers))
@@ -239,7 +238,7 @@ def response_head(
     for name, value in headers:
         if name in drop:
             if name == b"content-length":
-                length = value
+                length = value.translate(_WITHOUT_CONTROLS)
             continue
         if name == b"date":
             has_date = True
@@ -248,22 +247,42 @@ def response_head(
         elif name == b"content-type" and is_mislabelled:
             continue
         parts += (b"\r\n", name, b": ", value.translate(_WITHOUT_CONTROLS))
-    if not has_date:
-        parts += (b"\r\ndate: ", date)
     if event_stream:
         if is_mislabelled:
             parts.append(b"\r\ncontent-type: text/event-stream; charset=utf-8")
         if not has_cache_control:
             parts.append(b"\r\ncache-control: no-cache")
         parts.append(b"\r\nx-accel-buffering: no")
+    return HeadStart(b"".join(parts), length, has_date)
+
+
+def response_head(
+    status: int,
+    start: HeadStart,
+    *,
+    framing: Framing,
+    keep_alive: bool,
+    date: bytes,
+    request_id: str,
+    server_timing: bytes = b"",
+) -> bytes:
+    """Write the head of a response that begins with `start`.
+
+    `framing` decides the framing fields alone: with ``"none"`` (answers to HEAD, 304) the engine's ``Content-Length``
+    stays, as it describes what GET would have brought (RFC 9110 §8.6), but never on 1xx and 204. `date` is added where
+    the engine sent none (§6.6.1).
+    """
+    parts = [start.lines]
+    if not start.has_date:
+        parts += (b"\r\ndate: ", date)
     parts += (b"\r\nx-request-id: ", request_id.encode("ascii"))
     if server_timing:
         parts += (b"\r\nserver-timing: ", server_timing)
     if framing == "chunked":
         parts.append(b"\r\ntransfer-encoding: chunked")
     elif framing == "none":
-        if length and status >= 200 and status != 204:
-            parts += (b"\r\ncontent-length: ", length.translate(_WITHOUT_CONTROLS))
+        if start.length and status >= 200 and status != 204:
+            parts += (b"\r\ncontent-length: ", start.length)
     elif framing != "close":
         parts.append(b"\r\ncontent-length: %d" % framing)
     if not keep_alive or framing == "close":

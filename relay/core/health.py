@@ -226,6 +226,11 @@ class Attempt:
         """It ended without telling anything of the engine, as the client left: a trial's place is free again."""
         self._end(None, now)
 
+    @property
+    def is_telling(self) -> bool:
+        """Whether, now that it has ended, the upstream may be available that was not, or no longer."""
+        return self._health.is_open or self._round != self._health._round
+
     def _end(self, is_failure: bool | None, now: float) -> None:
         if not self.is_ended:
             self.is_ended = True

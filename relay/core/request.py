@@ -7,7 +7,7 @@ A key of the wrong type counts as absent, and the body goes on untouched for the
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 from typing import Annotated, Final
 
 import msgspec
@@ -15,8 +15,8 @@ import msgspec
 from relay.core.loose import UNDECODABLE, decode_or_none, first_known
 
 
-class Route(Enum):
-    """Which of the generating APIs a path belongs to; the value is the ``route`` label of metrics."""
+class Route(StrEnum):
+    """Which of the generating APIs a path belongs to; as text, the ``route`` label of metrics."""
 
     CHAT = "chat"
     COMPLETIONS = "completions"

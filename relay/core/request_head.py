@@ -13,8 +13,10 @@ from typing import Final
 import h11
 
 from relay.core import headers, strict
+from relay.core.auth import Substitution
+from relay.core.request import route_of
 
-#: Longer heads, and those of more fields, are not kept: that would be memory for each idle connection, up to 16 KiB.
+#: Longer heads, and those of more fields, are not kept: that would be memory for each idle connection, up to 20 KiB.
 REMEMBERED_BYTES: Final = 4096
 REMEMBERED_FIELDS: Final = 48
 
@@ -23,44 +25,46 @@ _MOST_DIGITS: Final = 19
 
 
 class RequestHead:
-    """What a head says."""
+    """What a head says, but for the length of the body: that is its request's own."""
 
     __slots__ = (
-        "expects_continue", "fields", "host", "is_chunked", "is_keep_alive", "length", "method", "target", "version"
+        "expects_continue", "fields", "host", "is_chunked", "is_keep_alive", "method", "passed", "path", "request_id",
+        "route", "target", "version",
     )  # fmt: skip
 
-    def __init__(self, head: bytes, max_head_bytes: int) -> None:
-        strict.check_raw_head(head)
-        connection = h11.Connection(h11.SERVER, max_incomplete_event_size=max_head_bytes)
-        try:
-            connection.receive_data(head)
-            event = connection.next_event()
-        except h11.RemoteProtocolError as exc:
-            raise strict.refusal_of(exc) from None
-        assert isinstance(event, h11.Request)
+    def __init__(self, event: h11.Request, *, expects_continue: bool) -> None:
         self.method = event.method
         self.version = event.http_version
-        self.fields: headers.Headers = list(event.headers)
+        fields: headers.Headers = list(event.headers)
         #: in origin form, and the authority it was sent to
-        self.target, self.host = strict.check_request(event.method, event.target, event.http_version, self.fields)
-        self.expects_continue = connection.they_are_waiting_for_100_continue
-        self.is_keep_alive = self.version >= b"1.1" and not headers.wants_close(self.version, self.fields)
-        self.is_chunked = headers.find(self.fields, b"transfer-encoding") is not None
-        length = headers.find(self.fields, b"content-length")
-        self.length = None if length is None else int(length)
+        self.target, self.host = strict.check_request(self.method, event.target, self.version, fields)
+        self.path = self.target.partition(b"?")[0]
+        self.route = route_of(self.target)
+        self.fields = [field for field in fields if field[0] != b"content-length"]
+        self.request_id = headers.request_id(fields)  #: the client's own; None: it has none, or no good one
+        self.expects_continue = expects_continue
+        self.is_keep_alive = self.version >= b"1.1" and not headers.wants_close(self.version, fields)
+        self.is_chunked = headers.find(fields, b"transfer-encoding") is not None
+        #: `headers.passed_fields` of it, once they were asked for, and by which rules
+        self.passed: tuple[Substitution, bytes] | None = None
 
     def __repr__(self) -> str:
         return f"<RequestHead {self.method!r} {self.target!r}>"
 
-    def with_length(self, digits: bytes) -> RequestHead:
-        """The same with another ``Content-Length``."""
-        other = RequestHead.__new__(RequestHead)
-        other.method, other.target, other.host, other.version = self.method, self.target, self.host, self.version
-        other.expects_continue, other.is_keep_alive = self.expects_continue, self.is_keep_alive
-        other.is_chunked = self.is_chunked
-        other.length = int(digits)
-        other.fields = [(name, digits if name == b"content-length" else value) for name, value in self.fields]
-        return other
+
+def parse(head: bytes, max_head_bytes: int) -> tuple[RequestHead, int | None]:
+    """What a whole head says, and the length of its body if it tells one. Raises RequestRefused."""
+    strict.check_raw_head(head)
+    connection = h11.Connection(h11.SERVER, max_incomplete_event_size=max_head_bytes)
+    try:
+        connection.receive_data(head)
+        event = connection.next_event()
+    except h11.RemoteProtocolError as exc:
+        raise strict.refusal_of(exc) from None
+    assert isinstance(event, h11.Request)
+    parsed = RequestHead(event, expects_continue=connection.they_are_waiting_for_100_continue)
+    length = headers.find(list(event.headers), b"content-length")
+    return parsed, None if length is None else int(length)
 
 
 class HeadReader:
@@ -76,18 +80,16 @@ class HeadReader:
     def __repr__(self) -> str:
         return f"<HeadReader last={self._last!r}>"
 
-    def read(self, head: bytes) -> RequestHead:
-        """What a whole head says. Raises RequestRefused."""
+    def read(self, head: bytes) -> tuple[RequestHead, int | None]:
+        """What a whole head says, and the length of its body if it tells one. Raises RequestRefused."""
         last = self._last
         if last is not None and head.startswith(self._before):
-            begin = len(self._before)
-            end = len(head) - len(self._after)
-            digits = head[begin:end]
+            digits = head[len(self._before) : len(head) - len(self._after)]
             if digits.isdigit() and len(digits) <= _MOST_DIGITS and head.endswith(self._after):
-                return last.with_length(digits)
-        parsed = RequestHead(head, self._max_head_bytes)
+                return last, int(digits)
+        parsed, length = parse(head, self._max_head_bytes)
         is_small = len(head) <= REMEMBERED_BYTES and len(parsed.fields) <= REMEMBERED_FIELDS
-        place = _LENGTH.search(head) if is_small and parsed.length is not None else None
+        place = _LENGTH.search(head) if is_small and length is not None else None
         if place is not None:
             self._last, self._before, self._after = parsed, head[: place.start(1)], head[place.end(1) :]
-        return parsed
+        return parsed, length

@@ -26,6 +26,8 @@ from relay.net.pump import Stop
 from relay.net.reply import refusal
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable
+
     from relay.net.exchange import Exchange
     from relay.net.opening import Opening
 
@@ -58,14 +60,14 @@ class Delivery:
         finally:
             opening.leg.close(opening.connection, is_reusable=is_reusable)
 
-    async def _deliver(self) -> bool:
+    def _deliver(self) -> Awaitable[bool]:
         """The answer, in its own way; True if the engine's connection can be used again."""
         opening = self.opening
         if opening.relay is not None:
-            return await self._relay_stream(opening.relay)
+            return self._relay_stream(opening.relay)
         if opening.body is not None:
-            return await self._send_whole(opening.body)
-        return await self._relay_body()
+            return self._send_whole(opening.body)
+        return self._relay_body()
 
     async def _relay_stream(self, relay: FrameRelay) -> bool:
         """Head and first frame in one write, then the pump; True if the engine's connection can be used again."""
@@ -77,7 +79,7 @@ class Delivery:
         if reply.is_early:
             head, opening.first = b"", without_mark(opening.first, is_chunked=relay.is_chunked)
         else:
-            head = reply.head(answer.status, answer.reason, answer.fields, framing, event_stream=True)
+            head = reply.head_from(answer.head.stream_start, answer.status, framing)
         exchange.commit(answer.status)
         reply.is_stream = reply.is_torn = True
         await reply.send(head + opening.first)

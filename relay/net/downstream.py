@@ -44,25 +44,21 @@ _EMPTY_LINE: Final = b"\r\n"
 class Request:
     """One request, read whole."""
 
-    __slots__ = ("body", "has_body", "headers", "host", "is_keep_alive", "key", "method", "target", "version")
+    __slots__ = ("body", "has_body", "head", "key")
 
-    def __init__(self, head: RequestHead) -> None:
-        self.method = head.method
-        self.target, self.host = head.target, head.host  #: in origin form, and the authority it was sent to
-        self.version = head.version
-        self.headers = head.fields
+    def __init__(self, head: RequestHead, *, has_body: bool) -> None:
+        self.head = head  #: shared with others of the connection
         self.body = b""
-        self.has_body = head.is_chunked or head.length is not None  #: it comes with a body, be it an empty one
+        self.has_body = has_body  #: it comes with a body, be it an empty one
         self.key: str | None = None  #: the name of the API key it came with, where the relay knows keys
-        self.is_keep_alive = head.is_keep_alive
 
     @property
     def path(self) -> str:
         """The target without its query, which may hold secrets: what goes into records."""
-        return self.target.partition(b"?")[0].decode("ascii", "replace")
+        return self.head.path.decode("ascii", "replace")
 
     def __repr__(self) -> str:
-        return f"<Request {self.method!r} {self.target!r} body={len(self.body)}>"
+        return f"<Request {self.head!r} body={len(self.body)}>"
 
 
 class Visit(Protocol):
@@ -93,6 +89,7 @@ class ClientConnection:
         self.source = source
         self.sock = source.sock
         self.peer = peer  #: the client's address, without port
+        self.ip = peer if self.sock.family != socket.AF_UNIX else ""  #: the same, where it has one
         self.timeouts = timeouts
         self.limits = limits
         self.refused: Request | None = None  #: what `next_request` has raised for, if its head was right
@@ -113,11 +110,6 @@ class ClientConnection:
 
     def __repr__(self) -> str:
         return f"<ClientConnection {self.peer} {'waiting' if self.is_waiting else 'busy'}>"
-
-    @property
-    def ip(self) -> str:
-        """The client's address, where it has one."""
-        return self.peer if self.sock.family != socket.AF_UNIX else ""
 
     @property
     def scheme(self) -> bytes:
@@ -209,14 +201,14 @@ class ClientConnection:
         self.request_started = time.monotonic()
         try:
             self._limit_waits(timeouts.client_head_s)
-            head = self._reader.read(await self._head())
-            request = Request(head)
+            head, length = self._reader.read(await self._head())
+            request = Request(head, has_body=head.is_chunked or length is not None)
             self.refused = request  # until it is read whole
             self._visit = self._admit(request)
             self._limit_waits(timeouts.client_body_s)
             if request.has_body:
                 self._room_ns = 0
-                await self._body(head, request)
+                await self._body(request, length)
         except trio.TooSlowError:
             raise RequestTimeout("the request did not arrive in time", phase=Phase.REQUEST) from None
         self.refused = None
@@ -300,14 +292,14 @@ class ClientConnection:
             if not await self._more():
                 raise ClientGone("the client left in the middle of a request's head", phase=Phase.REQUEST)
 
-    async def _body(self, head: RequestHead, request: Request) -> None:
+    async def _body(self, request: Request, length: int | None) -> None:
         limit = self.limits.max_body_bytes
-        if head.length is not None and head.length > limit:
+        if length is not None and length > limit:
             raise _too_large(limit)
-        if head.expects_continue and not self._buffer:
+        if request.head.expects_continue and not self._buffer:
             await self._send_continue()
-        if head.length is not None:
-            await self._body_of_length(request, head.length)
+        if length is not None:
+            await self._body_of_length(request, length)
         else:
             await self._chunked_body(request, limit)
 

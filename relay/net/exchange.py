@@ -23,7 +23,7 @@ from relay.core.dialect import Meter
 from relay.core.editor import UsageEditor
 from relay.core.framing import Buffer
 from relay.core.histogram import Histogram
-from relay.core.request import may_stream, peek, route_of
+from relay.core.request import may_stream, peek
 from relay.core.timeline import Record, make_record
 from relay.errors import NORMAL, ClientGone, Draining, ExchangeError, NoUpstream, Phase, UpstreamTimeout
 from relay.net.downstream import ClientConnection, Request
@@ -47,9 +47,9 @@ class Exchange:
         self.config = service.config
         self.client = client
         self.request = request
-        self.route = route_of(request.target)
+        self.route = request.head.route
         self.facts = peek(request.body)
-        self.id = headers.request_id(request.headers, new_id)
+        self.id = request.head.request_id or new_id()
         self.reply = Reply(service, client, request, self.route, self.id)
         self.timeline = self.reply.timeline
         self.body: Buffer = request.body  #: what engines get of it
@@ -72,7 +72,7 @@ class Exchange:
         self.pair: Pair
 
     def __repr__(self) -> str:
-        return f"<Exchange {self.id} {self.request.target!r} phase={self.phase.name} {self.reply!r}>"
+        return f"<Exchange {self.id} {self.request.head.target!r} phase={self.phase.name} {self.reply!r}>"
 
     async def run(self) -> bool:
         """Serves the request; True if the client's connection can take another. Writes one record, whatever happens."""
@@ -124,12 +124,12 @@ class Exchange:
     async def _serve(self) -> None:
         """A place in the pool, attempt after attempt until one has an answer, then that answer."""
         service = self.service
-        local = local_answer(service, self.request.method, self.request.target.partition(b"?")[0])
+        local = local_answer(service, self.request.head.method, self.request.head.path)
         if local is not None:
             await self.reply.answer(*local)
             return
         self.pool = service.fleet.pool_for(self.route, self.facts)
-        stream = self.config.stream_of(self.pool.config)
+        stream = service.streams[self.pool.name]
         self._convert(stream)
         if stream.keepalive_comment_s:
             self.pair.comment_every(stream.keepalive_comment_s, self.timeline.request_read, self._comment)
@@ -162,11 +162,11 @@ class Exchange:
 
     def _comment(self) -> bool:
         """The client has heard nothing for a while: if it waits for a stream, it is told so; False: it is gone."""
-        awaits_stream = self.expects_stream and not self.is_forced and self.request.method == b"POST"
+        awaits_stream = self.expects_stream and not self.is_forced and self.request.head.method == b"POST"
         return self.reply.comment() if awaits_stream and not self.reply.is_committed else True
 
     def _ask_for(self, pool: Pool) -> Ask:
-        fields, facts = self.request.headers, self.facts
+        fields, facts = self.request.head.fields, self.facts
         known = self.request.key
         tenant = known.encode() if known else headers.find(fields, b"authorization") or self.client.peer.encode()
         session = headers.find(fields, pool.session_field) or (facts.user.encode() if facts.user else None) or tenant
@@ -254,7 +254,7 @@ class Exchange:
             id=self.id,
             client=self.client.peer,
             key=self.request.key,
-            method=self.request.method.decode("ascii"),
+            method=self.request.head.method.decode("ascii"),
             path=self.request.path,
             model=self.facts.model,
             pool=self.pool.name if self.pool else None,

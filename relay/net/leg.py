@@ -18,6 +18,8 @@ from relay.net.opening import Opening
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
 
+    import h11
+
     from relay.net.exchange import Exchange
     from relay.net.group import Group
     from relay.net.pool import Upstream, UpstreamConnection
@@ -49,7 +51,15 @@ class Leg:
         """Asks the engine, and tells its health of the outcome. Raises ExchangeError."""
         attempt = self.group.begin(self.upstream)
         try:
-            opening = await self._over_idle() or await self._over(await self._dial())
+            opening: Opening | None = None
+            idle = self.upstream.take_idle(self._timeouts.upstream_idle_s)
+            if idle is not None:
+                try:
+                    opening = await self._over(idle)
+                except wire.ConnectionDied:  # the engine closed it just then: no failure
+                    self.is_sent = False
+            if opening is None:
+                opening = await self._over(await self._dial())
             attempt.answered(opening.answer.status, time.monotonic())
             return opening
         except ExchangeError as failure:
@@ -58,8 +68,9 @@ class Leg:
                 note_failure(self.exchange, self.upstream, failure)
             raise
         finally:
-            attempt.abandoned(time.monotonic())
-            self.group.refresh(self.upstream)
+            if not attempt.is_ended:
+                attempt.abandoned(time.monotonic())
+            self.group.attempted(attempt, self.upstream)
 
     def close(self, connection: UpstreamConnection, *, is_reusable: bool) -> None:
         """Parks the connection, or drops it, which frees the engine at once."""
@@ -68,17 +79,6 @@ class Leg:
             self.upstream.give_back(connection)
         else:
             connection.close()
-
-    async def _over_idle(self) -> Opening | None:
-        """Over an idle connection; None where there is none, or the engine closed it just then: no failure."""
-        connection = self.upstream.take_idle(self._timeouts.upstream_idle_s)
-        if connection is None:
-            return None
-        try:
-            return await self._over(connection)
-        except wire.ConnectionDied:
-            self.is_sent = False
-            return None
 
     async def _dial(self) -> UpstreamConnection:
         exchange = self.exchange
@@ -98,8 +98,15 @@ class Leg:
         try:
             pair.attach(connection.under(exchange.service.pump))
             pair.limit(limit_s)
-            opening = Opening(self, connection, await self._ask(connection))
-            self._refuse_failure(opening.answer)
+            head = head_of(exchange, self.upstream, self.sends)
+            exchange.timeline.request_sent = time.monotonic()
+            self.is_sent = True
+            answer, interim = await wire.ask(pair, connection, exchange.request.head.method, head, self.sends.body)
+            exchange.timeline.head = time.monotonic()
+            if interim:
+                await self._pass_on(interim)
+            self._refuse_failure(answer)
+            opening = Opening(self, connection, answer)
             await self._begin_answer(opening)
             exchange.timeline.answered = time.monotonic()
             return opening
@@ -121,7 +128,9 @@ class Leg:
         exchange, answer = self.exchange, opening.answer
         pair, editor, stream = exchange.pair, exchange.editor, exchange.config.stream
         idle_s = self._timeouts.between_tokens_s
-        meter = exchange.meter = Meter(exchange.route)  # nothing of an earlier attempt's answer has gone out
+        if exchange.attempts > 1:  # nothing of an earlier attempt's answer has gone out
+            exchange.meter = Meter(exchange.route)
+        meter = exchange.meter
         exchange.is_streamed = await opening.is_event_stream(pair, is_expected=exchange.expects_stream)
         if not exchange.is_streamed:
             if editor is not None and editor.edits_bodies and is_plain_json(answer):
@@ -152,19 +161,13 @@ class Leg:
         if answer.status in self.failure_statuses and self.may_go_on():
             raise UpstreamRefused(f"{self.upstream.config.url} answered {answer.status}", phase=Phase.HEAD)
 
-    async def _ask(self, connection: UpstreamConnection) -> wire.Answer:
-        exchange = self.exchange
-        request, reply, timeline = exchange.request, exchange.reply, exchange.timeline
-        head = head_of(exchange, self.upstream, self.sends)
-        timeline.request_sent = time.monotonic()
-        self.is_sent = True
-        answer, interim = await wire.ask(exchange.pair, connection, request.method, head, self.sends.body)
-        timeline.head = time.monotonic()
-        if request.version >= b"1.1" and not reply.is_early:  # in HTTP/1.0 there are none (RFC 9110 §15.2)
+    async def _pass_on(self, interim: list[h11.InformationalResponse]) -> None:
+        """Interim answers, to a client that may get some: in HTTP/1.0 there are none (RFC 9110 §15.2)."""
+        reply = self.exchange.reply
+        if self.exchange.request.head.version >= b"1.1" and not reply.is_early:
             for event in interim:
                 fields = list(event.headers)
                 await reply.send(reply.head(event.status_code, event.reason, fields, "none"))
-        return answer
 
 
 def note_failure(exchange: Exchange, upstream: Upstream, failure: ExchangeError) -> None:
@@ -183,21 +186,32 @@ def is_plain_json(answer: wire.Answer) -> bool:
 def head_of(exchange: Exchange, upstream: Upstream, sends: LegRequest) -> bytes:
     """The head of a request to an engine: the client's own, with what `sends` changes."""
     request = exchange.request
-    guard = exchange.service.guard.substitution
-    replaced = {name for name, _ in sends.headers}
-    fields = [field for field in request.headers if field[0] not in replaced] if replaced else request.headers
     return headers.request_head(
-        request.method,
-        request.target,
-        [*fields, *sends.headers] if replaced else fields,
-        host=upstream.config.authority.encode("ascii"),
-        body=len(sends.body) if request.has_body else "none",
-        version=request.version,
-        client_ip=exchange.client.ip,
-        scheme=exchange.client.scheme,
-        original_host=request.host,
+        request.head.method,
+        request.head.target,
+        _passed_fields(exchange, sends),
+        host=upstream.authority,
         request_id=sends.request_id,
-        identity=exchange.route is not Route.OTHER,
-        without=guard.without,
-        extra=guard.extra,
+        body=len(sends.body) if request.has_body else "none",
     )
+
+
+def _passed_fields(exchange: Exchange, sends: LegRequest) -> bytes:
+    """The client's own fields, as an engine gets them; those of a head that repeats are known."""
+    head, client, rules = exchange.request.head, exchange.client, exchange.service.guard.substitution
+    if head.passed is not None and head.passed[0] is rules and not sends.headers:
+        return head.passed[1]
+    replaced = {name for name, _ in sends.headers}
+    passed = headers.passed_fields(
+        [*(field for field in head.fields if field[0] not in replaced), *sends.headers],
+        version=head.version,
+        client_ip=client.ip,
+        scheme=client.scheme,
+        original_host=head.host,
+        identity=exchange.route is not Route.OTHER,
+        without=rules.without,
+        extra=rules.extra,
+    )
+    if not sends.headers:
+        head.passed = rules, passed
+    return passed

@@ -85,6 +85,7 @@ class Upstream:
         self.config = config
         self.role = role  #: of `relay.core.metrics.ROLES`
         self.health = health
+        self.authority = config.authority.encode("ascii")
         self.seat = Seat(config.url, config.weight)
         self.added_at = time.monotonic()
         self.is_resolved = False  #: found by its name, and not configured itself

@@ -18,7 +18,7 @@ from __future__ import annotations
 import select
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from enum import Enum
 from typing import Final
 
@@ -119,13 +119,12 @@ class Pair:
         self.on_quiet = on_quiet
         self._pump.commented.add(self)
 
-    async def wait_upstream(self, *, or_writable: bool = False) -> None:
+    def wait_upstream(self, *, or_writable: bool = False) -> Awaitable[None]:
         """Sleeps until the engine's socket can be read (or also: written). Raises trio.TooSlowError past the limit."""
         assert self.upstream is not None
         if or_writable:
-            await self.upstream.wait_writable(self.limit_at_ns)
-        else:
-            await self.upstream.wait_readable(self.limit_at_ns)
+            return self.upstream.wait_writable(self.limit_at_ns)
+        return self.upstream.wait_readable(self.limit_at_ns)
 
     async def stream(self, relay: FrameRelay, gaps: Histogram, *, idle_limit_s: float) -> Stop:
         """Hands the streaming to the pump; answers why it stopped. Call again to go on after `CLIENT_BLOCKED`.

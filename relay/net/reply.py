@@ -13,7 +13,7 @@ import trio
 from relay.core import dialect, headers
 from relay.core.auth import CHALLENGE
 from relay.core.frames import COMMENT, COMMENT_CHUNK
-from relay.core.request import Route, route_of
+from relay.core.request import Route
 from relay.core.timeline import Timeline, make_record, server_timing
 from relay.errors import ClientGone, ClientStalled, ExchangeError, OutOfResources, Phase, UpstreamAnswered
 from relay.net import sockets
@@ -38,8 +38,8 @@ class Reply:
         self.route = route
         self.id = request_id
         self.timeline = Timeline(request_started=client.request_started, request_read=time.monotonic())
-        self.keep_alive = request.is_keep_alive
-        self.takes_chunks = request.version >= b"1.1"
+        self.keep_alive = request.head.is_keep_alive
+        self.takes_chunks = request.head.version >= b"1.1"
         self.status: int | None = None  #: what the client was told; None: nothing yet
         self.is_stream = False
         self.is_early = False  #: the head of a stream has gone out, and nothing yet of an engine
@@ -56,26 +56,20 @@ class Reply:
         """Whether the client has been given an answer, or some of it: there is no other any more."""
         return self.status is not None and not self.is_early
 
-    def head(
-        self,
-        status: int,
-        reason: bytes,
-        fields: headers.Headers,
-        framing: headers.Framing,
-        *,
-        event_stream: bool = False,
-    ) -> bytes:
+    def head(self, status: int, reason: bytes, fields: headers.Headers, framing: headers.Framing) -> bytes:
         """The head of an answer, with what the relay adds to it."""
+        return self.head_from(headers.head_start(status, reason, fields), status, framing)
+
+    def head_from(self, start: headers.HeadStart, status: int, framing: headers.Framing) -> bytes:
+        """The same, where its beginning is known."""
         return headers.response_head(
             status,
-            reason,
-            fields,
+            start,
             framing=framing,
             keep_alive=self.keep_alive and not self.service.is_draining,
             date=_http_date(),
             request_id=self.id,
             server_timing=b"" if self.is_early else server_timing(self.timeline, time.monotonic()),
-            event_stream=event_stream,
         )
 
     async def send(self, data: bytes) -> None:
@@ -117,7 +111,8 @@ class Reply:
         if not self.is_early:
             self.is_early = self.is_stream = True
             self.status = 200
-            data = self.head(200, b"", [], "chunked" if self.takes_chunks else "close", event_stream=True) + data
+            start = headers.head_start(200, b"", [], event_stream=True)
+            data = self.head_from(start, 200, "chunked" if self.takes_chunks else "close") + data
         try:
             sent = self.client.sock.send(data)
         except BlockingIOError:
@@ -134,7 +129,7 @@ class Reply:
         """Sends a whole JSON answer of the relay's own."""
         self.status = status
         head = self.head(status, b"", [_JSON, *fields], len(body))
-        await self.send(head if self.request.method == b"HEAD" else head + body)
+        await self.send(head if self.request.head.method == b"HEAD" else head + body)
 
     async def pass_on(self, status: int, fields: headers.Headers, body: bytes) -> None:
         """Sends an engine's answer that was read whole.
@@ -145,7 +140,7 @@ class Reply:
             raise refusal(status, fields, body, phase=Phase.PREFILL)
         self.status = status
         head = self.head(status, b"", fields, len(body))
-        await self.send(head if self.request.method == b"HEAD" else head + body)
+        await self.send(head if self.request.head.method == b"HEAD" else head + body)
 
     async def farewell(self, failure: ExchangeError) -> None:
         """Tells the client what happened, where anything can still be said; the connection is then to be closed.
@@ -195,21 +190,20 @@ async def refuse(service: Service, client: ClientConnection, failure: ExchangeEr
     """Answers a request that could not be read, or was not let in, and records it."""
     request = client.refused
     client.release()
-    request_id = headers.request_id(request.headers, new_id) if request else new_id()
+    request_id = (request and request.head.request_id) or new_id()
     bytes_out = 0
     if not isinstance(failure, ClientGone):
-        route = route_of(request.target) if request else Route.OTHER
+        route = request.head.route if request else Route.OTHER
         body = dialect.error_body(route, failure.status, failure.code, failure.message)
         head = headers.response_head(
             failure.status,
-            b"",
-            [_JSON, *_fields_of(failure)],
+            headers.head_start(failure.status, b"", [_JSON, *_fields_of(failure)]),
             framing=len(body),
             keep_alive=False,
             date=_http_date(),
             request_id=request_id,
         )
-        data = head if request and request.method == b"HEAD" else head + body
+        data = head if request and request.head.method == b"HEAD" else head + body
         with trio.move_on_after(FAREWELL_S), suppress(OSError):
             await sockets.send_all(client.sock, data)
             bytes_out = len(data)
@@ -222,7 +216,7 @@ async def refuse(service: Service, client: ClientConnection, failure: ExchangeEr
             id=request_id,
             client=client.peer,
             key=request.key if request else None,
-            method=request.method.decode("ascii") if request else None,
+            method=request.head.method.decode("ascii") if request else None,
             path=request.path if request else None,
             status=failure.status,
             outcome=failure.outcome,

@@ -49,6 +49,7 @@ class Service:
     def reconfigure(self, config: Config, guard: Guard) -> None:
         """What exchanges begin with from now on. `guard` has been made before, so that nothing can go wrong here."""
         self.config = config
+        self.streams = {pool.name: config.stream_of(pool) for pool in config.pools}  #: what holds for them, by pool
         self.guard = guard
         self.keys.keep({*(guard.credentials.names or {}).values()})
         self.prices = PriceList({model: _as_decimals(prices) for model, prices in config.prices.items()})
@@ -61,7 +62,7 @@ class Service:
         guard = self.guard
         if guard.access is None:
             return None
-        request.key = name = guard.admit(request.method, request.target, request.headers)
+        request.key = name = guard.admit(request.head.method, request.head.target, request.head.fields)
         return None if name is None else self.keys.of(name).enter(guard.limits.get(name, NO_LIMITS))
 
     def __repr__(self) -> str:

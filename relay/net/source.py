@@ -11,7 +11,7 @@ from __future__ import annotations
 import select
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -55,18 +55,15 @@ class Source:
         """A read of `asked` bytes brought `size`: a short one has emptied the socket, up to what is reported later."""
         self.has_news = size == asked or self.is_ending
 
-    async def wait_readable(self, limit_at_ns: int = 0) -> None:
-        """Sleeps until something has come; with news, for one turn of the others.
+    def wait_readable(self, limit_at_ns: int = 0) -> Awaitable[None]:
+        """Sleeps until something has come; with news, for one turn of the others. To be awaited at once.
 
         Raises trio.TooSlowError past `limit_at_ns` of the monotonic clock (0: none), as the pump's sweep finds it: a
         deadline of trio's for each wait would cost more than the wait.
         """
         if limit_at_ns and time.monotonic_ns() > limit_at_ns:  # something comes each time before the sweep does
             raise trio.TooSlowError
-        if self.has_news:
-            await trio.lowlevel.checkpoint()
-        else:
-            await self.park(limit_at_ns)
+        return trio.lowlevel.checkpoint() if self.has_news else self.park(limit_at_ns)  # noqa: ASYNC105
 
     async def wait_writable(self, limit_at_ns: int = 0) -> None:
         """Sleeps until it can be written to, or something has come; else as `wait_readable`."""

@@ -75,7 +75,7 @@ class Tally:
         board, timeline = self.board, exchange.timeline
         pool = exchange.pool.name if exchange.pool else ""
         status = exchange.status
-        labels = (pool, exchange.route.value, str(status) if status else "", exchange.outcome)
+        labels = (pool, exchange.route, str(status) if status else "", exchange.outcome)
         board.counter(metrics.REQUESTS, *labels).add()
         if timeline.ended is not None:
             self._duration.observe(timeline.ended - timeline.request_started)

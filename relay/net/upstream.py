@@ -22,6 +22,8 @@ from relay.net.pool import UpstreamConnection
 from relay.net.sockets import READ_BYTES
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable
+
     from relay.net.pump import Pair
 
 #: Largest head of an answer, with the interim ones before it, and most fields of one: what `strict` allows requests.
@@ -69,7 +71,7 @@ class Answer:
 class Waits(Protocol):
     """Who waits for the engine's socket: the exchange's `Pair`, or a leg beside it."""
 
-    async def wait_upstream(self, *, or_writable: bool = False) -> None:
+    def wait_upstream(self, *, or_writable: bool = False) -> Awaitable[None]:
         """Sleeps until the engine's socket can be read, or also written."""
         ...
 

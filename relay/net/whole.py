@@ -106,7 +106,7 @@ async def _ask(exchange: Exchange, connection: UpstreamConnection, waits: _LegWa
     is_reusable = False
     try:
         head = head_of(exchange, connection.upstream, sends)
-        answer, _ = await wire.ask(waits, connection, exchange.request.method, head, sends.body)
+        answer, _ = await wire.ask(waits, connection, exchange.request.head.method, head, sends.body)
         body = await _body(waits, connection, answer)
         is_reusable = answer.is_reusable and not waits.has_hung_up
         return WholeAnswer(answer.status, answer.fields, body)

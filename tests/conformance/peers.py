@@ -152,8 +152,8 @@ class Forwarded:
         added = [b"via: " + via, b"x-forwarded-for: " + forwarded_for]
         added += [b"x-forwarded-proto: " + proto] if proto else []
         added += [b"x-forwarded-host: " + host] if host else []
-        added += [b"x-request-id: " + request_id]
         added += [b"accept-encoding: identity"] if identity else []
+        added += [b"x-request-id: " + request_id]
         added += [b"content-length: %d" % len(body)] if body is not None else []
         self._start = start
         self._rest = b"\r\n".join([*fields, *added]) + b"\r\n\r\n" + (body or b"")

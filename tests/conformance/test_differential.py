@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Final
+from typing import Final, Literal
 
 import h11
 from hypothesis import example, given
@@ -55,11 +55,11 @@ def forward(data: bytes) -> tuple[bytes, bytes, bytes] | None:
         if stop > len(data):
             return None
         body += data[end:stop]
-    head = headers.request_head(
-        request.method, target, fields, host=b"engine:1",
-            body=len(body) if is_chunked or length is not None else "none",
-        version=request.http_version, client_ip="192.0.2.1", scheme=b"http", original_host=host, request_id="id",
-    )  # fmt: skip
+    passed = headers.passed_fields(
+        fields, version=request.http_version, client_ip="192.0.2.1", scheme=b"http", original_host=host
+    )
+    size: int | Literal["none"] = len(body) if is_chunked or length is not None else "none"
+    head = headers.request_head(request.method, target, passed, host=b"engine:1", request_id="id", body=size)
     return head + body, bytes(body), data[:stop]
 
 
@@ -131,8 +131,9 @@ def test_answers(data: bytes) -> None:
     length = int(headers.find(fields, b"content-length") or 0)
     framing: headers.Framing = {BodyKind.NONE: "none", BodyKind.LENGTH: length}.get(kind, "chunked")  # type: ignore[assignment]
     body = {BodyKind.NONE: b"", BodyKind.LENGTH: b"x" * length}.get(kind, b"1\r\nx\r\n0\r\n\r\n")
+    start = headers.head_start(event.status_code, event.reason, fields)
     sent = headers.response_head(
-        event.status_code, event.reason, fields, framing=framing, keep_alive=True, date=b"now", request_id="id"
+        event.status_code, start, framing=framing, keep_alive=True, date=b"now", request_id="id"
     ) + body  # fmt: skip
     _, written, rest = read(sent)
     assert rest == body

@@ -25,7 +25,7 @@ from relay.core.auth import (
     parse_upstream_key,
     substitution,
 )
-from relay.core.headers import request_head
+from relay.core.headers import passed_fields, request_head
 from relay.errors import RequestRefused
 
 if TYPE_CHECKING:
@@ -317,10 +317,11 @@ def test_refused(method: bytes, target: bytes, headers: Headers, status: int, co
 
 def head_for_engine(headers: Headers, *, has_keys: bool, upstream_key: bytes | None) -> bytes:
     change = substitution(has_keys=has_keys, upstream_key=upstream_key)
-    return request_head(
-        b"POST", b"/v1/messages", headers, host=b"engine", body=0, version=b"1.1", client_ip="", scheme=b"http",
-        original_host=b"relay", request_id="1", without=change.without, extra=change.extra,
+    passed = passed_fields(
+        headers, version=b"1.1", client_ip="", scheme=b"http", original_host=b"relay",
+        without=change.without, extra=change.extra,
     )  # fmt: skip
+    return request_head(b"POST", b"/v1/messages", passed, host=b"engine", request_id="1", body=0)
 
 
 CLIENTS: Headers = [

@@ -18,7 +18,9 @@ from relay.core.headers import (
     find,
     find_all,
     has_token,
+    head_start,
     is_event_stream,
+    passed_fields,
     request_head,
     request_id,
     response_head,
@@ -114,23 +116,22 @@ def test_content_type(value: bytes | None, media_type: bytes, is_stream: bool) -
 )
 def test_request_id(given_id: bytes | None, kept: bool) -> None:
     headers = [] if given_id is None else [(b"x-request-id", given_id)]
-    assert request_id(headers, lambda: "new") == ("new" if not kept or given_id is None else given_id.decode())
+    assert request_id(headers) == (given_id.decode() if kept and given_id is not None else None)
 
 
 # The request on its way to the engine.
 
 
 def to_engine(headers: Headers, **changes: Any) -> bytes:
+    its_own: dict[str, Any] = {"host": b"10.0.0.1:8000", "body": "none", "request_id": "id-1"}
+    its_own |= {name: changes.pop(name) for name in its_own.keys() & changes.keys()}
     options: dict[str, Any] = {
-        "host": b"10.0.0.1:8000",
-        "body": "none",
         "version": b"1.1",
         "client_ip": "192.0.2.7",
         "scheme": b"http",
         "original_host": b"relay.example",
-        "request_id": "id-1",
     }
-    return request_head(b"POST", b"/v1/x?y", headers, **options | changes)
+    return request_head(b"POST", b"/v1/x?y", passed_fields(headers, **options | changes), **its_own)
 
 
 def engine_sees(headers: Headers, **changes: Any) -> Headers:
@@ -173,8 +174,8 @@ def test_request_head_whole() -> None:
         b"x-forwarded-for: 203.0.113.9, 198.51.100.4, 192.0.2.7",
         b"x-forwarded-proto: http",
         b"x-forwarded-host: relay.example",
-        b"x-request-id: id-1",
         b"accept-encoding: identity",
+        b"x-request-id: id-1",
         b"content-length: 5",
         b"",
         b"",
@@ -244,7 +245,8 @@ def test_accept_encoding_is_kept_where_nothing_streams() -> None:
 
 def to_client(headers: Headers, status: int = 200, reason: bytes = b"OK", **changes: Any) -> bytes:
     options: dict[str, Any] = {"framing": "chunked", "keep_alive": True, "date": DATE, "request_id": "id-1"}
-    return response_head(status, reason, headers, **options | changes)
+    start = head_start(status, reason, headers, event_stream=changes.pop("event_stream", False))
+    return response_head(status, start, **options | changes)
 
 
 def client_sees(headers: Headers, **changes: Any) -> Headers:

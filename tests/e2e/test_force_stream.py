@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 from typing import Any, Final
 
+import msgspec
 import pytest
 import trio
 
-from relay.config import PoolConfig, StreamConfig, TimeoutsConfig
+from relay.config import StreamConfig, TimeoutsConfig
 from relay.core.request import Route
 from relay_bench.engine import Engine, EngineConfig, serve_engine
 from tests.conftest import running_relay
@@ -139,8 +140,9 @@ async def test_what_only_a_whole_answer_can_say_is_not_streamed(engine: Engine, 
 
 async def test_a_pool_decides_for_itself(engine: Engine) -> None:
     async with running_relay(engine.url) as relay:
-        pool = relay.worker.service.fleet.pools[0]
-        pool.config = PoolConfig(upstreams=pool.config.upstreams, force_stream=True)
+        service = relay.worker.service
+        pool = msgspec.structs.replace(service.config.pools[0], force_stream=True)
+        relay.worker.roster.reconfigure(msgspec.structs.replace(service.config, pools=(pool,)), service.guard)
         await ask(relay.port, request(body=WHOLE_REQUEST))
         assert (await relay.record()).streamed_upstream
 

@@ -32,7 +32,7 @@ class Socket:
 def reply_over(sock: Socket) -> Reply:
     service: Any = SimpleNamespace(config=Config(), is_draining=False)
     client: Any = SimpleNamespace(sock=sock, request_started=0.0)
-    request: Any = SimpleNamespace(version=b"1.1", is_keep_alive=True, method=b"POST")
+    request: Any = SimpleNamespace(head=SimpleNamespace(version=b"1.1", is_keep_alive=True, method=b"POST"))
     return Reply(service, client, request, Route.CHAT, "id")
 
 

@@ -28,6 +28,9 @@ class LeastOutstanding(Balancer):
 
     def pick(self, key: bytes | None = None, tried: Collection[Seat] = ()) -> Seat | None:
         """See `Balancer.pick`."""
+        if not tried:
+            slot = self._least()
+            return None if slot is None else self._row[slot]
         scores = self._scores
         hidden = self._in_row(tried)
         for seat in hidden:
