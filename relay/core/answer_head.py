@@ -27,8 +27,13 @@ class AnswerHead:
             and not headers.wants_close(version, self.fields)
             and not (self.kind is BodyKind.NONE and _announces_body(self.fields))
         )
-        self.is_event_stream = headers.is_event_stream(headers.content_type(self.fields))
         self.is_encoded = headers.find(self.fields, b"content-encoding") is not None
+        #: to be relayed frame by frame; of an encoded body they are not to be seen, so it passes as it comes
+        self.is_event_stream = (
+            self.kind is not BodyKind.NONE
+            and not self.is_encoded
+            and headers.is_event_stream(headers.content_type(self.fields))
+        )
 
         self._stream_start: headers.HeadStart | None = None
 

@@ -12,7 +12,7 @@ anything is generated), and ``stream_options``, for which a request without ``st
 
 from __future__ import annotations
 
-from typing import Final, NamedTuple
+from typing import Final
 
 import msgspec
 
@@ -41,7 +41,7 @@ _decode = msgspec.json.Decoder(_Body).decode
 _UNSTREAMABLE: Final = ("prompt_logprobs", "kv_transfer_params", "ec_transfer_params", "stream_options")
 
 
-class Conversion(NamedTuple):
+class Conversion(msgspec.Struct, frozen=True, gc=False):
     """A request's body as engines get it, and what of their answer the client is not to see."""
 
     body: Buffer

@@ -205,10 +205,17 @@ class ClientConnection:
             request = Request(head, has_body=head.is_chunked or length is not None)
             self.refused = request  # until it is read whole
             self._visit = self._admit(request)
-            self._limit_waits(timeouts.client_body_s)
             if request.has_body:
+                self._limit_waits(timeouts.client_body_s)
                 self._room_ns = 0
-                await self._body(request, length)
+                if length is not None and length > self.limits.max_body_bytes:
+                    raise _too_large(self.limits.max_body_bytes)
+                if head.expects_continue and not buffer:
+                    await self._send_continue()
+                if length is not None:
+                    await self._body_of_length(request, length)
+                else:
+                    await self._chunked_body(request)
         except trio.TooSlowError:
             raise RequestTimeout("the request did not arrive in time", phase=Phase.REQUEST) from None
         self.refused = None
@@ -292,17 +299,6 @@ class ClientConnection:
             if not await self._more():
                 raise ClientGone("the client left in the middle of a request's head", phase=Phase.REQUEST)
 
-    async def _body(self, request: Request, length: int | None) -> None:
-        limit = self.limits.max_body_bytes
-        if length is not None and length > limit:
-            raise _too_large(limit)
-        if request.head.expects_continue and not self._buffer:
-            await self._send_continue()
-        if length is not None:
-            await self._body_of_length(request, length)
-        else:
-            await self._chunked_body(request, limit)
-
     async def _body_of_length(self, request: Request, length: int) -> None:
         """A body of ``Content-Length``, which `strict` has made sure is one number."""
         buffer = self._buffer
@@ -318,8 +314,9 @@ class ClientConnection:
         request.body = bytes(memoryview(buffer)[:length]) if length < len(buffer) else bytes(buffer)
         del buffer[:length]
 
-    async def _chunked_body(self, request: Request, limit: int) -> None:
+    async def _chunked_body(self, request: Request) -> None:
         """A chunked body, read by the decoder that reads engines' bodies: h11 takes bare LF and folded trailers."""
+        limit = self.limits.max_body_bytes
         decoder = ChunkDecoder()
         body = bytearray()
         buffer = self._buffer

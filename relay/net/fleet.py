@@ -110,7 +110,7 @@ class Pool:
 
     def roles_for(self, route: Route) -> tuple[str, ...]:
         """The roles an exchange needs engines of; what does not generate goes to a decoder."""
-        if not self.is_split:
+        if "decode" not in self.groups:
             return ("serve",)
         return ("decode",) if route is Route.OTHER else ("prefill", "decode")
 

@@ -101,8 +101,10 @@ class Group:
             self.refresh(upstream)  # one trial at a time
         return attempt
 
-    def attempted(self, attempt: Attempt, upstream: Upstream) -> None:
-        """It has ended. Where it changed nothing, as nearly every one does, there is nothing to take note of."""
+    def end(self, attempt: Attempt, upstream: Upstream) -> None:
+        """It is over, however it went. Where it changed nothing, as nearly all, there is nothing to take note of."""
+        if not attempt.is_ended:
+            attempt.abandoned(time.monotonic())
         if attempt.is_telling:
             self.refresh(upstream)
 

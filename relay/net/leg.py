@@ -68,9 +68,7 @@ class Leg:
                 note_failure(self.exchange, self.upstream, failure)
             raise
         finally:
-            if not attempt.is_ended:
-                attempt.abandoned(time.monotonic())
-            self.group.attempted(attempt, self.upstream)
+            self.group.end(attempt, self.upstream)
 
     def close(self, connection: UpstreamConnection, *, is_reusable: bool) -> None:
         """Parks the connection, or drops it, which frees the engine at once."""
@@ -131,7 +129,9 @@ class Leg:
         if exchange.attempts > 1:  # nothing of an earlier attempt's answer has gone out
             exchange.meter = Meter(exchange.route)
         meter = exchange.meter
-        exchange.is_streamed = await opening.is_event_stream(pair, is_expected=exchange.expects_stream)
+        exchange.is_streamed = answer.head.is_event_stream or (
+            exchange.expects_stream and await opening.looks_like_event_stream(pair)
+        )
         if not exchange.is_streamed:
             if editor is not None and editor.edits_bodies and is_plain_json(answer):
                 await opening.read_whole(pair, meter, editor, max_bytes=stream.max_answer_bytes, idle_s=idle_s)

@@ -46,17 +46,10 @@ class Opening:
     def __repr__(self) -> str:
         return f"<Opening {self.answer!r} {'stream' if self.relay else 'body' if self.body is None else 'whole'}>"
 
-    async def is_event_stream(self, pair: Pair, *, is_expected: bool) -> bool:
-        """Whether the answer is relayed frame by frame: by its type, or where that lies, by its first bytes.
-
-        The bytes are only looked at where a stream `is_expected`: asked for, and not refused.
-        """
+    async def looks_like_event_stream(self, pair: Pair) -> bool:
+        """Whether an answer that was to be an event stream is one by its first bytes, whatever its type says."""
         answer = self.answer
-        if answer.kind is BodyKind.NONE or answer.head.is_encoded:
-            return False  # frames of an encoded body are not to be seen: it passes as it comes
-        if answer.head.is_event_stream:
-            return True
-        if not is_expected or answer.status != 200:
+        if answer.status != 200 or answer.kind is BodyKind.NONE or answer.head.is_encoded:
             return False
         while True:
             decoder = decoder_for(answer.kind, answer.fields)

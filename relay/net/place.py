@@ -39,7 +39,8 @@ class Place:
         if upstream is not None:
             self._loads[role] = upstream, group.balancer.take(upstream.seat, ask.prompt_bytes), upstream.permits
             self.upstreams[role] = upstream
-            upstream.show_load()
+            if upstream.shares is not None:
+                upstream.show_load()
             if upstream.config.max_in_flight:
                 group.refresh(upstream)
         return upstream
@@ -70,7 +71,8 @@ class Place:
         if held is not None:
             upstream, load, permits = held
             load.release()
-            upstream.show_load()
+            if upstream.shares is not None:
+                upstream.show_load()
             if permits is not None:
                 permits.give_back()
             if upstream.config.max_in_flight and not upstream.is_leaving:

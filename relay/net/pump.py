@@ -256,7 +256,7 @@ class Pump:
         Then comments to every client that has heard nothing for too long.
         """
         for source in [source for source in self.limited if now > source.limit_at_ns]:
-            source.is_late = source.wake()
+            source.time_out()
             self._woken = True
         for pair in list(self.streaming):
             if pair.idle_limit_ns and now - pair.last_read_ns > pair.idle_limit_ns:

@@ -67,7 +67,7 @@ class Reply:
             start,
             framing=framing,
             keep_alive=self.keep_alive and not self.service.is_draining,
-            date=_http_date(),
+            date=b"" if start.has_date else _http_date(),
             request_id=self.id,
             server_timing=b"" if self.is_early else server_timing(self.timeline, time.monotonic()),
         )

@@ -14,6 +14,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Final
 
+import outcome
 import trio
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ class Source:
     """A socket under the pump, until `close`."""
 
     __slots__ = (
-        "_pump", "_task", "fileno", "has_news", "is_ending", "is_late", "limit_at_ns", "of_client", "sock", "streams",
+        "_pump", "_task", "fileno", "has_news", "is_ending", "limit_at_ns", "of_client", "sock", "streams",
     )  # fmt: skip
 
     #: Whether the peer may say that it goes before it does, in what arrives: see `TlsSource`.
@@ -43,7 +44,6 @@ class Source:
         self.fileno = sock.fileno()
         self.has_news = False  #: there may be something to read, which will not be reported again
         self.is_ending = False  #: the peer has closed its side, or the connection broke: there is an end to be read
-        self.is_late = False  #: the last wait was ended by its limit
         self.limit_at_ns = 0  #: when the present wait ends at the latest; 0: no limit
         self.streams: Pair | None = None  #: whose engine it is, while the pump reads from it
         self.of_client: Pair | None = None  #: whose client it is, while there is an exchange
@@ -77,33 +77,38 @@ class Source:
         """Has what there is to read reported as if it came now."""
         self._pump.epoll.modify(self.fileno, ARRIVALS)
 
-    async def park(self, limit_at_ns: int = 0) -> None:
-        """Sleeps until woken, or until its limit."""
+    def park(self, limit_at_ns: int = 0) -> Awaitable[None]:
+        """Sleeps until woken, or until its limit: trio.TooSlowError. To be awaited at once."""
         self._task = trio.lowlevel.current_task()
         if limit_at_ns:
             self.limit_at_ns = limit_at_ns
             self._pump.limited.add(self)
-        try:
-            await trio.lowlevel.wait_task_rescheduled(self._abort)
-        finally:
-            if limit_at_ns:
-                self._pump.limited.discard(self)
-        if self.is_late:
-            self.is_late = False
-            raise trio.TooSlowError
+        return trio.lowlevel.wait_task_rescheduled(self._abort)  # noqa: ASYNC105
 
     def _abort(self, _raise_cancel: Callable[[], None]) -> trio.lowlevel.Abort:
-        self._task = None
+        self._stop_waiting()
         self.streams = None  # the pump may have a turn before the task does
         return trio.lowlevel.Abort.SUCCEEDED
 
+    def _stop_waiting(self) -> trio.lowlevel.Task | None:
+        """Whose wait is over."""
+        task, self._task = self._task, None
+        self._pump.limited.discard(self)
+        return task
+
     def wake(self) -> bool:
         """Lets the task run that waits for it; True if there was one."""
-        task, self._task = self._task, None
+        task = self._stop_waiting()
         if task is None:
             return False
         trio.lowlevel.reschedule(task)
         return True
+
+    def time_out(self) -> None:
+        """Ends the wait, which has taken too long."""
+        task = self._stop_waiting()
+        if task is not None:
+            trio.lowlevel.reschedule(task, outcome.Error(trio.TooSlowError()))
 
     def close(self) -> None:
         """Closes the socket, which takes it out of the pump."""

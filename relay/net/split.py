@@ -298,8 +298,7 @@ class SplitAttempt:
                 note_failure(self._exchange, upstream, failure)
             raise
         finally:
-            attempt.abandoned(time.monotonic())
-            group.refresh(upstream)
+            group.end(attempt, upstream)
 
     def _decode_leg(self, sends: LegRequest) -> Leg:
         exchange = self._exchange

@@ -189,6 +189,8 @@ async def test_what_a_full_client_did_not_take_is_kept(frames: int) -> None:
 FLAT_BYTES: Final = 16_384
 #: And tuples that the interpreter keeps for the next (2,000 of a size); 32 bytes lost with each frame would be more.
 WITH_FREE_LISTS_BYTES: Final = 131_072
+#: A thread of the test runner may take some meanwhile; that does not happen each time.
+TRIES: Final = 3
 #: What the engine sends in a round, read by read; how many frames that is, how many rounds, and the memory at most.
 ROUNDS: Final = {
     "a frame in a chunk in a read": ([chunked(ORDINARY)], 1, 100_000, FLAT_BYTES),
@@ -213,18 +215,20 @@ async def test_frames_take_no_memory_however_many(reads: list[bytes], frames: in
                 for data in reads:
                     step(data)
 
+        taken: list[int] = []
         tracemalloc.start()
         try:
             play(100)  # whatever is made once is made here
-            gc.collect()
-            before, _ = tracemalloc.get_traced_memory()
-            tracemalloc.reset_peak()
-            play(rounds)
-            _, peak = tracemalloc.get_traced_memory()
+            while len(taken) < TRIES and (not taken or taken[-1] >= most):
+                gc.collect()
+                before, _ = tracemalloc.get_traced_memory()
+                tracemalloc.reset_peak()
+                play(rounds)
+                taken.append(tracemalloc.get_traced_memory()[1] - before)
         finally:
             tracemalloc.stop()
-        assert running.pump.frames == (100 + rounds) * frames
-        assert peak - before < most
+        assert running.pump.frames == (100 + len(taken) * rounds) * frames
+        assert taken[-1] < most
         step(LAST_CHUNK)
         await trio.testing.wait_all_tasks_blocked()
         assert running.stop is Stop.DONE
