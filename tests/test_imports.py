@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 MAX_LINES = 420
 
 #: What a plain install brings.
-DEPENDENCIES = frozenset({"h11", "httpx", "msgspec", "prometheus_client", "rich", "trio"})
+DEPENDENCIES = frozenset({"h11", "httpx", "msgspec", "outcome", "prometheus_client", "rich", "trio"})
 
 #: What reaches for the world, or for its time.
 IMPURE = frozenset({
