@@ -38,14 +38,21 @@ async def see_second_frame(pair: Pair, opening: Opening) -> None:
         return
     meter, editor = relay.meter, relay.editor
     pair.limit(0)  # for the answer: it has come
-    with trio.move_on_after(SECOND_FRAME_S):
-        while not (relay.decoder.is_done or meter.saw_content or meter.saw_end or meter.error is not None):
-            await _read_on(pair, opening, relay)
+    if not _has_shown(relay):
+        with trio.move_on_after(SECOND_FRAME_S):
+            while not _has_shown(relay):
+                await _read_on(pair, opening, relay)
     if editor is not None and editor.failure is not None:
         editor.failure.phase = Phase.HEAD
         raise editor.failure
     if meter.error is not None and not meter.saw_content:
         raise _as_answer(meter.route, opening.first, meter.error, is_chunked=relay.is_chunked)
+
+
+def _has_shown(relay: FrameRelay) -> bool:
+    """Whether a stream has shown what it will be."""
+    meter = relay.meter
+    return relay.decoder.is_done or meter.saw_content or meter.saw_end or meter.error is not None
 
 
 async def _read_on(pair: Pair, opening: Opening, relay: FrameRelay) -> None:

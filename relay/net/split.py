@@ -270,8 +270,7 @@ class SplitAttempt:
         try:
             with self._judged(upstream) as attempt:
                 try:
-                    with trio.fail_after(limit_s or float("inf")):
-                        answer = await ask_whole(exchange, upstream, sends, last_word_s=last_word_s)
+                    answer = await ask_whole(exchange, upstream, sends, limit_s=limit_s, last_word_s=last_word_s)
                 except trio.TooSlowError:
                     message = f"{upstream.config.url} did not answer within prefill_s = {limit_s:g} s"
                     raise UpstreamTimeout(message, phase=Phase.PREFILL) from None

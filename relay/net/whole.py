@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -32,14 +33,18 @@ class WholeAnswer(NamedTuple):
 
 
 class _LegWaits:
-    """Waits for an engine's socket beside the exchange's pair; limits are the caller's scope's.
+    """Waits for an engine's socket beside the exchange's pair, up to `limit_at_ns` (monotonic clock; 0: no limit).
 
-    When it is cancelled it hangs up, which makes the engine stop; but an answer may be on its way by then, and with it
-    a handle that somebody has to free. So it closes one direction only, and waits up to `last_word_s` for what comes.
+    When it is cancelled, or too late, it hangs up, which makes the engine stop; but an answer may be on its way by
+    then, and with it a handle that somebody has to free. So it closes one direction only, and waits up to `last_word_s`
+    for what comes.
     """
 
-    def __init__(self, connection: UpstreamConnection, source: Source, last_word_s: float) -> None:
+    def __init__(
+        self, connection: UpstreamConnection, source: Source, *, limit_at_ns: int, last_word_s: float
+    ) -> None:
         self.has_hung_up = False
+        self._limit_at_ns = limit_at_ns
         self._connection = connection
         self._source = source
         self._last_word_s = last_word_s
@@ -47,11 +52,11 @@ class _LegWaits:
 
     async def wait_upstream(self, *, or_writable: bool = False) -> None:
         if or_writable:
-            await self._source.wait_writable()
+            await self._source.wait_writable(self._limit_at_ns)
             return
         try:
-            await self._source.wait_readable()
-        except trio.Cancelled:  # noqa: ASYNC103 - whoever waits next is told again
+            await self._source.wait_readable(self._limit_at_ns)
+        except (trio.Cancelled, trio.TooSlowError):  # noqa: ASYNC103 - whoever waits next is told again
             if not self._last_word_s:
                 raise
             self._hang_up()
@@ -69,27 +74,30 @@ class _LegWaits:
 
 
 async def ask_whole(
-    exchange: Exchange, upstream: Upstream, sends: LegRequest, *, last_word_s: float = 0.0
+    exchange: Exchange, upstream: Upstream, sends: LegRequest, *, limit_s: float = 0.0, last_word_s: float = 0.0
 ) -> WholeAnswer:
-    """Asks an engine, and reads its answer. Cancelling it hangs up, which frees the engine.
+    """Asks an engine, and reads its answer, within `limit_s` (0: no limit). Cancelling it hangs up: the engine is free.
 
-    With `last_word_s`, an answer that comes all the same within that time is returned in spite of the cancellation.
-    Raises UpstreamUnreachable, UpstreamTimeout, UpstreamDisconnected or UpstreamProtocolError.
+    With `last_word_s`, an answer that comes all the same within that time is returned in spite of either.
+    Raises UpstreamUnreachable, UpstreamTimeout, UpstreamDisconnected or UpstreamProtocolError; trio.TooSlowError past
+    `limit_s`, as the pump's sweep finds it.
     """
     timeouts = exchange.config.timeouts
+    limit_at_ns = time.monotonic_ns() + int(limit_s * 1e9) if limit_s else 0
     connection = upstream.take_idle(timeouts.upstream_idle_s)
     if connection is not None:
         try:
-            return await _over(exchange, connection, sends, last_word_s)
+            return await _over(exchange, connection, sends, limit_at_ns, last_word_s)
         except wire.ConnectionDied:
             pass  # the engine closed it just then
-    return await _over(exchange, await upstream.dial(timeouts.connect_s), sends, last_word_s)
+    return await _over(exchange, await upstream.dial(timeouts.connect_s), sends, limit_at_ns, last_word_s)
 
 
 async def _over(
-    exchange: Exchange, connection: UpstreamConnection, sends: LegRequest, last_word_s: float
+    exchange: Exchange, connection: UpstreamConnection, sends: LegRequest, limit_at_ns: int, last_word_s: float
 ) -> WholeAnswer:
-    waits = _LegWaits(connection, connection.under(exchange.service.pump), last_word_s)
+    source = connection.under(exchange.service.pump)
+    waits = _LegWaits(connection, source, limit_at_ns=limit_at_ns, last_word_s=last_word_s)
     try:
         return await _ask(exchange, connection, waits, sends)
     except ExchangeError as exc:
@@ -97,6 +105,7 @@ async def _over(
     try:
         if waits.has_hung_up:
             await trio.lowlevel.checkpoint_if_cancelled()  # there was no last word, which is no fault of the engine's
+            raise trio.TooSlowError from None
         raise failure
     finally:
         del failure  # whose frames hold this one

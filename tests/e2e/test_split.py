@@ -394,6 +394,24 @@ async def test_another_prefiller_takes_over(connector: str, failure: Turn, told:
         assert len(rooms) == 2
 
 
+async def test_a_prefillers_last_word_counts() -> None:
+    """Its answer was on its way when its time was over: nobody else would free the handle in it."""
+
+    async def answers_when_left(asked: Asked, stream: trio.SocketStream) -> None:
+        assert not await stream.receive_some()
+        await stream.send_all(PREFILLED)
+        await stream.aclose()
+
+    async with split_pair(2, 2, connector="nixl", timeouts=SLOW) as pair:
+        pair.prefill.script = [answers_when_left]
+        got = await ask(pair.relay.port, sent())
+        record = await pair.relay.record()
+        assert len(pair.prefill.asked) == 1
+        assert pair.metric("relay_upstream_failures_total") == 0
+    assert_decoders(got, STREAMS[Route.CHAT])
+    assert (record.outcome, record.attempts) == ("--", 1)
+
+
 @IS_STREAM
 @pytest.mark.parametrize(("failure", "told"), FAILURES.values(), ids=FAILURES)
 @pytest.mark.parametrize("connector", ["nixl", "sglang"])
