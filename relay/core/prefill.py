@@ -96,6 +96,8 @@ class _Shape(msgspec.Struct, gc=False):
     previous_response_id: msgspec.Raw = _NULL
 
 
+#: Of nearly every request.
+_NOTHING: Final = _Shape()
 _LIST_OF_PROMPTS: Final = re.compile(rb'\[[ \t\r\n]*+["\[]')
 _decode_shape = msgspec.json.Decoder(_Shape).decode
 _decode_list = msgspec.json.Decoder(list[msgspec.Raw]).decode
@@ -133,10 +135,12 @@ def obstacle(body: Buffer) -> str | None:
         shape = _decode_shape(body)
     except UNDECODABLE:
         return None
-    for name, harmless in _HARMLESS.items():
-        if bytes(getattr(shape, name)) not in harmless:
-            return name
-    if _prompts(shape.prompt) > 1:
+    prompt, shape.prompt = shape.prompt, _NULL
+    if shape != _NOTHING:
+        for name, harmless in _HARMLESS.items():
+            if bytes(getattr(shape, name)) not in harmless:
+                return name
+    if _prompts(prompt) > 1:
         return "prompt"  # each prompt has a handle, and the answer holds the first one's (captured: comp_batch2)
     if bytes(shape.echo) not in _OFF and bytes(shape.logprobs) not in _ABSENT:
         return "echo"  # with logprobs: those of the prompt

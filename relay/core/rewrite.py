@@ -12,9 +12,9 @@ stay: the engine's parser may be one that takes the first. The type also gets th
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from decimal import Decimal
-from typing import Final, NamedTuple, TypeAlias
+from typing import Final, TypeAlias
 
 import msgspec
 
@@ -46,7 +46,7 @@ class _Key:
         self.name = name
 
 
-class _Member(NamedTuple):
+class _Member(msgspec.Struct, gc=False):
     """``text[start:stop]`` is key and value, ``text[value:stop]`` the value."""
 
     name: str
@@ -55,12 +55,8 @@ class _Member(NamedTuple):
     stop: int
 
 
-class _Edit(NamedTuple):
-    """``text[start:stop]`` becomes `new`."""
-
-    start: int
-    stop: int
-    new: bytes
+#: `start`, `stop` and `new`: ``text[start:stop]`` becomes `new`.
+_Edit: TypeAlias = tuple[int, int, bytes]
 
 
 class _UsageHolder(msgspec.Struct, gc=False):
@@ -208,7 +204,7 @@ def _applied(edits: list[_Edit], text: Buffer) -> bytes:
 
 def _edits(text: Buffer, changes: Mapping[str, Change]) -> list[_Edit]:
     """What `changes` amount to, in the order of the text."""
-    members = list(_members(text))
+    members = _members(text)
     edits: list[_Edit] = []
     absent = dict(changes)
     is_any_kept = False
@@ -222,42 +218,44 @@ def _edits(text: Buffer, changes: Mapping[str, Change]) -> list[_Edit]:
             edits += _value_edits(text, member, change)
             is_any_kept = True
         elif is_any_kept:
-            edits.append(_Edit(members[index - 1].stop, member.stop, b""))
+            edits.append((members[index - 1].stop, member.stop, b""))
         else:
             stop = members[index + 1].start if index + 1 < len(members) else member.stop
-            edits.append(_Edit(member.start, stop, b""))
+            edits.append((member.start, stop, b""))
     added = [b"%b:%b" % (_encode(name), new) for name, change in absent.items() if (new := _new(change)) is not None]
     if added:
         end = members[-1].stop if members else text.index(b"{") + 1
-        edits.append(_Edit(end, end, b"," * is_any_kept + b",".join(added)))
+        edits.append((end, end, b"," * is_any_kept + b",".join(added)))
     return edits
 
 
 def _value_edits(text: Buffer, member: _Member, change: bytes | Mapping[str, Change]) -> list[_Edit]:
     if isinstance(change, bytes):
-        return [_Edit(member.value, member.stop, change)]
+        return [(member.value, member.stop, change)]
     value = text[member.value : member.stop]
     if _is_object(value):
         offset = member.value
-        return [_Edit(offset + start, offset + stop, new) for start, stop, new in _edits(value, change)]
-    return [_Edit(member.value, member.stop, _new(change) or b"null")] if value == b"null" else []
+        return [(offset + start, offset + stop, new) for start, stop, new in _edits(value, change)]
+    return [(member.value, member.stop, _new(change) or b"null")] if value == b"null" else []
 
 
 def _new(change: Change) -> bytes | None:
     """The value of a member that was not there; None: there is still none."""
-    if not isinstance(change, Mapping):
+    if change is None or isinstance(change, bytes):
         return change
     return edit(b"{}", change)
 
 
-def _members(text: Buffer) -> Iterator[_Member]:
+def _members(text: Buffer) -> list[_Member]:
     """Raises ValueError where `text` is not a JSON object, or one with too many members."""
+    members: list[_Member] = []
     position = 0
     for key, raw in _pairs(text).items():
         found = _KEY.match(text, position)
         assert found is not None  # msgspec has found a key here
         position = found.end() + len(raw)
-        yield _Member(key.name, found.start(1), found.end(), position)
+        members.append(_Member(key.name, found.start(1), found.end(), position))
+    return members
 
 
 def _pairs(text: Buffer) -> _Members:

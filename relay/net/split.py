@@ -103,8 +103,9 @@ class SplitAttempt:
         if prefiller is None or exchange.route is Route.OTHER:
             return DecodeOnly(LegRequest(exchange.body, exchange.attempt_id))
         request = SplitRequest(exchange.route, exchange.body, exchange.id, exchange.attempts, pool.callback_url)
-        endpoint = endpoint_of(decoder.config, pool.config.connector, "decode")
-        return pool.connector.plan(request, await self._ready(prefiller), endpoint, _rng)
+        if decoder.endpoint is None:
+            decoder.endpoint = endpoint_of(decoder.config, pool.config.connector, "decode")
+        return pool.connector.plan(request, await self._ready(prefiller), decoder.endpoint, _rng)
 
     async def _ready(self, prefiller: Upstream) -> Endpoint:
         """The prefiller's addresses, with what has to be asked for first."""

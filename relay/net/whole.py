@@ -40,9 +40,7 @@ class _LegWaits:
     for what comes.
     """
 
-    def __init__(
-        self, connection: UpstreamConnection, source: Source, *, limit_at_ns: int, last_word_s: float
-    ) -> None:
+    def __init__(self, connection: UpstreamConnection, source: Source, *, limit_at_ns: int, last_word_s: float) -> None:
         self.has_hung_up = False
         self._limit_at_ns = limit_at_ns
         self._connection = connection
