@@ -48,6 +48,7 @@ async def serve(
                 say(f"relay: {exc}", Priority.ERROR)
                 status = 1
             else:
+                garbage.settle()
                 nursery.start_soon(garbage.watch)
                 if worker.service.is_ready:
                     announce(listeners.urls)

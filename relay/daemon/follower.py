@@ -73,6 +73,7 @@ async def _work(
         nursery.start_soon(_beat, scoreboard.slot(number), beat_s)
         nursery.start_soon(writer.run)
         await nursery.start(worker.run)
+        garbage.settle()
         nursery.start_soon(garbage.watch)
         await worker.stopped.wait()
         nursery.cancel_scope.cancel()

@@ -61,8 +61,7 @@ class Garbage:
         return int(os.pread(self._statm, 256, 0).split()[1]) * _PAGE_BYTES
 
     async def watch(self) -> None:
-        """Settles, then collects when it has to be, until cancelled."""
-        self.settle()
+        """Collects when it has to be, until cancelled."""
         while True:
             await trio.sleep(LOOK_S)
             self.look(self.resident_bytes(), time.monotonic())
