@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final, NamedTuple
@@ -88,7 +89,10 @@ async def ask_whole(
             return await _over(exchange, connection, sends, limit_at_ns, last_word_s)
         except wire.ConnectionDied:
             pass  # the engine closed it just then
-    return await _over(exchange, await upstream.dial(timeouts.connect_s), sends, limit_at_ns, last_word_s)
+    left_s = max(0.0, limit_at_ns / 1e9 - time.monotonic()) if limit_at_ns else math.inf
+    with trio.fail_after(left_s):
+        connection = await upstream.dial(timeouts.connect_s)
+    return await _over(exchange, connection, sends, limit_at_ns, last_word_s)
 
 
 async def _over(

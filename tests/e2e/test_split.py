@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import socket
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Final
 
@@ -12,6 +13,7 @@ import pytest
 import trio
 import trio.testing
 
+from relay.address import parse_upstream
 from relay.config import FailoverConfig, TimeoutsConfig
 from relay.core.connectors import CONNECTORS
 from relay.core.request import Route
@@ -392,6 +394,22 @@ async def test_another_prefiller_takes_over(connector: str, failure: Turn, told:
     if connector == "sglang":
         rooms = {asked.json()["bootstrap_room"] for asked in pair.prefill.asked}
         assert len(rooms) == 2
+
+
+async def test_a_prefiller_that_takes_no_connection_is_not_waited_for_longer(tmp_path: Path) -> None:
+    """`prefill_s` bounds all of the leg, also where `connect_s` bounds nothing."""
+    with socket.socket(socket.AF_UNIX) as full, socket.socket(socket.AF_UNIX) as filler:
+        full.bind(f"{tmp_path}/p")
+        full.listen(0)
+        filler.connect(f"{tmp_path}/p")
+        prefill = {"prefill": (parse_upstream(f"unix:{tmp_path}/p"),)}
+        limits = TimeoutsConfig(prefill_s=0.05, connect_s=0)
+        async with split_pair(settings=prefill, timeouts=limits) as pair:
+            got = await ask(pair.relay.port, sent())
+            record = await pair.relay.record()
+            assert not pair.decode.asked
+    assert (got.status, record.outcome) == (504, "uP")
+    assert "prefill_s = 0.05" in (record.error or "")
 
 
 async def test_a_prefillers_last_word_counts() -> None:
