@@ -88,7 +88,7 @@ class HeadReader:
             if digits.isdigit() and len(digits) <= _MOST_DIGITS and head.endswith(self._after):
                 return last, int(digits)
         parsed, length = parse(head, self._max_head_bytes)
-        is_small = len(head) <= REMEMBERED_BYTES and len(parsed.fields) <= REMEMBERED_FIELDS
+        is_small = len(head) <= REMEMBERED_BYTES and len(parsed.fields) < REMEMBERED_FIELDS  # one is the length
         place = _LENGTH.search(head) if is_small and length is not None else None
         if place is not None:
             self._last, self._before, self._after = parsed, head[: place.start(1)], head[place.end(1) :]
