@@ -39,8 +39,7 @@ class Place:
         if upstream is not None:
             self._loads[role] = upstream, group.balancer.take(upstream.seat, ask.prompt_bytes), upstream.permits
             self.upstreams[role] = upstream
-            if upstream.shares is not None:
-                upstream.show_load()
+            upstream.show_load()
             if upstream.config.max_in_flight:
                 group.refresh(upstream)
         return upstream
@@ -71,8 +70,7 @@ class Place:
         if held is not None:
             upstream, load, permits = held
             load.release()
-            if upstream.shares is not None:
-                upstream.show_load()
+            upstream.show_load()
             if permits is not None:
                 permits.give_back()
             if upstream.config.max_in_flight and not upstream.is_leaving:

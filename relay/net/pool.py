@@ -118,7 +118,7 @@ class Upstream:
         return 0 < self.config.max_in_flight <= self.seat.streams
 
     def show_load(self) -> None:
-        """Lets other workers see what this one has there. Where there are none, this need not be called."""
+        """Lets other workers see what this one has there."""
         if self.shares is not None:
             self.shares.set_load(self.number, self.seat.load)
 

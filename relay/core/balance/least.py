@@ -28,11 +28,8 @@ class LeastOutstanding(Balancer):
 
     def pick(self, key: bytes | None = None, tried: Collection[Seat] = ()) -> Seat | None:
         """See `Balancer.pick`."""
-        if not tried:
-            slot = self._least()
-            return None if slot is None else self._row[slot]
         scores = self._scores
-        hidden = self._in_row(tried)
+        hidden = self._in_row(tried) if tried else ()
         for seat in hidden:
             scores[seat.slot] = inf
         turn = self._turn
