@@ -112,10 +112,11 @@ class FrameRelay:
                     self._emit(payload, out)
                     out.append(view[position:end])
                     position = end
+                    if end == stop:
+                        break
                 if buffer.startswith(LAST_CHUNK, position, stop):  # without trailers, as engines end
                     chunks.skip_last(len(LAST_CHUNK))
                     position += len(LAST_CHUNK)
-                if position == stop or chunks.is_done:
                     break
             # Behind a chunk that came in parts the usual case may go on: only up to there.
             limit = min(stop, position + 2) if chunks is not None and chunks.left == ChunkDecoder.DATA_END else stop
@@ -156,7 +157,8 @@ class FrameRelay:
             found = match(buffer, position, stop)
             if found is not None:
                 end = found.end()
-                if int(found[1], 16) == end - found.end(1) - 4:
+                size = found[1]
+                if int(size, 16) == end - position - len(size) - 4:  # but for both line ends
                     counted += 1
                     position = end
                     continue

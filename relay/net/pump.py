@@ -33,8 +33,9 @@ from relay.net.tls import TlsSocket
 
 #: Bytes taken off an engine's socket at once; the most that one pair can hold up the others with.
 RECEIVE_BYTES: Final = 65536
-#: Events served before the pump looks at trio again: bounds how late accepts and cancellations can be.
-EVENTS_PER_TURN: Final = 128
+#: Events served before the pump looks at trio again: bounds how late accepts and cancellations can be. Room for so many
+#: is what CPython's `epoll.poll` still takes from its own pools (512 bytes), and not from malloc, each time.
+EVENTS_PER_TURN: Final = 42
 #: How often idle streams are looked for, seconds; limits and comments can be late by up to twice as much.
 SWEEP_S: Final = 0.25
 #: Pieces beyond which one write is joined rather than gathered (the kernel's limit is 1,024).
@@ -207,13 +208,13 @@ class Pump:
         Answers whether trio's own descriptor may be ready, so that asking it pays; False also where it came back as a
         task was woken, or as the time is over.
         """
-        poll, sources = self.epoll.poll, self._sources
+        poll, clock, sources = self.epoll.poll, time.monotonic_ns, self._sources
         wait = timeout
-        wake_at = time.monotonic_ns() + int(timeout * 1e9)
+        wake_at = clock() + int(timeout * 1e9)
         while True:
             is_swept = self.limited or self.streaming or self.commented
             events = poll(self.sweep_s if wait > self.sweep_s and is_swept else wait, EVENTS_PER_TURN)
-            now = time.monotonic_ns()
+            now = clock()
             is_trios_turn = False
             for fd, flags in events:
                 source = sources.get(fd)
