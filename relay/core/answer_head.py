@@ -12,7 +12,8 @@ class AnswerHead:
     """The head of a final answer. Raises FramingError where it contradicts itself."""
 
     __slots__ = (
-        "_stream_start", "fields", "is_encoded", "is_event_stream", "is_keep_alive", "kind", "reason", "status"
+        "_stream_start", "fields", "has_frames", "is_encoded", "is_keep_alive", "is_readable", "kind", "reason",
+        "status",
     )  # fmt: skip
 
     def __init__(self, method: bytes, event: h11.Response) -> None:
@@ -28,13 +29,9 @@ class AnswerHead:
             and not (self.kind is BodyKind.NONE and _announces_body(self.fields))
         )
         self.is_encoded = headers.find(self.fields, b"content-encoding") is not None
-        #: to be relayed frame by frame; of an encoded body they are not to be seen, so it passes as it comes
-        self.is_event_stream = (
-            self.kind is not BodyKind.NONE
-            and not self.is_encoded
-            and headers.is_event_stream(headers.content_type(self.fields))
-        )
-
+        self.is_readable = self.kind is not BodyKind.NONE and not self.is_encoded  #: there is a body, as it was written
+        #: it is an event stream, to be relayed frame by frame; what cannot be read passes as it comes
+        self.has_frames = self.is_readable and headers.is_event_stream(headers.content_type(self.fields))
         self._stream_start: headers.HeadStart | None = None
 
     @property

@@ -198,7 +198,7 @@ class Access:
 
 
 class Substitution(NamedTuple):
-    """What of a request's head changes for the engine: `request_head`'s arguments of these names."""
+    """What of a request's head changes for the engine: the arguments of these names of `headers.passed_fields`."""
 
     without: frozenset[bytes]
     extra: tuple[tuple[bytes, bytes], ...]

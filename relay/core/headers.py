@@ -4,10 +4,12 @@ A header section is an ordered list of ``(name, value)`` pairs of bytes, names i
 dictionary: order and repetition mean something (RFC 9110 §5.3), and a dozen pairs are searched as quickly as they are
 hashed.
 
-Both heads are written by hand, in one pass and one join, since constructing and sending an h11 event costs more than
-the rest of a request together. What h11 would have checked holds already: every byte of a request has passed
-`relay.core.strict.check_raw_head` and h11's parser, every name of a response has passed h11's parser, and the values of
-a response lose their control bytes here. What the relay itself adds is made of text it controls.
+Both heads are written by hand, since constructing and sending an h11 event costs more than the rest of a request
+together; and each in two parts, of which the first is the same whenever its sender repeats a head (`passed_fields`,
+`head_start`), so that whoever keeps it need not have it written again. What h11 would have checked holds already: every
+byte of a request has passed `relay.core.strict.check_raw_head` and h11's parser, every name of a response has passed
+h11's parser, and the values of a response lose their control bytes here. What the relay itself adds is made of text it
+controls.
 
 What is removed: the fields of RFC 9110 §7.6.1, those of proxy authentication (§11.7: consumed by the proxy they meet),
 ``Trailer``, since trailers are not forwarded, and what ``Connection`` names. That last rule lets a peer remove fields
@@ -154,7 +156,9 @@ def passed_fields(
     without: frozenset[bytes] = frozenset(),
     extra: Sequence[tuple[bytes, bytes]] = (),
 ) -> bytes:
-    """Write the field lines of a request that are the same for every engine and each time the client repeats its head.
+    """Write the field lines of a request that are the same each time the client repeats its head.
+
+    Each begins with CR LF; behind the last there is none.
 
     `original_host` is the authority the client asked for; `version` is that of its message, for ``Via``. `client_ip`
     may be empty (a Unix socket), and is then not added to ``X-Forwarded-For``. `identity` asks the engine for an
@@ -209,15 +213,15 @@ def request_head(
     made by `passed_fields`.
     """
     length = b"" if body == "none" else b"\r\ncontent-length: %d" % body
-    end = (method, target, host, passed, request_id.encode("ascii"), length)
-    return b"%b %b HTTP/1.1\r\nhost: %b%b\r\nx-request-id: %b%b\r\n\r\n" % end
+    values = (method, target, host, passed, request_id.encode("ascii"), length)
+    return b"%b %b HTTP/1.1\r\nhost: %b%b\r\nx-request-id: %b%b\r\n\r\n" % values
 
 
 class HeadStart(NamedTuple):
     """The beginning of a response's head: what is the same each time an engine repeats its own."""
 
     lines: bytes  #: the status line and the fields that are passed on, without the last line end
-    length: bytes  #: the engine's ``Content-Length``
+    length: bytes  #: the engine's ``Content-Length``, but for 1xx and 204, which have none (RFC 9110 §8.6)
     has_date: bool  #: the engine sent one
 
 
@@ -237,7 +241,7 @@ def head_start(status: int, reason: bytes, headers: Headers, *, event_stream: bo
     parts = [b"HTTP/1.1 %d " % status, _phrase(status, reason)]
     for name, value in headers:
         if name in drop:
-            if name == b"content-length":
+            if name == b"content-length" and status >= 200 and status != 204:
                 length = value.translate(_WITHOUT_CONTROLS)
             continue
         if name == b"date":
@@ -257,7 +261,6 @@ def head_start(status: int, reason: bytes, headers: Headers, *, event_stream: bo
 
 
 def response_head(
-    status: int,
     start: HeadStart,
     *,
     framing: Framing,
@@ -269,8 +272,8 @@ def response_head(
     """Write the head of a response that begins with `start`.
 
     `framing` decides the framing fields alone: with ``"none"`` (answers to HEAD, 304) the engine's ``Content-Length``
-    stays, as it describes what GET would have brought (RFC 9110 §8.6), but never on 1xx and 204. `date` is added where
-    the engine sent none (§6.6.1).
+    stays, as it describes what GET would have brought (RFC 9110 §8.6). `date` is added where the engine sent none
+    (§6.6.1).
     """
     parts = [start.lines]
     if not start.has_date:
@@ -281,7 +284,7 @@ def response_head(
     if framing == "chunked":
         parts.append(b"\r\ntransfer-encoding: chunked")
     elif framing == "none":
-        if start.length and status >= 200 and status != 204:
+        if start.length:
             parts += (b"\r\ncontent-length: ", start.length)
     elif framing != "close":
         parts.append(b"\r\ncontent-length: %d" % framing)

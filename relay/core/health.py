@@ -227,8 +227,8 @@ class Attempt:
         self._end(None, now)
 
     @property
-    def is_telling(self) -> bool:
-        """Whether, now that it has ended, the upstream may be available that was not, or no longer."""
+    def may_change_availability(self) -> bool:
+        """Whether its end can have: a trial's place is free again, or the breaker has turned since it began."""
         return self._health.is_open or self._round != self._health._round
 
     def _end(self, is_failure: bool | None, now: float) -> None:

@@ -96,7 +96,7 @@ class _Shape(msgspec.Struct, gc=False):
     previous_response_id: msgspec.Raw = _NULL
 
 
-#: Of nearly every request.
+#: What nearly every request comes to, but for its prompt.
 _NOTHING: Final = _Shape()
 _LIST_OF_PROMPTS: Final = re.compile(rb'\[[ \t\r\n]*+["\[]')
 _decode_shape = msgspec.json.Decoder(_Shape).decode
@@ -135,7 +135,7 @@ def obstacle(body: Buffer) -> str | None:
         shape = _decode_shape(body)
     except UNDECODABLE:
         return None
-    prompt, shape.prompt = shape.prompt, _NULL
+    prompt, shape.prompt = shape.prompt, _NULL  # which every completion has
     if shape != _NOTHING:
         for name, harmless in _HARMLESS.items():
             if bytes(getattr(shape, name)) not in harmless:

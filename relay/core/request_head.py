@@ -8,13 +8,15 @@ one field alone, so the next head with the same bytes around them need not be ju
 from __future__ import annotations
 
 import re
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import h11
 
 from relay.core import headers, strict
-from relay.core.auth import Substitution
 from relay.core.request import route_of
+
+if TYPE_CHECKING:
+    from relay.core.auth import Substitution
 
 #: Longer heads, and those of more fields, are not kept: that would be memory for each idle connection, up to 20 KiB.
 REMEMBERED_BYTES: Final = 4096
@@ -32,10 +34,9 @@ class RequestHead:
         "route", "target", "version",
     )  # fmt: skip
 
-    def __init__(self, event: h11.Request, *, expects_continue: bool) -> None:
+    def __init__(self, event: h11.Request, fields: headers.Headers, *, expects_continue: bool) -> None:
         self.method = event.method
         self.version = event.http_version
-        fields: headers.Headers = list(event.headers)
         #: in origin form, and the authority it was sent to
         self.target, self.host = strict.check_request(self.method, event.target, self.version, fields)
         self.path = self.target.partition(b"?")[0]
@@ -45,7 +46,8 @@ class RequestHead:
         self.expects_continue = expects_continue
         self.is_keep_alive = self.version >= b"1.1" and not headers.wants_close(self.version, fields)
         self.is_chunked = headers.find(fields, b"transfer-encoding") is not None
-        #: `headers.passed_fields` of it, once they were asked for, and by which rules
+        #: `headers.passed_fields` of it, and the rules they were made by, once they were asked for. Also the client's
+        #: address and scheme are in them, so this holds as long as no two connections share a head.
         self.passed: tuple[Substitution, bytes] | None = None
 
     def __repr__(self) -> str:
@@ -62,8 +64,9 @@ def parse(head: bytes, max_head_bytes: int) -> tuple[RequestHead, int | None]:
     except h11.RemoteProtocolError as exc:
         raise strict.refusal_of(exc) from None
     assert isinstance(event, h11.Request)
-    parsed = RequestHead(event, expects_continue=connection.they_are_waiting_for_100_continue)
-    length = headers.find(list(event.headers), b"content-length")
+    fields: headers.Headers = list(event.headers)
+    parsed = RequestHead(event, fields, expects_continue=connection.they_are_waiting_for_100_continue)
+    length = headers.find(fields, b"content-length")
     return parsed, None if length is None else int(length)
 
 

@@ -89,7 +89,6 @@ class ClientConnection:
         self.source = source
         self.sock = source.sock
         self.peer = peer  #: the client's address, without port
-        self.ip = peer if self.sock.family != socket.AF_UNIX else ""  #: the same, where it has one
         self.timeouts = timeouts
         self.limits = limits
         self.refused: Request | None = None  #: what `next_request` has raised for, if its head was right
@@ -110,6 +109,11 @@ class ClientConnection:
 
     def __repr__(self) -> str:
         return f"<ClientConnection {self.peer} {'waiting' if self.is_waiting else 'busy'}>"
+
+    @property
+    def ip(self) -> str:
+        """`peer` where it is an address; empty for a Unix socket."""
+        return self.peer if self.sock.family != socket.AF_UNIX else ""
 
     @property
     def scheme(self) -> bytes:

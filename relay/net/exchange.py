@@ -50,7 +50,7 @@ class Exchange:
         self.route = request.head.route
         self.facts = peek(request.body)
         self.id = request.head.request_id or new_id()
-        self.reply = Reply(service, client, request, self.route, self.id)
+        self.reply = Reply(service, client, request, self.id)
         self.timeline = self.reply.timeline
         self.body: Buffer = request.body  #: what engines get of it
         self.expects_stream = self.facts.wants_stream and may_stream(self.route)  #: of the engine
@@ -129,7 +129,7 @@ class Exchange:
             await self.reply.answer(*local)
             return
         self.pool = service.fleet.pool_for(self.route, self.facts)
-        stream = service.streams[self.pool.name]
+        stream = self.pool.stream
         self._convert(stream)
         if stream.keepalive_comment_s:
             self.pair.comment_every(stream.keepalive_comment_s, self.timeline.request_read, self._comment)
@@ -200,6 +200,7 @@ class Exchange:
                     raise
                 self.service.tally.failed_over()
                 failure.settled()
+                self.meter = Meter(self.route)  # nothing of what it has counted has gone out
 
     # -- the end
 

@@ -105,7 +105,7 @@ class Group:
         """It is over, however it went. Where it changed nothing, as nearly all, there is nothing to take note of."""
         if not attempt.is_ended:
             attempt.abandoned(time.monotonic())
-        if attempt.is_telling:
+        if attempt.may_change_availability:
             self.refresh(upstream)
 
     def has_other(self, tried: Collection[Upstream]) -> bool:

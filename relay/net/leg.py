@@ -9,7 +9,6 @@ import trio
 
 from relay.core import headers
 from relay.core.connectors.base import LegRequest
-from relay.core.dialect import Meter
 from relay.core.request import Route
 from relay.errors import ExchangeError, Phase, Side, UpstreamRefused, UpstreamTimeout
 from relay.net import upstream as wire
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
 
     import h11
 
+    from relay.core.auth import Substitution
     from relay.net.exchange import Exchange
     from relay.net.group import Group
     from relay.net.pool import Upstream, UpstreamConnection
@@ -126,10 +126,8 @@ class Leg:
         exchange, answer = self.exchange, opening.answer
         pair, editor, stream = exchange.pair, exchange.editor, exchange.config.stream
         idle_s = self._timeouts.between_tokens_s
-        if exchange.attempts > 1:  # nothing of an earlier attempt's answer has gone out
-            exchange.meter = Meter(exchange.route)
         meter = exchange.meter
-        exchange.is_streamed = answer.head.is_event_stream or (
+        exchange.is_streamed = answer.head.has_frames or (
             exchange.expects_stream and await opening.looks_like_event_stream(pair)
         )
         if not exchange.is_streamed:
@@ -197,13 +195,21 @@ def head_of(exchange: Exchange, upstream: Upstream, sends: LegRequest) -> bytes:
 
 
 def _passed_fields(exchange: Exchange, sends: LegRequest) -> bytes:
-    """The client's own fields, as an engine gets them; those of a head that repeats are known."""
-    head, client, rules = exchange.request.head, exchange.client, exchange.service.guard.substitution
-    if head.passed is not None and head.passed[0] is rules and not sends.headers:
-        return head.passed[1]
-    replaced = {name for name, _ in sends.headers}
-    passed = headers.passed_fields(
-        [*(field for field in head.fields if field[0] not in replaced), *sends.headers],
+    """The client's own fields, as an engine gets them; kept with their head, which may be the next request's too."""
+    head, rules = exchange.request.head, exchange.service.guard.substitution
+    if sends.headers:
+        replaced = {name for name, _ in sends.headers}
+        fields = [*(field for field in head.fields if field[0] not in replaced), *sends.headers]
+        return _written(exchange, rules, fields)
+    if head.passed is None or head.passed[0] is not rules:
+        head.passed = rules, _written(exchange, rules, head.fields)
+    return head.passed[1]
+
+
+def _written(exchange: Exchange, rules: Substitution, fields: headers.Headers) -> bytes:
+    head, client = exchange.request.head, exchange.client
+    return headers.passed_fields(
+        fields,
         version=head.version,
         client_ip=client.ip,
         scheme=client.scheme,
@@ -212,6 +218,3 @@ def _passed_fields(exchange: Exchange, sends: LegRequest) -> bytes:
         without=rules.without,
         extra=rules.extra,
     )
-    if not sends.headers:
-        head.passed = rules, passed
-    return passed

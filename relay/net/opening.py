@@ -12,7 +12,7 @@ from relay.core.aggregate import Collector, EngineError, TooLarge, Truncated, ag
 from relay.core.dialect import Meter
 from relay.core.editor import UsageEditor
 from relay.core.frames import FrameRelay, Pieces
-from relay.core.framing import BodyKind, decode_into, decoder_for
+from relay.core.framing import decode_into, decoder_for
 from relay.core.request import Route
 from relay.core.sse import looks_like_event_stream
 from relay.errors import AnswerTooLarge, Phase, UpstreamDisconnected, UpstreamProtocolError, UpstreamTimeout
@@ -47,9 +47,9 @@ class Opening:
         return f"<Opening {self.answer!r} {'stream' if self.relay else 'body' if self.body is None else 'whole'}>"
 
     async def looks_like_event_stream(self, pair: Pair) -> bool:
-        """Whether an answer that was to be an event stream is one by its first bytes, whatever its type says."""
+        """Whether an answer that was to be an event stream, and is no error, is one by its first bytes."""
         answer = self.answer
-        if answer.status != 200 or answer.kind is BodyKind.NONE or answer.head.is_encoded:
+        if answer.status != 200 or not answer.head.is_readable:
             return False
         while True:
             decoder = decoder_for(answer.kind, answer.fields)

@@ -48,8 +48,8 @@ class Place:
         """Takes engines for another attempt: none of those that failed, if others are left; False where none is."""
         for role in ask.roles:
             self.drop(role)
-        if any(role not in self._pool.groups for role in ask.roles):
-            return False  # the pool has been given other roles since
+        if not self._pool.has_roles(ask):
+            return False
         # Where the failed engine is the only one of its role, the other role's engine has to be another.
         stays = [role for role in ask.roles if tried[role] and not self._pool.groups[role].has_other(tried[role])]
         for role in ask.roles:

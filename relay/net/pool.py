@@ -98,7 +98,7 @@ class Upstream:
         self.number = 0  #: its cell in what workers share
         self.shares: Shares | None = None  #: where its load is shown to other workers
         self.permits: Permits | None = None  #: its limit's places, where it is one over several workers
-        self.endpoint: Endpoint | None = None  #: as a connector sees it, with what had to be asked for
+        self.endpoint: Endpoint | None = None  #: as its connector sees it; a prefiller's, with what had to be asked for
         self.heads: dict[bytes, AnswerHead] = {}  #: of its answers, what some of the last were parsed to
         self._idle: deque[UpstreamConnection] = deque()
 

@@ -257,7 +257,7 @@ class Pump:
         Then comments to every client that has heard nothing for too long.
         """
         for source in [source for source in self.limited if now > source.limit_at_ns]:
-            source.time_out()
+            source.wake(trio.TooSlowError())
             self._woken = True
         for pair in list(self.streaming):
             if pair.idle_limit_ns and now - pair.last_read_ns > pair.idle_limit_ns:

@@ -24,18 +24,18 @@ from relay.net.service import Service
 FAREWELL_S: Final = 2.0
 
 _JSON: Final = (b"content-type", b"application/json")
+#: How the head of a stream begins that no engine has begun yet.
+_EARLY: Final = headers.head_start(200, b"", [], event_stream=True)
 
 
 class Reply:
     """The client's side of one exchange, from the first byte of the answer to the last."""
 
-    def __init__(
-        self, service: Service, client: ClientConnection, request: Request, route: Route, request_id: str
-    ) -> None:
+    def __init__(self, service: Service, client: ClientConnection, request: Request, request_id: str) -> None:
         self.service = service
         self.client = client
         self.request = request
-        self.route = route
+        self.route = request.head.route
         self.id = request_id
         self.timeline = Timeline(request_started=client.request_started, request_read=time.monotonic())
         self.keep_alive = request.head.is_keep_alive
@@ -58,12 +58,11 @@ class Reply:
 
     def head(self, status: int, reason: bytes, fields: headers.Headers, framing: headers.Framing) -> bytes:
         """The head of an answer, with what the relay adds to it."""
-        return self.head_from(headers.head_start(status, reason, fields), status, framing)
+        return self.head_from(headers.head_start(status, reason, fields), framing)
 
-    def head_from(self, start: headers.HeadStart, status: int, framing: headers.Framing) -> bytes:
+    def head_from(self, start: headers.HeadStart, framing: headers.Framing) -> bytes:
         """The same, where its beginning is known."""
         return headers.response_head(
-            status,
             start,
             framing=framing,
             keep_alive=self.keep_alive and not self.service.is_draining,
@@ -111,8 +110,7 @@ class Reply:
         if not self.is_early:
             self.is_early = self.is_stream = True
             self.status = 200
-            start = headers.head_start(200, b"", [], event_stream=True)
-            data = self.head_from(start, 200, "chunked" if self.takes_chunks else "close") + data
+            data = self.head_from(_EARLY, "chunked" if self.takes_chunks else "close") + data
         try:
             sent = self.client.sock.send(data)
         except BlockingIOError:
@@ -196,7 +194,6 @@ async def refuse(service: Service, client: ClientConnection, failure: ExchangeEr
         route = request.head.route if request else Route.OTHER
         body = dialect.error_body(route, failure.status, failure.code, failure.message)
         head = headers.response_head(
-            failure.status,
             headers.head_start(failure.status, b"", [_JSON, *_fields_of(failure)]),
             framing=len(body),
             keep_alive=False,

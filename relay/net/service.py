@@ -49,7 +49,6 @@ class Service:
     def reconfigure(self, config: Config, guard: Guard) -> None:
         """What exchanges begin with from now on. `guard` has been made before, so that nothing can go wrong here."""
         self.config = config
-        self.streams = {pool.name: config.stream_of(pool) for pool in config.pools}  #: what holds for them, by pool
         self.guard = guard
         self.keys.keep({*(guard.credentials.names or {}).values()})
         self.prices = PriceList({model: _as_decimals(prices) for model, prices in config.prices.items()})

@@ -63,10 +63,12 @@ class Source:
         """
         if limit_at_ns and time.monotonic_ns() > limit_at_ns:  # something comes each time before the sweep does
             raise trio.TooSlowError
-        return trio.lowlevel.checkpoint() if self.has_news else self.park(limit_at_ns)  # noqa: ASYNC105
+        return trio.lowlevel.checkpoint() if self.has_news else self.park(limit_at_ns)  # noqa: ASYNC105 - the caller's
 
     async def wait_writable(self, limit_at_ns: int = 0) -> None:
         """Sleeps until it can be written to, or something has come; else as `wait_readable`."""
+        if limit_at_ns and time.monotonic_ns() > limit_at_ns:  # as there
+            raise trio.TooSlowError
         self._pump.epoll.modify(self.fileno, ARRIVALS | select.EPOLLOUT)  # reports anew what there is already
         try:
             await self.park(limit_at_ns)
@@ -83,32 +85,25 @@ class Source:
         if limit_at_ns:
             self.limit_at_ns = limit_at_ns
             self._pump.limited.add(self)
-        return trio.lowlevel.wait_task_rescheduled(self._abort)  # noqa: ASYNC105
+        return trio.lowlevel.wait_task_rescheduled(self._abort)  # noqa: ASYNC105 - the caller's
 
     def _abort(self, _raise_cancel: Callable[[], None]) -> trio.lowlevel.Abort:
-        self._stop_waiting()
+        self._task = None
+        self._pump.limited.discard(self)
         self.streams = None  # the pump may have a turn before the task does
         return trio.lowlevel.Abort.SUCCEEDED
 
-    def _stop_waiting(self) -> trio.lowlevel.Task | None:
-        """Whose wait is over."""
+    def wake(self, error: Exception | None = None) -> bool:
+        """Ends the wait of the task that waits for it, with `error` if there is one; True if there was a task."""
         task, self._task = self._task, None
         self._pump.limited.discard(self)
-        return task
-
-    def wake(self) -> bool:
-        """Lets the task run that waits for it; True if there was one."""
-        task = self._stop_waiting()
         if task is None:
             return False
-        trio.lowlevel.reschedule(task)
+        if error is None:
+            trio.lowlevel.reschedule(task)
+        else:
+            trio.lowlevel.reschedule(task, outcome.Error(error))
         return True
-
-    def time_out(self) -> None:
-        """Ends the wait, which has taken too long."""
-        task = self._stop_waiting()
-        if task is not None:
-            trio.lowlevel.reschedule(task, outcome.Error(trio.TooSlowError()))
 
     def close(self) -> None:
         """Closes the socket, which takes it out of the pump."""

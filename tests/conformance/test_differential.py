@@ -132,9 +132,7 @@ def test_answers(data: bytes) -> None:
     framing: headers.Framing = {BodyKind.NONE: "none", BodyKind.LENGTH: length}.get(kind, "chunked")  # type: ignore[assignment]
     body = {BodyKind.NONE: b"", BodyKind.LENGTH: b"x" * length}.get(kind, b"1\r\nx\r\n0\r\n\r\n")
     start = headers.head_start(event.status_code, event.reason, fields)
-    sent = headers.response_head(
-        event.status_code, start, framing=framing, keep_alive=True, date=b"now", request_id="id"
-    ) + body  # fmt: skip
+    sent = headers.response_head(start, framing=framing, keep_alive=True, date=b"now", request_id="id") + body
     _, written, rest = read(sent)
     assert rest == body
     seen = llhttp.responses(sent)

@@ -246,7 +246,7 @@ def test_accept_encoding_is_kept_where_nothing_streams() -> None:
 def to_client(headers: Headers, status: int = 200, reason: bytes = b"OK", **changes: Any) -> bytes:
     options: dict[str, Any] = {"framing": "chunked", "keep_alive": True, "date": DATE, "request_id": "id-1"}
     start = head_start(status, reason, headers, event_stream=changes.pop("event_stream", False))
-    return response_head(status, start, **options | changes)
+    return response_head(start, **options | changes)
 
 
 def client_sees(headers: Headers, **changes: Any) -> Headers:

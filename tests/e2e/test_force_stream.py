@@ -228,6 +228,16 @@ async def test_a_broken_stream_is_made_up_for_by_another_engine() -> None:
     assert (record.attempts, record.outcome, record.frames) == (2, "--", 4)
 
 
+async def test_tokens_of_an_attempt_that_was_given_up_are_not_the_next_ones() -> None:
+    """The second engine closes before its answer has a head: the record counts its tokens, and not the first one's."""
+    async with scripted((streamed(FRAMES[0], end=b""), "rst"), (b"", "fin")) as engines:
+        async with running_relay(*engines.urls, stream=FORCED) as relay:
+            answer = await ask(relay.port, request(body=WHOLE_REQUEST))
+            record = await relay.record()
+    assert answer.status == 502
+    assert (record.attempts, record.status, record.completion_tokens) == (2, 502, None)
+
+
 async def test_a_silent_engine(engine: Engine) -> None:
     limits = TimeoutsConfig(between_tokens_s=0.05)
     async with running_relay(engine.url, stream=FORCED, timeouts=limits) as relay:

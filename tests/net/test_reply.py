@@ -32,8 +32,10 @@ class Socket:
 def reply_over(sock: Socket) -> Reply:
     service: Any = SimpleNamespace(config=Config(), is_draining=False)
     client: Any = SimpleNamespace(sock=sock, request_started=0.0)
-    request: Any = SimpleNamespace(head=SimpleNamespace(version=b"1.1", is_keep_alive=True, method=b"POST"))
-    return Reply(service, client, request, Route.CHAT, "id")
+    request: Any = SimpleNamespace(
+        head=SimpleNamespace(version=b"1.1", is_keep_alive=True, method=b"POST", route=Route.CHAT)
+    )
+    return Reply(service, client, request, "id")
 
 
 @pytest.mark.parametrize("room", [0, 1, 100, 210])
