@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from relay.config import Config, PriceConfig
 from relay.core.cost import PriceList, Prices
 from relay.core.timeline import Record
+from relay.errors import RequestRefused
 from relay.net.downstream import Request
 from relay.net.drains import Drains
 from relay.net.fleet import Fleet
@@ -75,7 +76,10 @@ def _as_decimals(prices: PriceConfig) -> Prices:
 
 
 def local_answer(service: Service, method: bytes, path: bytes) -> tuple[int, bytes] | None:
-    """Status and JSON body of a path that the relay answers on every listener; None for all others."""
+    """Status and JSON body of a path that the relay answers on every listener; None for an engine's.
+
+    Raises RequestRefused for the admin side's, of which an engine is to hear nothing.
+    """
     if path == b"/-/live":
         return 200, b'{"status":"live"}\n'
     if path == b"/-/ready":
@@ -83,4 +87,6 @@ def local_answer(service: Service, method: bytes, path: bytes) -> tuple[int, byt
     if path == b"/v1/models" and method == b"GET":
         models = service.fleet.models()
         return None if models is None else (200, models)
+    if path.startswith(b"/-/"):
+        raise RequestRefused(404, "not_found", "this path is not served here; the relay's own are on its admin side")
     return None

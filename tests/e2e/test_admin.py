@@ -165,6 +165,19 @@ async def test_what_is_not_there(method: str, path: str, status: int, said: str)
         assert not engine.asked
 
 
+@pytest.mark.parametrize("method", ["GET", "POST", "DELETE"])
+@pytest.mark.parametrize("path", ["/-/status", "/-/upstreams", "/-/reload", "/-/nonsense", "/-/", "/-/status?a=1"])
+async def test_of_the_admin_sides_paths_engines_hear_nothing(method: str, path: str) -> None:
+    async with fakes("a") as (engine,), running_fleet(pool_of(engine.url)) as relay:
+        refused = await ask(relay.port, request(path, b"", method=method))
+        assert (refused.status, refused.error["code"]) == (404, "not_found")
+        assert "on its admin side" in refused.error["message"]
+        assert not engine.asked
+        assert (await relay.record()).upstream is None
+        assert (await ask(relay.port, request("/-", b"", method="GET"))).status == 200  # an engine's own
+        assert len(engine.asked) == 1
+
+
 @pytest.mark.parametrize(
     ("data", "status"),
     [
