@@ -67,9 +67,10 @@ def test_the_first_probe_decides_alone(ok: bool) -> None:
         ("+---+", "11100"),
         ("+---++", "111001"),
         ("+---+-++", "11100001"),
-        ("-+-+-+", "000000"),
-        ("-++---", "001110"),
-        ("-+++--+---", "0011111110"),
+        ("+---+-+-++", "1110000001"),
+        ("--+-", "0011"),  # it has never been up: there is nothing it could come back to
+        ("-+---+", "011100"),
+        ("-++--+---", "011111110"),
     ],
 )
 def test_thresholds_count_in_a_row(probes: str, states: str) -> None:
@@ -320,6 +321,10 @@ def test_when_to_come_again() -> None:
     health.begin()
     assert health.retry_after_s(until) == 1.0
     health.on_probe(False, 0.0)
+    assert health.retry_after_s(0.0) == RULES.interval_s  # its first good probe lets it in
+    health.on_probe(True, 0.0)
+    for _ in range(RULES.failures):
+        health.on_probe(False, 0.0)
     assert health.retry_after_s(0.0) == 2 * RULES.interval_s
     health.on_probe(True, 0.0)
     assert health.retry_after_s(0.0) == RULES.interval_s
@@ -406,7 +411,7 @@ class AnyOrder(RuleBasedStateMachine):
         is_up = True
         for at, ok in enumerate(self.probes):
             failing = at == 0 or not any(self.probes[max(0, at - 2) : at + 1])
-            passing = at > 0 and self.probes[at - 1]
+            passing = (at > 0 and self.probes[at - 1]) or not any(self.probes[:at])
             is_up = (is_up or passing) if ok else is_up and not (failing and (at == 0 or at >= 2))
         assert self.health.is_up is is_up
 

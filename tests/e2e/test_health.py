@@ -107,7 +107,7 @@ async def test_when_all_are_down_nobody_is_asked(path: str) -> None:
         async with running_fleet(pool_of(one.url, two.url, max_queue=5, max_in_flight=5), health=health) as relay:
             refused = await ask(relay.port, request(path))
             assert refused.status == 503
-            assert refused.headers["retry-after"] == "60"  # two probes, until it counts as up
+            assert refused.headers["retry-after"] == "30"  # one probe, as neither has been up yet
             assert "no engine of pool default is up" in refused.error["message"]
             if path != "/v1/messages":
                 assert refused.error["code"] == "no_upstream"
