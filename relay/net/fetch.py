@@ -7,6 +7,8 @@ connection serves once: engines close idle ones after 5 s.
 
 from __future__ import annotations
 
+import os
+import socket
 import ssl
 
 import httpx
@@ -56,8 +58,13 @@ async def fetch(
 
 
 def reason_of(error: Exception) -> str:
-    """What `fetch` failed of. httpx keeps what TLS has to say to itself."""
+    """What `fetch` failed of, in the system's words or OpenSSL's; httpx and trio keep them to themselves."""
     cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, ssl.SSLError):
-        cause = cause.__cause__ or cause.__context__
-    return tls.reason_of(cause) if cause is not None else str(error) or type(error).__name__
+    while cause is not None:
+        if isinstance(cause, ssl.SSLError | socket.gaierror):
+            return tls.reason_of(cause)
+        if isinstance(cause, OSError) and cause.errno is not None:
+            return os.strerror(cause.errno)  # trio's text has the address, which whoever asks has told
+        tried = cause.exceptions if isinstance(cause, BaseExceptionGroup) else ()  # an address each
+        cause = tried[0] if tried else cause.__cause__ or cause.__context__
+    return str(error) or type(error).__name__

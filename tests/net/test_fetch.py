@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import httpx
+import pytest
 import trio
 
-from relay.net.fetch import fetch, transport_of
+from relay.net.fetch import fetch, reason_of, transport_of
 
 
 async def test_an_endless_answer_is_not_read_to_its_end(nursery: trio.Nursery) -> None:
@@ -47,3 +51,21 @@ async def test_a_redirect_is_not_followed(nursery: trio.Nursery) -> None:
         assert await fetch(transport, f"http://127.0.0.1:{port}/", most_bytes=10, host="engine.example") == (302, b"")
     await transport.aclose()
     nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize(
+    ("url", "unix_path", "said"),
+    [
+        ("http://127.0.0.1:1/", None, "Connection refused"),
+        ("http://localhost:1/", None, "Connection refused"),  # several addresses, perhaps
+        ("http://localhost/", "nothing.sock", "No such file or directory"),
+    ],
+)
+async def test_why_nobody_answers_is_in_the_systems_words(
+    url: str, unix_path: str | None, said: str, tmp_path: Path
+) -> None:
+    transport = transport_of(unix_path and str(tmp_path / unix_path))
+    with pytest.raises(httpx.HTTPError) as caught:
+        await fetch(transport, url, most_bytes=10)
+    await transport.aclose()
+    assert reason_of(caught.value) == said
