@@ -7,6 +7,7 @@ runs are inside it, so that ``relay check`` in a unit's ExecStartPre does not pa
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import platform
 import signal
@@ -38,7 +39,9 @@ _SHOWN_OF_POOL = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the process's exit status."""
-    arguments = _parser().parse_args(argv)
+    arguments, unknown = _parser().parse_known_args(argv)
+    if unknown:
+        arguments.parser.refuse(unknown)
     run: Callable[[argparse.Namespace], int] = arguments.run
     try:
         status = run(arguments)
@@ -149,6 +152,13 @@ class _Parser(argparse.ArgumentParser):
         message = message.removeprefix("argument ")
         self.exit(_WRONG_USAGE, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
+    def refuse(self, unknown: Sequence[str]) -> NoReturn:
+        """Arguments that nobody has taken; here rather than in the parser of all commands, which has none to show."""
+        flag = unknown[0].partition("=")[0]
+        near = difflib.get_close_matches(flag, self._option_string_actions, n=1)
+        hint = f"; perhaps {near[0]} is meant" if near else ""
+        self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="relay", description=relay.__doc__, allow_abbrev=False)
@@ -157,7 +167,7 @@ def _parser() -> argparse.ArgumentParser:
 
     def command(name: str, run: Callable[[argparse.Namespace], int], summary: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
-        sub.set_defaults(run=run)
+        sub.set_defaults(run=run, parser=sub)
         return sub
 
     serve = command("serve", _serve, "Run the daemon in the foreground. A flag wins over the file.")
@@ -211,7 +221,7 @@ def _parser() -> argparse.ArgumentParser:
     summary = "Print a new key once, and the line of auth.keys_file that lets its holder in."
     new = keys.add_parser("new", help=summary, description=summary, allow_abbrev=False)
     new.add_argument("name", metavar="NAME", help="whose key it is; in records and metrics")
-    new.set_defaults(run=_key_new)
+    new.set_defaults(run=_key_new, parser=new)
 
     install = command("install-systemd", _install_systemd, "Write systemd units for this installation.")
     install.add_argument("--prefix", metavar="DIR", default="/", help="write below this directory (default /)")

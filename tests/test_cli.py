@@ -192,6 +192,24 @@ def test_wrong_usage(arguments: list[str], refused: Callable[..., str]) -> None:
     assert refused(*arguments).endswith("--help)")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (
+            ["serve", "--upstreams", "http://a:1"],
+            "relay serve: unrecognized arguments: --upstreams http://a:1; perhaps --upstream is meant (see relay serve",
+        ),
+        (["serve", "--forcestream"], "relay serve: unrecognized arguments: --forcestream; perhaps --force-stream is"),
+        (["status", "127.0.0.1:8081"], "relay status: unrecognized arguments: 127.0.0.1:8081 (see relay status --help"),
+        (["key", "new", "a", "b"], "relay key new: unrecognized arguments: b (see relay key new --help"),
+    ],
+)
+def test_what_no_flag_takes_is_told_by_the_command(
+    arguments: list[str], said: str, refused: Callable[..., str]
+) -> None:
+    assert refused(*arguments).startswith(said)
+
+
 def test_what_a_flag_did_not_say_is_the_files_problem(file: Callable[[str], str], capsys: Capsys) -> None:
     path = file("""
         [[pool]]
@@ -554,7 +572,7 @@ def test_check_warns_of_what_can_hardly_be_meant(
     path = file(
         "[listen]\naddresses = ['127.0.0.1:1', '0.0.0.0:2', 'unix:/s']\n"
         "[timeouts]\ntotal_s = 100\nfirst_token_s = 100\nqueue_s = 99\n"
-        "[prices.m]\nprompt = 1\ncached_prompt = 2\n"
+        "[prices.m]\nprompt = 1\ncached_prompt = 2\n[auth]\nroutes = ['/v1/models']\n"
         "[[pool]]\nupstreams = ['http://a:1']\nconnector = 'mooncake'\nsession_header = 'X-Mine'\n"
         "[[pool]]\nname = 'split'\nmodels = ['s']\nprefill = ['http://b:1']\ndecode = ['http://c:1']\n"
         "callback_address = '127.0.0.1:9'\nbalance = 'session_affinity'\nsession_header = 'X-Mine'\n"
@@ -564,6 +582,7 @@ def test_check_warns_of_what_can_hardly_be_meant(
         f'{path}:pool[0].session_header: warning: does nothing here; it is for balance = "session_affinity"',
         f"{path}:pool[0].connector: warning: does nothing here; it is for a split pool",
         f"{path}:pool[1].callback_address: warning: does nothing here; it is for ascend_layerwise",
+        f"{path}:auth.routes: warning: does nothing without auth.keys_file",
         f"{path}:listen.addresses[1]: warning: 0.0.0.0:2 can be reached from other machines, and nobody is asked for a "
         "key (auth.keys_file)",
         f"{path}:timeouts.first_token_s: warning: 100 is never reached, as total_s is 100",

@@ -46,6 +46,8 @@ def doubts(config: Config) -> Iterator[Problem]:
             yield from _shared_kv_sockets(pool, f"pool[{at}]")
         yield from _useless_settings(pool, f"pool[{at}]")
     if not config.auth.keys_file:
+        if config.auth.routes != type(config.auth)().routes:
+            yield Problem("auth.routes", "does nothing without auth.keys_file")
         for at, address in enumerate(config.listen.addresses):
             if not address.is_loopback:
                 message = (

@@ -48,11 +48,18 @@ class _Own:
 class Listeners:
     """Sockets that clients connect to. Those passed by systemd stay whatever the configuration says.
 
-    `kind` of what is opened here is that of the daemon's start: `TlsListener`, or a plain socket.
+    `kind` of what is opened here is that of the daemon's start: `TlsListener`, or a plain socket. `setting`: what says
+    where that is.
     """
 
-    def __init__(self, passed: Iterable[socket.socket] = (), kind: type[socket.socket] = socket.socket) -> None:
+    def __init__(
+        self,
+        passed: Iterable[socket.socket] = (),
+        kind: type[socket.socket] = socket.socket,
+        setting: str = "listen.addresses, --listen",
+    ) -> None:
         self._kind = kind
+        self._setting = setting
         self._numbers = itertools.count()
         self._passed = {next(self._numbers): sock for sock in passed}
         self._own: dict[int, _Own] = {}
@@ -92,7 +99,7 @@ class Listeners:
                 opened.append(_Own(address, self._kind))
             except OSError as exc:
                 _close(opened)
-                raise StartError(f"cannot listen on {address}: {exc.strerror}") from None
+                raise StartError(f"cannot listen on {address}: {exc.strerror} ({self._setting})") from None
         self._own = kept | {next(self._numbers): own for own in opened}
         for own in left.values():
             own.remove_file()
@@ -116,7 +123,7 @@ def open_listeners(config: Config) -> tuple[Listeners, Listeners]:
         [socket.socket(fileno=fd) for fd in passed.http] + [TlsListener(fileno=fd) for fd in passed.https],
         TlsListener if has_tls else socket.socket,
     )
-    admin = Listeners(socket.socket(fileno=fd) for fd in passed.admin)
+    admin = Listeners((socket.socket(fileno=fd) for fd in passed.admin), setting="admin.address, --admin")
     admin.change(() if config.admin.address is None else (config.admin.address,))
     try:
         clients.change(config.listen.addresses)

@@ -231,7 +231,8 @@ async def test_a_port_in_use() -> None:
         port = taken.getsockname()[1]
         async with relay_serve("--upstream", "http://127.0.0.1:1", listen=f"127.0.0.1:{port}") as relay:
             assert await relay.ended() == 1
-    assert relay.stderr == f"relay: cannot listen on 127.0.0.1:{port}: Address already in use\n".encode()
+    said = f"relay: cannot listen on 127.0.0.1:{port}: Address already in use (listen.addresses, --listen)\n"
+    assert relay.stderr == said.encode()
     assert relay.stdout == b""
 
 
