@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Final, Generic, Literal, NamedTuple, TypeVar
 
 import httpx
@@ -89,7 +90,7 @@ def fetch(client: httpx.Client, admin_url: str) -> bytes:
 def show(
     fetch: Callable[[], bytes], console: Console, *, watch: bool, as_json: bool, pause: Callable[[], object]
 ) -> None:
-    """Prints one status; with `watch` another after each `pause`, until that raises.
+    """Prints one status; with `watch` another after each `pause`, until that raises, on a terminal in its place.
 
     Raises `StatusError` for the first one, and as JSON for any. Later ones that cannot be had are told of in the
     picture's place: a daemon that is watched may well be restarted.
@@ -104,14 +105,24 @@ def show(
     if not watch:
         console.print(picture)
         return
+    if not console.is_terminal:
+        for each in itertools.chain([picture], _pictures(fetch, pause)):
+            console.print(each)
+            console.file.flush()
+        return
     with Live(picture, console=console, auto_refresh=False, vertical_overflow="crop") as live:
-        while True:
-            pause()
-            try:
-                picture = render(_decode(fetch()))
-            except StatusError as error:
-                picture = Text(str(error), style="red")
-            live.update(picture, refresh=True)
+        for later in _pictures(fetch, pause):
+            live.update(later, refresh=True)
+
+
+def _pictures(fetch: Callable[[], bytes], pause: Callable[[], object]) -> Iterator[RenderableType]:
+    """What is to be seen after each `pause`."""
+    while True:
+        pause()
+        try:
+            yield render(_decode(fetch()))
+        except StatusError as error:
+            yield Text(str(error), style="red")
 
 
 def _print_json(console: Console, body: bytes) -> None:

@@ -288,6 +288,14 @@ def test_watching_goes_on_when_the_daemon_is_away() -> None:
     assert shown[3].endswith("\x1b[?25h")  # the cursor is shown again
 
 
+def test_watching_without_a_terminal_prints_each_time() -> None:
+    first, second = (msgspec.json.encode(msgspec.structs.replace(WORKING, version=version)) for version in ("v1", "v2"))
+    shown = Daemon(first, StatusError("nobody there"), second).show(watch=True)
+    assert [[word in text for word in ("v1", "nobody there", "v2")] for text in shown[:3]] == [
+        [True, False, False], [False, True, False], [False, False, True],
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("as_json", [False, True])
 def test_watching_needs_a_daemon_to_begin_with(as_json: bool) -> None:
     with pytest.raises(StatusError):

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import argparse
 import copy
+import os
 import random
 import time
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
+import trio
 from rich.console import Console, Group
 from rich.panel import Panel
 from rich.table import Table
@@ -46,6 +48,8 @@ METRICS: Final = {
     "e2el": "whole answer",
 }
 DIRECT: Final = "direct"
+#: Seconds for a proxy to take a connection, before the first round.
+_MEET_S: Final = 5.0
 
 
 class Contender(msgspec.Struct, frozen=True):
@@ -156,6 +160,8 @@ async def _compare(chosen: argparse.Namespace) -> int:
     percentiles = command.percentiles_of(chosen.metric_percentiles)
     contenders = contenders_of(chosen)
     first = await command.planned(chosen, contenders[0].target)
+    for one in contenders[1:]:
+        await _meet(one)
     rounds = await _run_rounds(chosen, contenders, first.model)
     result = _result(chosen, contenders, first, rounds, percentiles)
     Console().print(rendered(result))
@@ -163,6 +169,17 @@ async def _compare(chosen: argparse.Namespace) -> int:
         command.write(chosen, metadata | result, f"compare-{results.file_name(first, chosen.label)}")
     is_bad = any(one["failed"] or one["harness"]["degraded"] for runs in result["runs"].values() for one in runs)
     return 1 if is_bad else 0
+
+
+async def _meet(one: Contender) -> None:
+    """Raises `LoadError` where nobody listens, before anything has been measured."""
+    target = one.target
+    try:
+        with trio.fail_after(_MEET_S), trio.socket.socket(target.family) as sock:
+            await sock.connect(target.address)
+    except (OSError, trio.TooSlowError) as error:
+        why = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else "no answer"
+        raise run.LoadError(f"{one.name} ({target.url}): {why}; is it running?") from None
 
 
 def contenders_of(chosen: argparse.Namespace) -> list[Contender]:

@@ -129,3 +129,9 @@ def test_compare(urls: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_what_the_flags_refuse(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["compare", "--direct", "http://127.0.0.1:1", *words]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_proxy_that_does_not_run_is_named(urls: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    dead = "http://127.0.0.1:1"
+    assert cli.main(["compare", "--direct", urls[0], "--through", f"near={urls[1]}", "--through", f"far={dead}"]) == 2
+    assert f"far ({dead}): Connection refused; is it running?" in capsys.readouterr().err
