@@ -36,8 +36,9 @@ KILL_LIMIT_S = 2.0
 #: Seconds the relay leaves a visitor's own stream when the demo ends.
 DRAIN_S = 1.0
 
-#: Where the relay listens if nobody else does: its default.
+#: Where the relay and its admin side listen if nobody else does: their defaults.
 PREFERRED_PORT = 8080
+ADMIN_PORT = 8081
 
 _INTERRUPTED = 130  # as the shell reports a process ended by SIGINT
 
@@ -92,11 +93,12 @@ async def _run(once: bool) -> int:
             nursery.start_soon(stop_on_signal)
             try:
                 async with _Child.started("engine", _engine_command()) as engine:
-                    async with _Child.started("relay", _relay_command(engine.url, once)) as relay:
+                    admin = "off" if once or _is_taken(ADMIN_PORT) else f"127.0.0.1:{ADMIN_PORT}"
+                    async with _Child.started("relay", _relay_command(engine.url, once, admin)) as relay:
                         await _show_one_answer(relay)
                         status = 0
                         if not once:
-                            await _show_more(engine, relay)
+                            await _show_more(engine, relay, admin)
             except* DemoError as errors:
                 for error in errors.exceptions:
                     print(f"relay demo: {error}", file=sys.stderr)
@@ -114,9 +116,9 @@ def _engine_command() -> list[str]:
     return [sys.executable, "-m", "relay_bench", "engine", "--listen", "127.0.0.1:0", *pace]
 
 
-def _relay_command(engine_url: str, once: bool) -> list[str]:
+def _relay_command(engine_url: str, once: bool, admin: str) -> list[str]:
     port = 0 if once or _is_taken(PREFERRED_PORT) else PREFERRED_PORT
-    command = [sys.executable, "-m", "relay", "serve", "--listen", f"127.0.0.1:{port}", "--admin", "off"]
+    command = [sys.executable, "-m", "relay", "serve", "--listen", f"127.0.0.1:{port}", "--admin", admin]
     return [*command, "--upstream", engine_url, "--log-format", "json", "--drain-s", str(DRAIN_S)]
 
 
@@ -202,9 +204,10 @@ async def _record_of(relay: _Child, exchange_id: str) -> tuple[str, Record]:
     raise await relay.unexpected_end()
 
 
-async def _show_more(engine: _Child, relay: _Child) -> None:
+async def _show_more(engine: _Child, relay: _Child, admin: str) -> None:
     """Show how to send more, and print the record of each, for as long as both run."""
-    print("\nBoth run until Ctrl-C. Try, in another terminal:\n")
+    shown = "" if admin == "off" else f"; `relay status` shows them, and http://{admin}/metrics"
+    print(f"\nBoth run until Ctrl-C{shown}. Try, in another terminal:\n")
     print(f"  curl -N {_chat_url(relay.url)} -H 'Content-Type: application/json' -d '{json.dumps(_question())}'\n")
     sys.stdout.flush()
     ended: list[_Child] = []
