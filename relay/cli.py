@@ -154,9 +154,11 @@ class _Parser(argparse.ArgumentParser):
 
     def refuse(self, unknown: Sequence[str]) -> NoReturn:
         """Arguments that nobody has taken; here rather than in the parser of all commands, which has none to show."""
-        flag = unknown[0].partition("=")[0]
+        flag = next((word for word in unknown if word.startswith("-")), "").partition("=")[0]
         near = difflib.get_close_matches(flag, self._option_string_actions, n=1)
         hint = f"; perhaps {near[0]} is meant" if near else ""
+        if flag in near:
+            hint = f"; flags stand behind {self.prog}"
         self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
 
 

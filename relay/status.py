@@ -103,12 +103,11 @@ def show(
         return
     picture = render(_decode(fetch()))
     if not watch:
-        console.print(picture)
+        _print(console, picture)
         return
     if not console.is_terminal:
         for each in itertools.chain([picture], _pictures(fetch, pause)):
-            console.print(each)
-            console.file.flush()
+            _print(console, each)
         return
     with Live(picture, console=console, auto_refresh=False, vertical_overflow="crop") as live:
         for later in _pictures(fetch, pause):
@@ -123,6 +122,14 @@ def _pictures(fetch: Callable[[], bytes], pause: Callable[[], object]) -> Iterat
             yield render(_decode(fetch()))
         except StatusError as error:
             yield Text(str(error), style="red")
+
+
+def _print(console: Console, picture: RenderableType) -> None:
+    """Prints by itself: rich would exit with 1 where the reader has left, which is no failure."""
+    with console.capture() as printed:
+        console.print(picture)
+    console.file.write(printed.get())
+    console.file.flush()
 
 
 def _print_json(console: Console, body: bytes) -> None:

@@ -200,6 +200,11 @@ def test_wrong_usage(arguments: list[str], refused: Callable[..., str]) -> None:
             "relay serve: unrecognized arguments: --upstreams http://a:1; perhaps --upstream is meant (see relay serve",
         ),
         (["serve", "--forcestream"], "relay serve: unrecognized arguments: --forcestream; perhaps --force-stream is"),
+        (["--watch", "status"], "relay status: unrecognized arguments: --watch; flags stand behind relay status (see"),
+        (
+            ["serve", "a", "--upstrem=b"],
+            "relay serve: unrecognized arguments: a --upstrem=b; perhaps --upstream is meant",
+        ),
         (["status", "127.0.0.1:8081"], "relay status: unrecognized arguments: 127.0.0.1:8081 (see relay status --help"),
         (["key", "new", "a", "b"], "relay key new: unrecognized arguments: b (see relay key new --help"),
     ],

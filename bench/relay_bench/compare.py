@@ -177,8 +177,10 @@ async def _meet(one: Contender) -> None:
     try:
         with trio.fail_after(_MEET_S), trio.socket.socket(target.family) as sock:
             await sock.connect(target.address)
-    except (OSError, trio.TooSlowError) as error:
-        why = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else "no answer"
+    except trio.TooSlowError:
+        raise run.LoadError(f"{one.name} ({target.url}): no answer; is it running?") from None
+    except OSError as error:
+        why = os.strerror(error.errno) if error.errno else str(error)  # strerror has the address again
         raise run.LoadError(f"{one.name} ({target.url}): {why}; is it running?") from None
 
 

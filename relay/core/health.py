@@ -81,7 +81,7 @@ class Health:
         self._rng = rng
         self.is_probed = False  #: its first probe has ended
         self.is_up = True  #: the active verdict
-        self._has_been_up = False  # by a probe's word
+        self.has_been_up = False  #: by a probe's word
         self._passes = 0  # probes in a row
         self._failures = 0
         self.is_open = False  #: the passive verdict: the breaker is open
@@ -124,7 +124,7 @@ class Health:
     def retry_after_s(self, now: float) -> float:
         """Seconds until it may be available, at the earliest."""
         if not self.is_up:
-            return (self._wanted_passes - self._passes) * self.rules.interval_s
+            return max(1, self._wanted_passes - self._passes) * self.rules.interval_s
         if self.is_available(now):
             return 0.0
         return max(self.ejected_until - now, _TRIAL_S)
@@ -146,12 +146,12 @@ class Health:
             # It has come back, probably as a new process: what the breaker knows is of the old one. One trial shows.
             self.ejected_until = min(self.ejected_until, now)
         self.is_probed = True
-        self._has_been_up = self._has_been_up or ok
+        self.has_been_up = self.has_been_up or ok
 
     @property
     def _wanted_passes(self) -> int:
         """Good probes in a row that bring it back, or in."""
-        return self.rules.successes if self._has_been_up else 1
+        return self.rules.successes if self.has_been_up else 1
 
     def on_verdict(self, is_up: bool, now: float) -> None:
         """Another process has probed, and come to this."""
@@ -159,7 +159,6 @@ class Health:
             self.ejected_until = min(self.ejected_until, now)  # as in `on_probe`
         self.is_up = is_up
         self.is_probed = True
-        self._has_been_up = self._has_been_up or is_up
 
     # -- requests
 

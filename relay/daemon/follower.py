@@ -222,6 +222,7 @@ class Follower(Worker):
         upstream.shares = None if member.number is None else self._shares
         upstream.permits = self._permits_for(member.number, member.is_limited, on_free)
         upstream.is_resolved = member.is_resolved
+        upstream.health.has_been_up = member.has_been_up
         if member.is_probed and member.is_up != upstream.health.is_up:
             upstream.health.on_verdict(member.is_up, time.monotonic())
             if not member.is_up:

@@ -82,6 +82,7 @@ class Membership:
             is_resolved=upstream.is_resolved,
             is_probed=health.is_probed,
             is_up=health.is_up,
+            has_been_up=health.has_been_up,
             error=upstream.last_error,
             probe_s=upstream.probe_s,
             models=models,

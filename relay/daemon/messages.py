@@ -59,6 +59,7 @@ class Member(msgspec.Struct, frozen=True, array_like=True):
     is_resolved: bool
     is_probed: bool
     is_up: bool
+    has_been_up: bool
     error: str | None  #: why it is not
     probe_s: float | None
     models: dict[str, bytes] | None  #: its own list, each entry in JSON

@@ -200,7 +200,14 @@ class Exchange:
                     raise
                 self.service.tally.failed_over()
                 failure.settled()
-                self.meter = Meter(self.route)  # nothing of what it has counted has gone out
+                self._forget_answer()
+
+    def _forget_answer(self) -> None:
+        """What was counted of the answer of an attempt that has failed: nothing of it has gone out."""
+        self.meter = Meter(self.route)
+        self.frames, self.is_streamed = 0, False
+        if self.editor is not None:
+            self.editor.cached_tokens = None
 
     # -- the end
 

@@ -7,6 +7,7 @@ connection serves once: engines close idle ones after 5 s.
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import ssl
@@ -63,7 +64,7 @@ def reason_of(error: Exception) -> str:
     while cause is not None:
         if isinstance(cause, ssl.SSLError | socket.gaierror):
             return tls.reason_of(cause)
-        if isinstance(cause, OSError) and cause.errno is not None:
+        if isinstance(cause, OSError) and cause.errno is not None and cause.errno in errno.errorcode:
             return os.strerror(cause.errno)  # trio's text has the address, which whoever asks has told
         tried = cause.exceptions if isinstance(cause, BaseExceptionGroup) else ()  # an address each
         cause = tried[0] if tried else cause.__cause__ or cause.__context__

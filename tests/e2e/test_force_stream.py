@@ -236,6 +236,7 @@ async def test_tokens_of_an_attempt_that_was_given_up_are_not_the_next_ones() ->
             record = await relay.record()
     assert answer.status == 502
     assert (record.attempts, record.status, record.completion_tokens) == (2, 502, None)
+    assert (record.frames, record.streamed_upstream) == (0, False)
 
 
 async def test_a_silent_engine(engine: Engine) -> None:

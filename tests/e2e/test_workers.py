@@ -21,6 +21,7 @@ import trio
 
 from relay.core.auth import keys_line
 from relay_bench.engine import Engine
+from tests.e2e.fleet import fakes
 from tests.e2e.harness import GOOD_ANSWER, Answer, Client, ask, request, states, until
 from tests.e2e.test_process import START_S, Process, relay_serve
 
@@ -410,3 +411,19 @@ async def test_an_engine_is_picked_by_what_both_have_there(engine: Engine, secon
             await relay.admin("POST", "/-/upstreams", {"url": second_engine.url})
             async with relay.streams(second, **stalled):
                 assert (states(engine), states(second_engine)) == (["running"] * STREAMS, ["running"] * STREAMS)
+
+
+async def test_a_client_of_any_worker_is_told_how_long_an_engine_will_be_away(tmp_path: Path) -> None:
+    """Workers do not probe: that the engine has been up, and so needs seven good probes now, they have to be told."""
+    file = tmp_path / "relay.toml"
+    async with fakes("m") as (one,):
+        health = ("[health]", "interval_s = 0.5", "failures = 1", "successes = 7")
+        async with two_workers("--config", configuration(file, f"upstreams = ['{one.url}']", *health)) as relay:
+            assert (await ask(relay.port, request())).status == 200
+            one.health = 503
+            for worker in relay.workers:
+                (other,) = (each for each in relay.workers if each != worker)
+                with relay.stopped(other), trio.fail_after(START_S):
+                    while (refused := await ask(relay.port, request())).status == 200:
+                        pass  # a probe is still to come, or to be told of
+                assert (refused.status, refused.headers["retry-after"]) == (503, "4")
