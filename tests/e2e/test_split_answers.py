@@ -17,7 +17,7 @@ from relay_bench.engine import Engine
 from tests.core.captured import frames_of
 from tests.e2e.fleet import answer, running_fleet
 from tests.e2e.harness import ask, assert_cut_off, error_frames, request
-from tests.e2e.pairs import BODIES, CLIENT, STREAMS, raw, recorded, says, sent, split_pair
+from tests.e2e.pairs import BODIES, CLIENT, STREAMS, WITHOUT_HANDLE, raw, recorded, says, sent, split_pair
 
 HEAD: Final = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
 ROLE: Final = b'data: {"choices":[{"index":0,"delta":{"role":"assistant","content":""},"finish_reason":null}]}\n\n'
@@ -95,6 +95,18 @@ async def test_each_attempt_has_its_own_prefillers_count() -> None:
         pair.decode.usual = says(streamed(ROLE, TOKEN, ALL_CACHED, DONE))
         got = await ask(pair.relay.port, sent())
     assert got.frames == [ROLE, TOKEN, ALL_CACHED, DONE]
+
+
+async def test_nor_has_it_that_of_an_earlier_one_where_it_gets_no_handle() -> None:
+    async with split_pair(2, 2) as pair:
+        pair.prefill.script = [says(cached(32))]
+        pair.prefill.usual = says(WITHOUT_HANDLE)
+        pair.decode.script = [says(answer(503))]
+        pair.decode.usual = says(streamed(ROLE, TOKEN, ALL_CACHED, DONE))
+        got = await ask(pair.relay.port, sent())
+        record = await pair.relay.record()
+    assert got.frames == [ROLE, TOKEN, ALL_CACHED, DONE]
+    assert (record.attempts, record.cached_tokens) == (2, 90)
 
 
 @pytest.mark.parametrize("route", [Route.COMPLETIONS, Route.RESPONSES, Route.MESSAGES], ids=lambda route: route.value)
