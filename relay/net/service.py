@@ -80,13 +80,13 @@ def local_answer(service: Service, method: bytes, path: bytes) -> tuple[int, byt
 
     Raises RequestRefused for the admin side's, of which an engine is to hear nothing.
     """
-    if path == b"/-/live":
-        return 200, b'{"status":"live"}\n'
-    if path == b"/-/ready":
-        return (200, b'{"status":"ready"}\n') if service.is_ready else (503, b'{"status":"draining"}\n')
+    if path.startswith(b"/-/"):
+        if path == b"/-/live":
+            return 200, b'{"status":"live"}\n'
+        if path == b"/-/ready":
+            return (200, b'{"status":"ready"}\n') if service.is_ready else (503, b'{"status":"draining"}\n')
+        raise RequestRefused(404, "not_found", "this path is not served here; the relay's own are on its admin side")
     if path == b"/v1/models" and method == b"GET":
         models = service.fleet.models()
         return None if models is None else (200, models)
-    if path.startswith(b"/-/"):
-        raise RequestRefused(404, "not_found", "this path is not served here; the relay's own are on its admin side")
     return None
