@@ -79,7 +79,7 @@ async def ask_whole(
 
     With `last_word_s`, an answer that comes all the same within that time is returned in spite of either.
     Raises UpstreamUnreachable, UpstreamTimeout, UpstreamDisconnected or UpstreamProtocolError; trio.TooSlowError past
-    `limit_s`, once it is connected as the pump's sweep finds it.
+    `limit_s`: at once while it connects, after that when the pump's sweep finds it.
     """
     timeouts = exchange.config.timeouts
     limit_at_ns = time.monotonic_ns() + int(limit_s * 1e9) if limit_s else 0
