@@ -137,12 +137,9 @@ def is_event_stream(media_type: bytes) -> bool:
     return media_type == _EVENT_STREAM
 
 
-def request_id(headers: Headers) -> str | None:
-    """The client's ``X-Request-Id`` where it is 1 to 200 visible ASCII characters."""
-    given = find(headers, b"x-request-id")
-    if given is not None and 1 <= len(given) <= 200 and _VISIBLE.issuperset(given):
-        return given.decode("ascii")
-    return None
+def good_request_id(given: bytes) -> str | None:
+    """A client's ``X-Request-Id`` where it is 1 to 200 visible ASCII characters."""
+    return given.decode("ascii") if 1 <= len(given) <= 200 and _VISIBLE.issuperset(given) else None
 
 
 def passed_fields(

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final
 import trio
 
 from relay.config import Config, LogConfig
+from relay.core.request_head import HeadReader
 from relay.core.timeline import Record
 from relay.daemon.exposure import exposures, warn_of
 from relay.daemon.key_limits import KeyLimits, OwnKeyLimits
@@ -77,6 +78,7 @@ class Worker:
         self._begun = trio.Event()  # there is all that a reload changes
         self._reloading = trio.Lock()
         self.budget = BodyBudget(config.limits.max_buffered_bytes)
+        self._heads = HeadReader()
         self.connections: set[ClientConnection] = set()
         self._waiting: dict[ClientConnection, None] = {}  # of these, for a request; who has waited longest is the first
         self.is_announced = False  #: clients and systemd have been told that it serves
@@ -262,7 +264,8 @@ class Worker:
                     break
                 address = peer[0] if isinstance(peer, tuple) else "unix"
                 config, admit = self.service.config, self.service.admit
-                client = ClientConnection(source, address, config.timeouts, config.limits, self.budget, admit)
+                timeouts, limits = config.timeouts, config.limits
+                client = ClientConnection(source, address, timeouts, limits, self.budget, self._heads, admit)
                 self.connections.add(client)
                 self._waiting[client] = None
                 handlers.start_soon(self._serve, client)

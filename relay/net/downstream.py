@@ -12,7 +12,7 @@ import ssl
 import time
 from collections.abc import Callable, Collection
 from contextlib import suppress
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 import trio
 
@@ -24,6 +24,9 @@ from relay.errors import ClientGone, ExchangeError, Phase, RequestRefused, Reque
 from relay.net import sockets, tls
 from relay.net.budget import BodyBudget
 from relay.net.source import Source
+
+if TYPE_CHECKING:
+    from relay.core.auth import Substitution
 
 #: After an answer to a request not read to its end: how long, and how much, is read and dropped so that the answer is
 #: not lost to a reset (RFC 9112 §9.6; nginx's lingering_timeout).
@@ -44,10 +47,11 @@ _EMPTY_LINE: Final = b"\r\n"
 class Request:
     """One request, read whole."""
 
-    __slots__ = ("body", "has_body", "head", "key")
+    __slots__ = ("body", "has_body", "head", "id", "key")
 
-    def __init__(self, head: RequestHead, *, has_body: bool) -> None:
-        self.head = head  #: shared with others of the connection
+    def __init__(self, head: RequestHead, request_id: str | None, *, has_body: bool) -> None:
+        self.head = head  #: shared with other requests
+        self.id = request_id  #: the client's own; None: it has none, or no good one
         self.body = b""
         self.has_body = has_body  #: it comes with a body, be it an empty one
         self.key: str | None = None  #: the name of the API key it came with, where the relay knows keys
@@ -83,8 +87,10 @@ class ClientConnection:
         timeouts: TimeoutsConfig,
         limits: LimitsConfig,
         budget: BodyBudget,
+        heads: HeadReader,
         admit: Admit = lambda request: None,
     ) -> None:
+        self._heads = heads
         self._admit = admit
         self.source = source
         self.sock = source.sock
@@ -95,13 +101,14 @@ class ClientConnection:
         self.request_started = 0.0  #: when the current request's first byte came (monotonic clock)
         self.is_waiting = False  #: between two requests, or in a TLS handshake
         self.is_torn = False  #: the last answer did not come to its end
+        #: of the last request `headers.passed_fields`, with the head and the rules they were made of
+        self.passed: tuple[RequestHead, Substitution, bytes] | None = None
         self._tls = self.sock if isinstance(self.sock, tls.TlsSocket) else None
         self._budget = budget
         self._held = 0
         self._room_ns = 0  # waited for the budget by the present body
         self._visit: Visit | None = None
         self._buffer = bytearray()
-        self._reader = HeadReader(limits.max_head_bytes)
         #: what the connection's task runs in; cancelled by draining and a client's hang-up
         self.scope = trio.CancelScope()
         self._limit_s = 0.0
@@ -205,8 +212,8 @@ class ClientConnection:
         self.request_started = time.monotonic()
         try:
             self._limit_waits(timeouts.client_head_s)
-            head, length = self._reader.read(await self._head())
-            request = Request(head, has_body=head.is_chunked or length is not None)
+            head, length, request_id = self._heads.read(await self._head(), self.limits.max_head_bytes)
+            request = Request(head, request_id, has_body=head.is_chunked or length is not None)
             self.refused = request  # until it is read whole
             self._visit = self._admit(request)
             if request.has_body:

@@ -49,7 +49,7 @@ class Exchange:
         self.request = request
         self.route = request.head.route
         self.facts = peek(request.body)
-        self.id = request.head.request_id or new_id()
+        self.id = request.id or new_id()
         self.reply = Reply(service, client, request, self.id)
         self.timeline = self.reply.timeline
         self.body: Buffer = request.body  #: what engines get of it

@@ -195,15 +195,16 @@ def head_of(exchange: Exchange, upstream: Upstream, sends: LegRequest) -> bytes:
 
 
 def _passed_fields(exchange: Exchange, sends: LegRequest) -> bytes:
-    """The client's own fields, as an engine gets them; kept with their head, which may be the next request's too."""
-    head, rules = exchange.request.head, exchange.service.guard.substitution
+    """The client's own fields, as an engine gets them; kept for its next request, whose head may be the same."""
+    client, head, rules = exchange.client, exchange.request.head, exchange.service.guard.substitution
     if sends.headers:
         replaced = {name for name, _ in sends.headers}
         fields = [*(field for field in head.fields if field[0] not in replaced), *sends.headers]
         return _written(exchange, rules, fields)
-    if head.passed is None or head.passed[0] is not rules:
-        head.passed = rules, _written(exchange, rules, head.fields)
-    return head.passed[1]
+    passed = client.passed
+    if passed is None or passed[0] is not head or passed[1] is not rules:
+        client.passed = passed = head, rules, _written(exchange, rules, head.fields)
+    return passed[2]
 
 
 def _written(exchange: Exchange, rules: Substitution, fields: headers.Headers) -> bytes:

@@ -188,7 +188,7 @@ async def refuse(service: Service, client: ClientConnection, failure: ExchangeEr
     """Answers a request that could not be read, or was not let in, and records it."""
     request = client.refused
     client.release()
-    request_id = (request and request.head.request_id) or new_id()
+    request_id = (request and request.id) or new_id()
     bytes_out = 0
     if not isinstance(failure, ClientGone):
         route = request.head.route if request else Route.OTHER

@@ -8,11 +8,12 @@ from typing import Final
 
 import msgspec
 import pytest
+import trio
 
 from relay.config import AuthConfig
 from relay.core.auth import keys_line
 from relay.net.guard import Guard
-from tests.conformance.peers import OK, Engine, exchange
+from tests.conformance.peers import OK, Engine, Tap, exchange
 
 HEAD: Final = (
     b"POST /v1/chat/completions HTTP/1.1\r\nHost: relay\r\nX-Tag: a\r\nConnection: X-Gone\r\nX-Gone: 1\r\n"
@@ -63,6 +64,35 @@ async def test_only_id_and_length_differ() -> None:
             b"x-forwarded-proto: http", b"x-forwarded-host: relay", b"accept-encoding: identity",
         )
     }  # fmt: skip
+
+
+async def test_ids_of_the_clients_own() -> None:
+    """A head that is known but for its id: engine and client get that one, and a bad one is no one's."""
+    engine = Engine(OK)
+    ids = [b"one", b"two", b"", b"a" * 201, b"two", b"three"]
+    async with exchange(engine) as (_, client):
+        for own in ids:
+            await client.send(with_body(b"{}", HEAD.replace(b"X-Tag", b"X-Request-Id: %b\r\nX-Tag" % own)))
+            answer = await client.answer()
+            assert answer.headers["x-request-id"] == own.decode() or own in (b"", b"a" * 201)
+    (received,) = engine.received
+    got = [re.findall(rb"\r\nx-request-id: ([^\r]*)", b"\r\n".join(lines)) for lines, _ in messages(received, len(ids))]
+    assert [own for (own,) in got if not re.fullmatch(rb"[0-9a-f]{32}", own)] == [b"one", b"two", b"two", b"three"]
+    assert len(got) == len(ids)
+
+
+async def test_clients_of_other_addresses_with_the_same_head() -> None:
+    """What is known of a head holds for all connections; whose it is does not."""
+    engine = Engine(OK)
+    async with exchange(engine) as (relay, first):
+        stream = await trio.open_tcp_stream("127.0.0.1", relay.port, local_address="127.0.0.2")
+        async with Tap(stream) as second:
+            for client in (first, second, second, first):
+                await client.send(with_body(b"{}"))
+                assert (await client.answer()).status == 200
+    (received,) = engine.received
+    found = re.findall(rb"\r\nx-forwarded-for: ([^\r]*)", received)
+    assert found == [b"127.0.0.1", b"127.0.0.2", b"127.0.0.2", b"127.0.0.1"]
 
 
 @pytest.mark.parametrize(

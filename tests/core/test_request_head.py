@@ -8,25 +8,32 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from relay.core.request_head import REMEMBERED_BYTES, REMEMBERED_FIELDS, HeadReader, RequestHead
+from relay.core.request_head import (
+    ALL_REMEMBERED_BYTES,
+    REMEMBERED_BYTES,
+    REMEMBERED_FIELDS,
+    HeadReader,
+    RequestHead,
+)
 from relay.errors import RequestRefused
 
 HEAD: Final = (
-    b"POST /v1/chat/completions HTTP/1.1\r\nHost: relay:8080\r\nContent-Length: 77\r\nAuthorization: Bearer k\r\n\r\n"
+    b"POST /v1/chat/completions HTTP/1.1\r\nHost: relay:8080\r\nContent-Length: 77\r\nAuthorization: Bearer k\r\n"
+    b"X-Request-Id: a-1\r\n\r\n"
 )
 
 
 def said(reader: HeadReader, head: bytes) -> Any:
     """Everything a reader says of a head, or how it refuses it."""
     try:
-        read, length = reader.read(head)
+        read, length, request_id = reader.read(head, 65536)
     except RequestRefused as refusal:
         return refusal.status, refusal.code, refusal.message
-    return {name: getattr(read, name) for name in RequestHead.__slots__} | {"length": length}
+    return {name: getattr(read, name) for name in RequestHead.__slots__} | {"length": length, "request_id": request_id}
 
 
 def fresh(head: bytes) -> Any:
-    return said(HeadReader(65536), head)
+    return said(HeadReader(), head)
 
 
 SECONDS: Final = {
@@ -47,6 +54,25 @@ SECONDS: Final = {
     "other key": HEAD.replace(b"Bearer k", b"Bearer l"),
     "one more field": HEAD.replace(b"\r\n\r\n", b"\r\nExpect: 100-continue\r\n\r\n"),
     "no length": HEAD.replace(b"Content-Length: 77\r\n", b""),
+    "other id": HEAD.replace(b"a-1", b"b"),
+    "no id": HEAD.replace(b"X-Request-Id: a-1\r\n", b""),
+    "empty id": HEAD.replace(b"a-1", b""),
+    "longest id": HEAD.replace(b"a-1", b"a" * 200),
+    "id too long": HEAD.replace(b"a-1", b"a" * 201),
+    "id of two words": HEAD.replace(b"a-1", b"a 1"),
+    "id with a control character": HEAD.replace(b"a-1", b"a\x01"),
+    "id with a line break": HEAD.replace(b"a-1", b"a\n1"),
+    "id with letters beyond ASCII": HEAD.replace(b"a-1", b"\xc3\xa4"),
+    "a field in the id": HEAD.replace(b"a-1", b"a\r\nTransfer-Encoding: chunked"),
+    "folded id": HEAD.replace(b"a-1", b"a\r\n 1"),
+    "blanks around the id": HEAD.replace(b" a-1", b"\t a-1 \t"),
+    "blank before the colon": HEAD.replace(b"Id: a-1", b"Id : a-1"),
+    "two ids": HEAD.replace(b"a-1", b"a-1\r\nX-Request-Id: b"),
+    "fields in another order": HEAD.replace(b"\r\nContent-Length: 77", b"").replace(
+        b"a-1", b"a-1\r\nContent-Length: 77"
+    ),
+    "names in another case": HEAD.lower(),
+    "values exchanged": HEAD.replace(b"77", b"x").replace(b"a-1", b"77").replace(b"x", b"a-1"),
     "no method": HEAD.removeprefix(b"POST"),
     "without its end": HEAD.removesuffix(b"\r\n"),
 }
@@ -54,14 +80,26 @@ SECONDS: Final = {
 
 @pytest.mark.parametrize("second", SECONDS.values(), ids=SECONDS)
 def test_a_second_head(second: bytes) -> None:
-    reader = HeadReader(65536)
+    reader = HeadReader()
     assert said(reader, HEAD) == fresh(HEAD)
     assert said(reader, second) == fresh(second)
     assert said(reader, HEAD) == fresh(HEAD)
 
 
+@pytest.mark.parametrize("first", SECONDS.values(), ids=SECONDS)
+@pytest.mark.parametrize("second", SECONDS.values(), ids=SECONDS)
+def test_a_head_behind_any_other(first: bytes, second: bytes) -> None:
+    reader = HeadReader()
+    said(reader, first)
+    assert said(reader, second) == fresh(second)
+
+
 PIECES: Final = st.sampled_from(
     [
+        b"\r\nX-Request-Id: a",
+        b"\r\nx-request-id:b",
+        b"\r\nX-Request-Id: a b",
+        b"\r\nX-Request-Id:",
         b"7",
         b"12",
         b"9" * 19,
@@ -83,31 +121,55 @@ PIECES: Final = st.sampled_from(
 @given(st.lists(st.tuples(st.lists(PIECES, max_size=3), st.lists(PIECES, max_size=3)), min_size=2, max_size=4))
 @example([([b"7"], []), ([b"7", b"7"], [])])
 def test_any_heads_after_each_other(parts: list[tuple[list[bytes], list[bytes]]]) -> None:
-    reader = HeadReader(65536)
+    reader = HeadReader()
     for length, others in parts:
         head = b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: %b%b\r\n\r\n" % (b"".join(length), b"".join(others))
         assert said(reader, head) == fresh(head)
 
 
-def test_a_head_that_repeats_is_the_same_but_for_the_length() -> None:
-    reader = HeadReader(65536)
-    (first, first_length), (second, second_length) = reader.read(HEAD), reader.read(HEAD.replace(b"77", b"8"))
-    assert (first_length, second_length) == (77, 8)
-    assert first is second
-    assert not any(name == b"content-length" for name, _ in first.fields)
+def test_a_head_that_repeats_is_the_same_but_for_length_and_id() -> None:
+    reader = HeadReader()
+    first = reader.read(HEAD, 65536)
+    second = reader.read(HEAD.replace(b"77", b"8").replace(b"a-1", b"other"), 65536)
+    assert (first.length, first.request_id) == (77, "a-1")
+    assert (second.length, second.request_id) == (8, "other")
+    assert first.head is second.head
+    assert not {b"content-length", b"x-request-id"} & {name for name, _ in first.head.fields}
+
+
+def test_a_head_without_length_or_id_is_known_too() -> None:
+    reader = HeadReader()
+    head = b"GET /v1/models HTTP/1.1\r\nHost: a\r\n\r\n"
+    first = reader.read(head, 65536)
+    assert first[1:] == (None, None)
+    assert reader.read(head, 65536).head is first.head
+
+
+def is_known(head: bytes) -> bool:
+    reader = HeadReader()
+    return reader.read(head, 65536).head is reader.read(head, 65536).head
 
 
 def test_only_heads_of_ordinary_size_are_remembered() -> None:
-    reader = HeadReader(65536)
-    reader.read(HEAD.replace(b"Bearer k", b"Bearer " + b"k" * REMEMBERED_BYTES))
-    assert reader._last is None
+    rest = REMEMBERED_BYTES - len(HEAD)
+    assert is_known(HEAD.replace(b"Bearer k", b"Bearer k" + b"k" * rest))
+    assert not is_known(HEAD.replace(b"Bearer k", b"Bearer kk" + b"k" * rest))
 
 
 def test_heads_of_many_fields_are_not_kept() -> None:
     """A small field costs thirty times its bytes once it is parsed."""
-    reader = HeadReader(65536)
-    most = REMEMBERED_FIELDS - HEAD.count(b":") + 1  # one colon is in a value
-    reader.read(HEAD.replace(b"\r\n\r\n", b"\r\na:" * (most + 1) + b"\r\n\r\n"))
-    assert reader._last is None
-    reader.read(HEAD.replace(b"\r\n\r\n", b"\r\na:" * most + b"\r\n\r\n"))
-    assert reader._last is not None
+    more = REMEMBERED_FIELDS - 4
+    assert is_known(HEAD.replace(b"\r\n\r\n", b"\r\na:" * more + b"\r\n\r\n"))
+    assert not is_known(HEAD.replace(b"\r\n\r\n", b"\r\na:" * (more + 1) + b"\r\n\r\n"))
+
+
+def test_of_ever_new_heads_no_more_than_so_much_is_kept() -> None:
+    reader = HeadReader()
+    padding = b"k" * (REMEMBERED_BYTES - len(HEAD) - 8)
+    number = ALL_REMEMBERED_BYTES // REMEMBERED_BYTES * 3
+    most = 0
+    for index in range(number):
+        reader.read(HEAD.replace(b"Bearer k", b"Bearer %08d%b" % (index, padding)), 65536)
+        most = max(most, sum(map(len, [piece for shape in reader._known for piece in shape])))
+    assert ALL_REMEMBERED_BYTES * 0.8 < most <= ALL_REMEMBERED_BYTES
+    assert is_known(HEAD)
