@@ -26,18 +26,15 @@ class FairQueue(Generic[K, T]):
 
     def __init__(self) -> None:
         self._waiting: OrderedDict[K, deque[T]] = OrderedDict()  # the key whose turn it is comes first
-        self._count = 0
+        self.count = 0  #: items that wait
 
     def __repr__(self) -> str:
-        return f"<FairQueue {self._count} waiting, {len(self._waiting)} keys>"
-
-    def __len__(self) -> int:
-        return self._count
+        return f"<FairQueue {self.count} waiting, {len(self._waiting)} keys>"
 
     def push(self, key: K, item: T) -> None:
         """Puts an item behind those of its key."""
         self._waiting.setdefault(key, deque()).append(item)
-        self._count += 1
+        self.count += 1
 
     def peek(self) -> T:
         """The item whose turn it is. Raises StopIteration if there is none."""
@@ -47,7 +44,7 @@ class FairQueue(Generic[K, T]):
         """Takes out the item whose turn it is; its key goes to the end of the round. Raises KeyError if it is empty."""
         key, items = self._waiting.popitem(last=False)
         item = items.popleft()
-        self._count -= 1
+        self.count -= 1
         if items:
             self._waiting[key] = items
         return item
@@ -56,7 +53,7 @@ class FairQueue(Generic[K, T]):
         """Takes out an item that will not wait any longer. Raises KeyError or ValueError if it is not there."""
         items = self._waiting[key]
         items.remove(item)
-        self._count -= 1
+        self.count -= 1
         if not items:
             del self._waiting[key]
 

@@ -34,7 +34,7 @@ import msgspec
 from relay.core.framing import Buffer
 from relay.core.loose import UNDECODABLE
 from relay.core.request import Route
-from relay.core.rewrite import Change, edit
+from relay.core.rewrite import Change, Document
 
 #: Makes an answer come in one piece.
 WHOLE: Final[Mapping[str, Change]] = {"stream": b"false", "stream_options": None}
@@ -47,13 +47,15 @@ _ONE_TOKEN: Final[Mapping[Route, Mapping[str, Change]]] = {
 }
 
 
-def one_token(body: Buffer, route: Route, changes: Mapping[str, Change]) -> bytes:
+def one_token(request: Document, route: Route, changes: Mapping[str, Change]) -> bytes:
     """The request for one token in one piece, with further `changes`; all else unchanged to the byte.
 
-    Raises ValueError where `body` is not a JSON object, KeyError for a route that does not generate.
+    Raises ValueError where an object to be changed in it has too many members, KeyError for a route that does not
+    generate.
     """
-    thinking: Mapping[str, Change] = {"thinking": None} if route is Route.MESSAGES and _budgets_thinking(body) else {}
-    return edit(body, {**_ONE_TOKEN[route], **WHOLE, **thinking, **changes})
+    thinks = route is Route.MESSAGES and _budgets_thinking(request.text)
+    thinking: Mapping[str, Change] = {"thinking": None} if thinks else {}
+    return request.edit({**_ONE_TOKEN[route], **WHOLE, **thinking, **changes})
 
 
 class _Thinking(msgspec.Struct, gc=False):

@@ -10,7 +10,7 @@ request is sent on.
 from __future__ import annotations
 
 import re
-from typing import Final, NamedTuple
+from typing import Final, TypeAlias
 
 import h11
 
@@ -53,12 +53,9 @@ class RequestHead:
         return f"<RequestHead {self.method!r} {self.target!r}>"
 
 
-class ReadHead(NamedTuple):
-    """What a request's head says."""
-
-    head: RequestHead  #: may be shared with other requests, also of other connections
-    length: int | None  #: of the body, if the head tells it
-    request_id: str | None  #: the client's own; None: it has none, or no good one
+#: A head, perhaps shared with other requests, also of other connections; the length of the body, if it tells one; the
+#: client's own id, if it has a good one. No named tuple: to make one is a call of Python's.
+ReadHead: TypeAlias = tuple[RequestHead, int | None, str | None]
 
 
 class HeadReader:
@@ -88,7 +85,7 @@ class HeadReader:
                 length = int(value)
             else:
                 return self._read_anew(head, shape, max_head_bytes)  # which says what is wrong
-        return ReadHead(known, length, request_id)
+        return known, length, request_id
 
     def _read_anew(self, head: bytes, shape: tuple[bytes, ...], max_head_bytes: int) -> ReadHead:
         strict.check_raw_head(head)
@@ -107,7 +104,7 @@ class HeadReader:
         if len(head) <= REMEMBERED_BYTES and len(fields) <= REMEMBERED_FIELDS and len(ids) <= 1:
             self._remember(shape, parsed, len(head))
         request_id = headers.good_request_id(ids[0]) if ids else None
-        return ReadHead(parsed, None if length is None else int(length), request_id)
+        return parsed, None if length is None else int(length), request_id
 
     def _remember(self, shape: tuple[bytes, ...], head: RequestHead, size: int) -> None:
         self._known_bytes += size

@@ -13,7 +13,7 @@ from typing import Annotated, Final
 
 import msgspec
 
-from relay.core.loose import first_known
+from relay.core.loose import decode_or_none, first_known
 from relay.core.metrics import TOKEN_KINDS
 
 #: Most tokens believed; a usage object that says more, or less than none, counts as absent. Metrics are floats, which
@@ -57,6 +57,22 @@ class WireUsage(msgspec.Struct, gc=False):
     output_tokens_details: _Details | None = None
     cache_read_input_tokens: _Count | None = None
     cache_creation_input_tokens: _Count | None = None
+
+
+class _Answer(msgspec.Struct, gc=False):
+    usage: WireUsage | None = None
+
+
+_ANSWER: Final = msgspec.json.Decoder(_Answer)
+
+
+def cached_tokens(answer: bytes) -> int | None:
+    """How much of the prompt an engine had in its cache, as its whole JSON answer says; None: it does not."""
+    found = decode_or_none(_ANSWER, answer)
+    if found is None or found.usage is None:
+        return None
+    details = found.usage.prompt_tokens_details or found.usage.input_tokens_details
+    return first_known(details.cached_tokens if details else None, found.usage.cache_read_input_tokens)
 
 
 def updated(before: Usage | None, wire: WireUsage) -> Usage | None:

@@ -64,7 +64,7 @@ class Pool:
         self._departures = DepartureRate(time.monotonic())
 
     def __repr__(self) -> str:
-        return f"<Pool {self.name} in_flight={self.in_flight} queued={len(self._queue)}>"
+        return f"<Pool {self.name} in_flight={self.in_flight} queued={self._queue.count}>"
 
     def reconfigure(self, config: PoolConfig, rules: HealthRules) -> None:
         """Takes on another configuration of the same name. Engines found by name are left to who resolves it."""
@@ -96,7 +96,7 @@ class Pool:
     @property
     def queued(self) -> int:
         """Requests that wait for a place."""
-        return len(self._queue)
+        return self._queue.count
 
     @property
     def upstreams(self) -> Iterator[Upstream]:
@@ -135,7 +135,7 @@ class Pool:
     def enter_now(self, ask: Ask) -> Place | None:
         """A place with its engines taken, if one is to be had without waiting."""
         self.advance()  # one that was ejected may be tried again by now, and nothing else tells
-        return None if self._queue else self._try_enter(ask)
+        return None if self._queue.count else self._try_enter(ask)
 
     def _try_enter(self, ask: Ask) -> Place | None:
         if self.permits is not None:
@@ -159,7 +159,7 @@ class Pool:
         if (refusal := self._no_upstream(ask)) is not None:
             raise refusal
         elsewhere = 0.0 if self.shares is None else self.shares.load_of_others(self.number)
-        if len(self._queue) + elsewhere >= self.config.max_queue:
+        if self._queue.count + elsewhere >= self.config.max_queue:
             raise self._full()
         return await self._wait(_Waiter(ask), queue_s)
 
@@ -191,7 +191,7 @@ class Pool:
 
         Who waits for engines of which none is up is told so, as whoever comes now is.
         """
-        while self._queue:
+        while self._queue.count:
             waiter = self._queue.peek()
             waiter.place = self._try_enter(waiter.ask)
             if waiter.place is None:
@@ -205,10 +205,10 @@ class Pool:
     def _show_queue(self) -> None:
         """Lets other workers see how many wait here: ``max_queue`` is over all of them."""
         if self.shares is not None:
-            self.shares.set_load(self.number, len(self._queue))
+            self.shares.set_load(self.number, self._queue.count)
 
     def _retry_after_s(self) -> int:
-        return self._departures.retry_after_s(len(self._queue), time.monotonic())
+        return self._departures.retry_after_s(self._queue.count, time.monotonic())
 
     def _full(self) -> QueueFull:
         message = (

@@ -7,7 +7,6 @@ decode leg runs on the exchange's pair, as a plain one would; the prefill leg be
 from __future__ import annotations
 
 import time
-from contextlib import contextmanager
 from random import SystemRandom
 from typing import TYPE_CHECKING, Final
 
@@ -26,9 +25,9 @@ from relay.core.connectors.base import (
     Sequential,
     SplitRequest,
 )
-from relay.core.dialect import Meter
 from relay.core.editor import UsageEditor
 from relay.core.request import Route
+from relay.core.usage import cached_tokens
 from relay.errors import ExchangeError, Phase, Side, UpstreamAnswered, UpstreamProtocolError, UpstreamTimeout
 from relay.net.delivery import Delivery
 from relay.net.fetch import fetch, transport_of
@@ -37,11 +36,13 @@ from relay.net.second_frame import see_second_frame
 from relay.net.whole import WholeAnswer, ask_whole
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator
+    from collections.abc import Awaitable, Callable
+    from types import TracebackType
 
     from relay.core.health import Attempt
     from relay.net.exchange import Exchange
     from relay.net.fleet import Pool
+    from relay.net.group import Group
     from relay.net.opening import Opening
     from relay.net.place import Place
     from relay.net.pool import Upstream
@@ -139,7 +140,7 @@ class SplitAttempt:
             if pool.config.on_missing_kv == "error":
                 raise UpstreamProtocolError("the prefiller's answer holds no handle", phase=Phase.PREFILL)
         if pool.config.cached_tokens_from == "prefill" and hand_over.holds_kv:
-            self._editor.cached_tokens = _cached_tokens(exchange.route, answer.body)
+            self._editor.cached_tokens = cached_tokens(answer.body)  # the decoder counts all it was handed over
         leg = self._decode_leg(hand_over.decode)
         try:
             await trio.lowlevel.checkpoint_if_cancelled()
@@ -284,21 +285,8 @@ class SplitAttempt:
         finally:
             exchange.timeline.add_prefill(time.monotonic() - began, is_beside=is_beside)
 
-    @contextmanager
-    def _judged(self, upstream: Upstream) -> Iterator[Attempt]:
-        """Tells the prefiller's health how an attempt with it went; errors are of the prefill phase."""
-        group = self._groups["prefill"]
-        attempt = group.begin(upstream)
-        try:
-            yield attempt
-        except ExchangeError as failure:
-            failure.phase = Phase.PREFILL
-            if failure.side is Side.UPSTREAM:  # and not the relay, out of descriptors
-                attempt.failed(time.monotonic())
-                note_failure(self._exchange, upstream, failure)
-            raise
-        finally:
-            group.end(attempt, upstream)
+    def _judged(self, upstream: Upstream) -> _Judged:
+        return _Judged(self._exchange, self._groups["prefill"], upstream)
 
     def _decode_leg(self, sends: LegRequest) -> Leg:
         exchange = self._exchange
@@ -328,11 +316,31 @@ class SplitAttempt:
         await Delivery(self._exchange, opening).run()
 
 
-def _cached_tokens(route: Route, answer: bytes) -> int | None:
-    """How much of the prompt the prefiller had in its cache; the decoder counts all it was handed over."""
-    meter = Meter(route)
-    meter.take_body(answer)
-    return meter.usage.cached_tokens if meter.usage else None
+class _Judged:
+    """Tells a prefiller's health how an attempt with it went; errors are of the prefill phase."""
+
+    __slots__ = ("_attempt", "_exchange", "_group", "_upstream")
+
+    def __init__(self, exchange: Exchange, group: Group, upstream: Upstream) -> None:
+        self._exchange = exchange
+        self._group = group
+        self._upstream = upstream
+        self._attempt = group.begin(upstream)
+
+    def __enter__(self) -> Attempt:
+        return self._attempt
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if isinstance(error, ExchangeError):
+                error.phase = Phase.PREFILL
+                if error.side is Side.UPSTREAM:  # and not the relay, out of descriptors
+                    self._attempt.failed(time.monotonic())
+                    note_failure(self._exchange, self._upstream, error)
+        finally:
+            self._group.end(self._attempt, self._upstream)
 
 
 async def _ask_first(preflight: Preflight) -> Endpoint:

@@ -105,8 +105,9 @@ class Tally:
             self._added["connect"].observe(timeline.connect_s)
         if timeline.prefill_s is not None:
             self.board.histogram(metrics.PREFILL).observe(timeline.prefill_s)
-        if timeline.handover_s is not None:
-            self.board.histogram(metrics.HANDOVER).observe(timeline.handover_s)
+        handover_s = timeline.handover_s
+        if handover_s is not None:
+            self.board.histogram(metrics.HANDOVER).observe(handover_s)
         ttft_s = timeline.ttft_s
         if ttft_s is not None:
             self.board.histogram(metrics.FIRST_TOKEN, pool, exchange.facts.model or "").observe(ttft_s)

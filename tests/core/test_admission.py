@@ -78,8 +78,7 @@ class AnyQueue(RuleBasedStateMachine):
 
     @invariant()
     def they_agree(self) -> None:
-        assert len(self.queue) == len(self.naive.items)
-        assert bool(self.queue) == bool(self.naive.items)
+        assert self.queue.count == len(self.naive.items)
         assert repr(self.queue) == f"<FairQueue {len(self.naive.items)} waiting, {len(self.naive.turns)} keys>"
         if self.naive.items:
             assert self.queue.peek() == self.naive.first()
@@ -99,7 +98,7 @@ def test_keys_take_turns_and_items_of_one_key_keep_their_order(keys: list[str]) 
     for number, key in enumerate(keys):
         queue.push(key, (key, number))
     out = [queue.pop() for _ in keys]
-    assert not queue
+    assert not queue.count
     left = Counter(keys)
     for key in KEYS:
         assert [number for other, number in out if other == key] == [at for at, each in enumerate(keys) if each == key]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from relay.core.prefill import obstacle, one_token, prompts
 from relay.core.request import Route
-from relay.core.rewrite import edit
+from relay.core.rewrite import Document, edit
 from tests.core.captured import CAPTURES
 
 ROUTES = [Route.CHAT, Route.COMPLETIONS, Route.RESPONSES, Route.MESSAGES]
@@ -45,13 +45,14 @@ TOUCHED = [
     ],
 )  # fmt: skip
 def test_one_token_in_one_piece(route: Route, body: bytes, prefill: bytes) -> None:
-    assert one_token(body, route, {}) == prefill
+    assert one_token(Document(body), route, {}) == prefill
 
 
 def test_a_limit_in_escapes_or_said_twice_is_found() -> None:
     body = rb'{"max\u005ftokens":64,"max_tokens":65,"str\u0065am":true}'
     assert (
-        one_token(body, Route.CHAT, {}) == rb'{"max\u005ftokens":1,"max_tokens":1,"str\u0065am":false,"min_tokens":1}'
+        one_token(Document(body), Route.CHAT, {})
+        == rb'{"max\u005ftokens":1,"max_tokens":1,"str\u0065am":false,"min_tokens":1}'
     )
 
 
@@ -63,13 +64,15 @@ def test_a_limit_in_escapes_or_said_twice_is_found() -> None:
 ])  # fmt: skip
 def test_what_may_be_in_the_prompt_or_refused_stays(member: str) -> None:
     client = b'{"messages":[],%b}' % member.encode()
-    assert one_token(client, Route.CHAT, {}) == client[:-1] + b',"max_tokens":1,"min_tokens":1,"stream":false}'
+    assert (
+        one_token(Document(client), Route.CHAT, {}) == client[:-1] + b',"max_tokens":1,"min_tokens":1,"stream":false}'
+    )
 
 
 @pytest.mark.parametrize("body", [b"", b"[]", b"null", b'"x"', b"{", b'{"a":1}x', b'{"a":NaN}'])
 def test_what_is_no_object_is_refused(body: bytes) -> None:
     with pytest.raises(ValueError):
-        one_token(body, Route.CHAT, {})
+        one_token(Document(body), Route.CHAT, {})
 
 
 @pytest.mark.parametrize(("route", "name"), [
@@ -81,20 +84,20 @@ def test_as_a_real_prefiller_was_asked(route: Route, name: str) -> None:
     client = (CAPTURES / f"{name}.reference_direct.request.json").read_bytes()
     asked = json.loads((CAPTURES / f"{name}.1prefill.request.json").read_bytes())
     del asked["kv_transfer_params"]
-    assert json.loads(one_token(client, route, {})) == {**asked, "min_tokens": 1}
+    assert json.loads(one_token(Document(client), route, {})) == {**asked, "min_tokens": 1}
 
 
 @pytest.mark.parametrize("name", ["pd_err_prefill_min_tokens_kept", "pd_err_prefill_stream_options_kept"])
 def test_what_a_real_prefiller_refused_is_not_asked(name: str) -> None:
     refused = (CAPTURES / f"fail/{name}.request.json").read_bytes()
-    prefill = json.loads(one_token(refused, Route.CHAT, {}))
+    prefill = json.loads(one_token(Document(refused), Route.CHAT, {}))
     assert prefill["min_tokens"] == prefill["max_tokens"] == 1
     assert "stream_options" not in prefill
 
 
 def test_what_made_a_real_prefiller_write_five_tokens_is_gone() -> None:
     kept = (CAPTURES / "fail/pd_prefill_max_completion_tokens_kept.request.json").read_bytes()
-    assert "max_completion_tokens" not in json.loads(one_token(kept, Route.CHAT, {}))
+    assert "max_completion_tokens" not in json.loads(one_token(Document(kept), Route.CHAT, {}))
 
 
 @pytest.mark.parametrize(
@@ -167,7 +170,7 @@ def test_of_any_request_nothing_else_changes(
 ) -> None:
     body = json.dumps(client, indent=indent, ensure_ascii=ascii_only).encode("utf-8", "surrogatepass")
     try:
-        prefill = one_token(body, route, {"kv_transfer_params": b'{"a":1}'})
+        prefill = one_token(Document(body), route, {"kv_transfer_params": b'{"a":1}'})
     except ValueError:
         with pytest.raises(ValueError):
             edit(body, {})

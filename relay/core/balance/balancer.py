@@ -51,7 +51,7 @@ class Seat:
     @property
     def score(self) -> float:
         """What is outstanding, in streams, per weight."""
-        return (self.load + self.others) / self.weight
+        return (self.streams + self.prompt_bytes / PROMPT_BYTES_PER_STREAM + self.others) / self.weight
 
 
 class Load:

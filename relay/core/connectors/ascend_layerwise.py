@@ -34,7 +34,7 @@ from relay.core.connectors.base import (
 from relay.core.loose import UNDECODABLE
 from relay.core.prefill import obstacle, one_token
 from relay.core.request import Route
-from relay.core.rewrite import edit
+from relay.core.rewrite import Document
 
 _KEY: Final = re.compile(r"(?<![0-9a-f])[0-9a-f]{32}(?![0-9a-f])")
 _encode = msgspec.json.Encoder().encode
@@ -70,8 +70,9 @@ class AscendLayerwise(Connector):
         key = unique(rng)
         id_ = f"{request.attempt_id}-{key}"
         room = {"do_remote_decode": False, "do_remote_prefill": True, "metaserver": request.callback_url}
+        document = Document(request.body)
         return DecodeFirst(
-            decode=LegRequest(edit(request.body, {KV_PARAMS: _encode(room)}), id_),
+            decode=LegRequest(document.edit({KV_PARAMS: _encode(room)}), id_),
             key=key,
-            prefill=lambda message: LegRequest(one_token(request.body, request.route, {KV_PARAMS: message}), id_),
+            prefill=lambda message: LegRequest(one_token(document, request.route, {KV_PARAMS: message}), id_),
         )

@@ -28,7 +28,7 @@ import msgspec
 from relay.core.framing import Buffer
 from relay.core.prefill import one_token
 from relay.core.request import Route
-from relay.core.rewrite import edit
+from relay.core.rewrite import Document, edit
 
 #: The member of a vLLM request that says what to do with keys and values, and of an answer that says where they are.
 KV_PARAMS: Final = "kv_transfer_params"
@@ -204,7 +204,7 @@ def drain(leg: LegRequest, route: Route) -> LegRequest:
     One token, not an empty or a wrong request: every version of every engine frees a handle that was read; not all do
     for one that was refused. The answer is of no interest. Raises ValueError where the body is not a JSON object.
     """
-    return LegRequest(one_token(leg.body, route, {}), leg.request_id, leg.headers)
+    return LegRequest(one_token(Document(leg.body), route, {}), leg.request_id, leg.headers)
 
 
 def alone(request: SplitRequest, because: str = "") -> DecodeOnly:

@@ -34,7 +34,7 @@ from relay.core.connectors.base import (
 from relay.core.connectors.nixl import Nixl
 from relay.core.loose import UNDECODABLE
 from relay.core.prefill import obstacle, one_token
-from relay.core.rewrite import edit
+from relay.core.rewrite import Document
 
 #: vLLM's VLLM_MOONCAKE_BOOTSTRAP_PORT.
 DEFAULT_BOOTSTRAP_PORT: Final = 8998
@@ -98,9 +98,10 @@ class Mooncake(Connector):
             **transfer,
         })  # fmt: skip
         which = ((b"x-data-parallel-rank", b"%d" % rank),) if len(prefill.ranks) > 1 else ()
+        document = Document(request.body)
         return Concurrent(
-            prefill=LegRequest(one_token(request.body, request.route, {KV_PARAMS: send}), request.attempt_id, which),
-            decode=LegRequest(edit(request.body, {KV_PARAMS: receive}), request.attempt_id),
+            prefill=LegRequest(one_token(document, request.route, {KV_PARAMS: send}), request.attempt_id, which),
+            decode=LegRequest(document.edit({KV_PARAMS: receive}), request.attempt_id),
         )
 
 

@@ -29,7 +29,7 @@ from relay.core.connectors.base import (
 )
 from relay.core.loose import UNDECODABLE
 from relay.core.prefill import obstacle, one_token
-from relay.core.rewrite import edit
+from relay.core.rewrite import Document
 
 #: As vLLM's and vllm-ascend's own proxies write it: versions differ in which of the nulls they insist on.
 _ASK_FOR_HANDLE: Final = (
@@ -55,13 +55,14 @@ class Nixl(Connector):
         if in_the_way is not None:
             return alone(request, in_the_way)
 
+        document = Document(request.body)
+
         def hand_over(answer: bytes) -> HandOver:
             handle = handle_of(answer)
-            if handle is None:
-                return HandOver(alone(request).decode, is_missing=True)
-            return HandOver(LegRequest(edit(request.body, {KV_PARAMS: handle}), request.attempt_id), holds_kv=True)
+            decode = LegRequest(document.edit({KV_PARAMS: handle}), request.attempt_id)
+            return HandOver(decode, is_missing=handle is None, holds_kv=handle is not None)
 
-        body = one_token(request.body, request.route, {KV_PARAMS: _ASK_FOR_HANDLE})
+        body = one_token(document, request.route, {KV_PARAMS: _ASK_FOR_HANDLE})
         return Sequential(LegRequest(body, request.attempt_id), hand_over)
 
 

@@ -10,6 +10,7 @@ from random import Random
 
 from relay.core.connectors.base import Connector, Endpoint, HandOver, LegRequest, Plan, Sequential, SplitRequest
 from relay.core.prefill import one_token
+from relay.core.rewrite import Document
 
 
 class NoConnector(Connector):
@@ -20,5 +21,5 @@ class NoConnector(Connector):
     def _plan(self, request: SplitRequest, prefill: Endpoint, decode: Endpoint, rng: Random) -> Plan:
         as_it_is = LegRequest(request.body, request.attempt_id)
         # One sequence warms as much as several.
-        body = one_token(request.body, request.route, {"n": None, "best_of": None})
+        body = one_token(Document(request.body), request.route, {"n": None, "best_of": None})
         return Sequential(LegRequest(body, request.attempt_id), lambda _: HandOver(as_it_is))

@@ -31,7 +31,7 @@ from relay.core.connectors.base import (
 )
 from relay.core.prefill import one_token
 from relay.core.request import Route
-from relay.core.rewrite import Change, edit
+from relay.core.rewrite import Change, Document
 
 #: vLLM's ``kv_port``; a further rank listens one higher.
 DEFAULT_KV_PORT: Final = 14579
@@ -60,9 +60,10 @@ class P2pNccl(Connector):
         pair = f"___prefill_addr_{prefill.kv_address}___decode_addr_{decode.kv_address}"
         id_ = f"{pair}_{unique(rng)}"
         named = _names(request.route, id_)
-        body = edit(request.body, named) if named else request.body
+        document = Document(request.body)
+        body = document.edit(named) if named else request.body
         ready = HandOver(LegRequest(body, id_), holds_kv=True)
-        first = LegRequest(one_token(request.body, request.route, named), id_)
+        first = LegRequest(one_token(document, request.route, named), id_)
         return Sequential(first, lambda _: ready, binds_decoder=True)
 
 

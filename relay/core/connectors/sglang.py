@@ -18,7 +18,7 @@ import msgspec
 from relay.core.connectors.base import Concurrent, Connector, DecodeOnly, Endpoint, LegRequest, Plan, Role, SplitRequest
 from relay.core.prefill import WHOLE, prompts
 from relay.core.request import peek
-from relay.core.rewrite import edit
+from relay.core.rewrite import Document
 
 #: SGLang's ``--disaggregation-bootstrap-port``.
 DEFAULT_BOOTSTRAP_PORT: Final = 8998
@@ -60,7 +60,8 @@ class Sglang(Connector):
                 "bootstrap_port": _encode([prefill.bootstrap_port] * sequences),
                 "bootstrap_room": _encode(rooms),
             }
+        document = Document(request.body)
         return Concurrent(
-            prefill=LegRequest(edit(request.body, {**members, **WHOLE}), request.attempt_id),
-            decode=LegRequest(edit(request.body, members), request.attempt_id),
+            prefill=LegRequest(document.edit({**members, **WHOLE}), request.attempt_id),
+            decode=LegRequest(document.edit(members), request.attempt_id),
         )
