@@ -56,13 +56,15 @@ class RequestHead:
 #: A head, perhaps shared with other requests, also of other connections; the length of the body, if it tells one; the
 #: client's own id, if it has a good one. No named tuple: to make one is a call of Python's.
 ReadHead: TypeAlias = tuple[RequestHead, int | None, str | None]
+#: A head, and of what is its request's own, where in the order of both length and id are; None: there is none.
+_Known: TypeAlias = tuple[RequestHead, int | None, int | None]
 
 
 class HeadReader:
     """Reads the heads of a worker's connections."""
 
     def __init__(self) -> None:
-        self._known: dict[tuple[bytes, ...], RequestHead] = {}  # by what is around the values of `_OWN`
+        self._known: dict[tuple[bytes, ...], _Known] = {}  # by what is around the values of `_OWN`
         self._known_bytes = 0
 
     def __repr__(self) -> str:
@@ -77,15 +79,16 @@ class HeadReader:
         known = self._known.get(shape)
         if known is None:
             return self._read_anew(head, shape, max_head_bytes)
+        parsed, length_at, id_at = known
         length = request_id = None
-        for name, value in zip(shape[1::2], values, strict=True):
-            if name[0] in b"xX":
-                request_id = headers.good_request_id(value)
-            elif value.isdigit() and len(value) <= _MOST_DIGITS:
-                length = int(value)
-            else:
+        if length_at is not None:
+            digits = values[length_at]
+            if not digits.isdigit() or len(digits) > _MOST_DIGITS:
                 return self._read_anew(head, shape, max_head_bytes)  # which says what is wrong
-        return known, length, request_id
+            length = int(digits)
+        if id_at is not None:
+            request_id = headers.good_request_id(values[id_at])
+        return parsed, length, request_id
 
     def _read_anew(self, head: bytes, shape: tuple[bytes, ...], max_head_bytes: int) -> ReadHead:
         strict.check_raw_head(head)
@@ -98,17 +101,20 @@ class HeadReader:
         assert isinstance(event, h11.Request)
         fields: headers.Headers = list(event.headers)
         parsed = RequestHead(event, fields, expects_continue=connection.they_are_waiting_for_100_continue)
-        length = headers.find(fields, b"content-length")
-        ids = headers.find_all(fields, b"x-request-id")
-        # Of several ids the first counts, which need not be the one with its place in the shape.
-        if len(head) <= REMEMBERED_BYTES and len(fields) <= REMEMBERED_FIELDS and len(ids) <= 1:
-            self._remember(shape, parsed, len(head))
+        length, ids = headers.find(fields, b"content-length"), headers.find_all(fields, b"x-request-id")
+        names = [name.lower() for name in shape[1::2]]
+        length_at = names.index(b"content-length") if length is not None else None
+        id_at = names.index(b"x-request-id") if b"x-request-id" in names else None
+        # An id of two words is not among the values; of two ids it is not known which is.
+        has_one_id = len(ids) == (id_at is not None)
+        if has_one_id and len(fields) <= REMEMBERED_FIELDS and len(head) <= REMEMBERED_BYTES:
+            self._remember(shape, (parsed, length_at, id_at), len(head))
         request_id = headers.good_request_id(ids[0]) if ids else None
         return parsed, None if length is None else int(length), request_id
 
-    def _remember(self, shape: tuple[bytes, ...], head: RequestHead, size: int) -> None:
+    def _remember(self, shape: tuple[bytes, ...], known: _Known, size: int) -> None:
         self._known_bytes += size
         if self._known_bytes > ALL_REMEMBERED_BYTES:
             self._known.clear()
             self._known_bytes = size
-        self._known[shape] = head
+        self._known[shape] = known

@@ -67,6 +67,7 @@ SECONDS: Final = {
     "folded id": HEAD.replace(b"a-1", b"a\r\n 1"),
     "blanks around the id": HEAD.replace(b" a-1", b"\t a-1 \t"),
     "blank before the colon": HEAD.replace(b"Id: a-1", b"Id : a-1"),
+    "two ids, the first of two words": HEAD.replace(b"a-1", b"a 1\r\nX-Request-Id: b"),
     "two ids": HEAD.replace(b"a-1", b"a-1\r\nX-Request-Id: b"),
     "fields in another order": HEAD.replace(b"\r\nContent-Length: 77", b"").replace(
         b"a-1", b"a-1\r\nContent-Length: 77"
