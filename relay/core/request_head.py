@@ -23,8 +23,8 @@ REMEMBERED_FIELDS: Final = 48
 #: Of all heads that are kept: some 3,000 ordinary ones, in about 10 MB. With more, all are forgotten.
 ALL_REMEMBERED_BYTES: Final = 1_048_576
 
-#: The fields that are a request's own, with values that may be.
-_OWN: Final = re.compile(rb"(?i)\r\n(content-length|x-request-id):[ \t]*([!-~]*)[ \t]*(?=\r\n)")
+#: The fields that are a request's own, with values that may be. Possessive: no position is tried twice.
+_OWN: Final = re.compile(rb"(?i)\r\n(content-length|x-request-id):[ \t]*+([!-~]*+)[ \t]*+(?=\r\n)")
 _OWN_NAMES: Final = frozenset({b"content-length", b"x-request-id"})
 _MOST_DIGITS: Final = 19
 

@@ -146,6 +146,15 @@ def test_a_head_without_length_or_id_is_known_too() -> None:
     assert reader.read(head, 65536)[0] is first[0]
 
 
+@pytest.mark.parametrize(
+    "value", [b" " * 60000, b"a" * 60000, b" a" * 30000, b"\t " * 30000], ids=["blanks", "letters", "both", "tabs"]
+)
+def test_no_value_is_looked_at_twice(value: bytes) -> None:
+    """With a pattern that tries each way to read blanks, one such head takes half a minute."""
+    head = HEAD.replace(b" a-1", value + b"\x80")
+    assert fresh(head)["request_id"] is None
+
+
 def is_known(head: bytes) -> bool:
     reader = HeadReader()
     return reader.read(head, 65536)[0] is reader.read(head, 65536)[0]
