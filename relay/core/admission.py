@@ -26,7 +26,7 @@ class FairQueue(Generic[K, T]):
 
     def __init__(self) -> None:
         self._waiting: OrderedDict[K, deque[T]] = OrderedDict()  # the key whose turn it is comes first
-        self.count = 0  #: items that wait
+        self.count = 0  #: items that wait; no `__len__`, which would be a call, several times a request
 
     def __repr__(self) -> str:
         return f"<FairQueue {self.count} waiting, {len(self._waiting)} keys>"

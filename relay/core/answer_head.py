@@ -1,11 +1,24 @@
-"""What the head of an engine's answer says, worked out once: heads repeat, as those of a second's streams do."""
+"""What the head of an engine's answer says, worked out once: heads repeat, but for a date, a length and an id."""
 
 from __future__ import annotations
+
+import re
+from typing import Final, TypeAlias
 
 import h11
 
 from relay.core import headers
 from relay.core.framing import BodyKind, response_body_kind
+
+#: Of each engine, so many final heads are known by their bytes, up to this size.
+REMEMBERED_HEADS: Final = 16
+REMEMBERED_BYTES: Final = 2048
+
+#: The fields whose values are an answer's own, where they are of printable characters; any other value stays part of
+#: what a head is known by. Possessive: no position is tried twice.
+_OWN: Final = re.compile(rb"(?i)\r\n(content-length|date|x-request-id):[ \t]*+([ -~]*+)(?=\r\n)")
+_OWN_NAMES: Final = frozenset({b"content-length", b"date", b"x-request-id"})
+_MOST_DIGITS: Final = 19
 
 
 class AnswerHead:
@@ -20,7 +33,7 @@ class AnswerHead:
         version = event.http_version
         self.status = event.status_code
         self.reason = event.reason
-        self.fields: headers.Headers = list(event.headers)
+        self.fields: headers.Headers = list(event.headers)  #: those of `_OWN` as the first such head had them
         self.kind = response_body_kind(method, self.status, version, self.fields)
         #: behind the body the connection can carry another exchange, as far as the head can tell
         self.is_keep_alive = (
@@ -36,13 +49,60 @@ class AnswerHead:
 
     @property
     def stream_start(self) -> headers.HeadStart:
-        """How the head of the client's stream begins, of which this is the engine's."""
+        """How the head of the client's stream begins, of which this is the engine's; without its date."""
         if self._stream_start is None:
             self._stream_start = headers.head_start(self.status, self.reason, self.fields, event_stream=True)
         return self._stream_start
 
     def __repr__(self) -> str:
         return f"<AnswerHead {self.status} {self.kind.value}>"
+
+
+#: A head, and for each value of `_OWN`, in their order, the place of its field.
+_Known: TypeAlias = tuple[AnswerHead, tuple[int, ...]]
+
+
+class KnownHeads:
+    """One engine's heads that are known by their bytes, but for the values that are each answer's own."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[bytes, ...], _Known] = {}  # by what is around the values
+
+    def __repr__(self) -> str:
+        return f"<KnownHeads {len(self._known)}>"
+
+    def find(self, head: bytes) -> tuple[AnswerHead, headers.Headers] | None:
+        """What a head says that came before, with its own fields; None: it has to be parsed."""
+        if len(head) > REMEMBERED_BYTES:
+            return None
+        around = _OWN.split(head)  # a text, then each field's name and value, and the text behind it
+        values = around[2::3]
+        del around[2::3]
+        known = self._known.get(tuple(around))
+        if known is None:
+            return None
+        parsed, places = known
+        fields = parsed.fields.copy()
+        for place, value in zip(places, values, strict=True):
+            name, value = fields[place][0], value.rstrip(b" ")
+            if name == b"content-length" and not (value.isdigit() and len(value) <= _MOST_DIGITS):
+                return None
+            fields[place] = name, value
+        return parsed, fields
+
+    def remember(self, head: bytes, parsed: AnswerHead) -> None:
+        """Takes note of what a whole head was parsed to; of one that is long, or has no body, does nothing."""
+        if len(head) > REMEMBERED_BYTES or parsed.kind is BodyKind.NONE:  # whose length says something else
+            return
+        around = _OWN.split(head)
+        own = [(name.lower(), value.rstrip(b" ")) for name, value in zip(around[1::3], around[2::3], strict=True)]
+        places = tuple(at for at, (name, _) in enumerate(parsed.fields) if name in _OWN_NAMES)
+        if [parsed.fields[at] for at in places] != own:  # a value that is no answer's own, or two that h11 has joined
+            return
+        del around[2::3]
+        if len(self._known) >= REMEMBERED_HEADS:
+            self._known.clear()
+        self._known[tuple(around)] = parsed, places
 
 
 def _announces_body(fields: headers.Headers) -> bool:

@@ -7,9 +7,9 @@ hashed.
 Both heads are written by hand, since constructing and sending an h11 event costs more than the rest of a request
 together; and each in two parts, of which the first is the same whenever its sender repeats a head (`passed_fields`,
 `head_start`), so that whoever keeps it need not have it written again. What h11 would have checked holds already: every
-byte of a request has passed `relay.core.strict.check_raw_head` and h11's parser, every name of a response has passed
-h11's parser, and the values of a response lose their control bytes here. What the relay itself adds is made of text it
-controls.
+byte of a request's fields has passed `relay.core.strict.check_raw_head` and h11's parser, its id `good_request_id`,
+every name of a response has passed h11's parser, and the values of a response lose their control bytes here. What the
+relay itself adds is made of text it controls.
 
 What is removed: the fields of RFC 9110 §7.6.1, those of proxy authentication (§11.7: consumed by the proxy they meet),
 ``Trailer``, since trailers are not forwarded, and what ``Connection`` names. That last rule lets a peer remove fields
@@ -88,7 +88,7 @@ _REWRITTEN_IN_REQUEST = HOP_BY_HOP | {
     b"x-request-id",
 }
 _REWRITTEN_AND_ENCODING = _REWRITTEN_IN_REQUEST | {b"accept-encoding"}
-_REWRITTEN_IN_RESPONSE = HOP_BY_HOP | {b"content-length", b"x-request-id"}
+_REWRITTEN_IN_RESPONSE = HOP_BY_HOP | {b"content-length", b"date", b"x-request-id"}
 _REWRITTEN_IN_STREAM = _REWRITTEN_IN_RESPONSE | {b"x-accel-buffering"}
 
 _PHRASES = {status.value: status.phrase.encode("ascii") for status in HTTPStatus}
@@ -138,7 +138,7 @@ def is_event_stream(media_type: bytes) -> bool:
 
 
 def good_request_id(given: bytes) -> str | None:
-    """A client's ``X-Request-Id`` where it is 1 to 200 visible ASCII characters."""
+    """A client's ``X-Request-Id``, if it is 1 to 200 visible ASCII characters; otherwise None."""
     return given.decode("ascii") if 1 <= len(given) <= 200 and _VISIBLE.issuperset(given) else None
 
 
@@ -219,7 +219,6 @@ class HeadStart(NamedTuple):
 
     lines: bytes  #: the status line and the fields that are passed on, without the last line end
     length: bytes  #: the engine's ``Content-Length``, but for 1xx and 204, which have none (RFC 9110 §8.6)
-    has_date: bool  #: the engine sent one
 
 
 def head_start(status: int, reason: bytes, headers: Headers, *, event_stream: bool = False) -> HeadStart:
@@ -228,12 +227,14 @@ def head_start(status: int, reason: bytes, headers: Headers, *, event_stream: bo
     `event_stream` says that the body is one, whatever its label: nobody on the way shall buffer or cache it, and a
     wrong media type is put right.
 
+    The engine's ``Date`` is not among the lines, as each answer has its own: `response_head` is told it.
+
     The version is the relay's own (RFC 9110 §6.2). Values lose their control bytes, so nothing an engine sends can end
     the head.
     """
     drop = _with_nominated(_REWRITTEN_IN_STREAM if event_stream else _REWRITTEN_IN_RESPONSE, headers)
     is_mislabelled = event_stream and not is_event_stream(content_type(headers))
-    has_date = has_cache_control = False
+    has_cache_control = False
     length = b""
     parts = [b"HTTP/1.1 %d " % status, _phrase(status, reason)]
     for name, value in headers:
@@ -241,9 +242,7 @@ def head_start(status: int, reason: bytes, headers: Headers, *, event_stream: bo
             if name == b"content-length" and status >= 200 and status != 204:
                 length = value.translate(_WITHOUT_CONTROLS)
             continue
-        if name == b"date":
-            has_date = True
-        elif name == b"cache-control":
+        if name == b"cache-control":
             has_cache_control = True
         elif name == b"content-type" and is_mislabelled:
             continue
@@ -254,7 +253,7 @@ def head_start(status: int, reason: bytes, headers: Headers, *, event_stream: bo
         if not has_cache_control:
             parts.append(b"\r\ncache-control: no-cache")
         parts.append(b"\r\nx-accel-buffering: no")
-    return HeadStart(b"".join(parts), length, has_date)
+    return HeadStart(b"".join(parts), length)
 
 
 def response_head(
@@ -269,12 +268,10 @@ def response_head(
     """Write the head of a response that begins with `start`.
 
     `framing` decides the framing fields alone: with ``"none"`` (answers to HEAD, 304) the engine's ``Content-Length``
-    stays, as it describes what GET would have brought (RFC 9110 §8.6). `date` is added where the engine sent none
-    (§6.6.1).
+    stays, as it describes what GET would have brought (RFC 9110 §8.6). `date` is the engine's, or the relay's where
+    that sent none (§6.6.1).
     """
-    parts = [start.lines]
-    if not start.has_date:
-        parts += (b"\r\ndate: ", date)
+    parts = [start.lines, b"\r\ndate: ", date.translate(_WITHOUT_CONTROLS)]
     parts += (b"\r\nx-request-id: ", request_id.encode("ascii"))
     if server_timing:
         parts += (b"\r\nserver-timing: ", server_timing)

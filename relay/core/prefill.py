@@ -47,15 +47,14 @@ _ONE_TOKEN: Final[Mapping[Route, Mapping[str, Change]]] = {
 }
 
 
-def one_token(request: Document, route: Route, changes: Mapping[str, Change]) -> bytes:
+def one_token(document: Document, route: Route, changes: Mapping[str, Change]) -> bytes:
     """The request for one token in one piece, with further `changes`; all else unchanged to the byte.
 
-    Raises ValueError where an object to be changed in it has too many members, KeyError for a route that does not
-    generate.
+    Raises KeyError for a route that does not generate, and what `Document.edit` raises.
     """
-    thinks = route is Route.MESSAGES and _budgets_thinking(request.text)
+    thinks = route is Route.MESSAGES and _budgets_thinking(document.text)
     thinking: Mapping[str, Change] = {"thinking": None} if thinks else {}
-    return request.edit({**_ONE_TOKEN[route], **WHOLE, **thinking, **changes})
+    return document.edit({**_ONE_TOKEN[route], **WHOLE, **thinking, **changes})
 
 
 class _Thinking(msgspec.Struct, gc=False):

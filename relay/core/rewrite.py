@@ -75,10 +75,10 @@ class _Counts(msgspec.Struct, gc=False):
 
 
 class _Walker:
-    """Finds an object's members, no more than `MAX_MEMBERS`. One is enough, as making it costs more than a walk."""
+    """Finds an object's members, at most `MAX_MEMBERS`. One for all: to make its decoder costs more than a walk."""
 
     def __init__(self) -> None:
-        self._left = 0
+        self._left = 0  # of the walk under way: walks never nest
         self._decode = msgspec.json.Decoder(dict[_Key, msgspec.Raw], dec_hook=self._take_key).decode
 
     def _take_key(self, _: type, name: str) -> _Key:
@@ -127,7 +127,10 @@ class Document:
         return f"<Document bytes={len(self.text)} members={len(self._members)}>"
 
     def edit(self, changes: Mapping[str, Change]) -> bytes:
-        """As `edit`."""
+        """The object with `changes`, as of the function `edit`.
+
+        Raises ValueError where an inner object to be changed has too many members.
+        """
         return _applied(_edits(self.text, self._members, changes), self.text)
 
 

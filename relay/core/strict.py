@@ -5,10 +5,10 @@ where it can be: it joins folded lines, takes LF for CR LF, turns ``Content-Leng
 ``Transfer-Encoding`` over ``Content-Length``, and lets control bytes through. An engine behind us, or a proxy in front,
 may read each of these otherwise. And once h11 has normalised a head, nobody can see how it was written.
 
-Hence the head is judged as it arrived, before h11 sees it. One regular expression, in linear time, describes all of
-a head's grammar, so an ordinary head costs a few microseconds and only a faulty one is looked at line by line to say
-what is wrong with it. A second one finds the fields that frame the body. What is left, the meaning of method, target,
-``Host`` and ``Expect``, is judged on h11's event.
+Hence a head is judged as it arrived, before h11 sees it (once: `relay.core.request_head` knows those that repeat). One
+regular expression, in linear time, describes all of a head's grammar, so an ordinary head costs a few microseconds and
+only a faulty one is looked at line by line to say what is wrong with it. A second one finds the fields that frame the
+body. What is left, the meaning of method, target, ``Host`` and ``Expect``, is judged on h11's event.
 
 The order of use, on a buffer that begins where the last request ended::
 

@@ -71,8 +71,7 @@ def cached_tokens(answer: bytes) -> int | None:
     found = decode_or_none(_ANSWER, answer)
     if found is None or found.usage is None:
         return None
-    details = found.usage.prompt_tokens_details or found.usage.input_tokens_details
-    return first_known(details.cached_tokens if details else None, found.usage.cache_read_input_tokens)
+    return _cached(found.usage)
 
 
 def updated(before: Usage | None, wire: WireUsage) -> Usage | None:
@@ -84,7 +83,6 @@ def updated(before: Usage | None, wire: WireUsage) -> Usage | None:
         prompt = wire.input_tokens + (wire.cache_read_input_tokens or 0) + (wire.cache_creation_input_tokens or 0)
     prompt = first_known(prompt, old.prompt_tokens)
     completion = first_known(wire.completion_tokens, wire.output_tokens, old.completion_tokens)
-    inputs = wire.prompt_tokens_details or wire.input_tokens_details or _Details()
     outputs = wire.completion_tokens_details or wire.output_tokens_details or _Details()
     total = wire.total_tokens
     if total is None and prompt is not None and completion is not None:
@@ -93,8 +91,13 @@ def updated(before: Usage | None, wire: WireUsage) -> Usage | None:
         return before
     return Usage(
         prompt,
-        first_known(inputs.cached_tokens, wire.cache_read_input_tokens, old.cached_tokens),
+        first_known(_cached(wire), old.cached_tokens),
         completion,
         first_known(outputs.reasoning_tokens, old.reasoning_tokens),
         total,
     )
+
+
+def _cached(wire: WireUsage) -> int | None:
+    details = wire.prompt_tokens_details or wire.input_tokens_details
+    return first_known(details.cached_tokens if details else None, wire.cache_read_input_tokens)

@@ -79,7 +79,7 @@ class Delivery:
         if reply.is_early:
             head, opening.first = b"", without_mark(opening.first, is_chunked=relay.is_chunked)
         else:
-            head = reply.head_from(answer.head.stream_start, framing)
+            head = reply.head_from(answer.head.stream_start, framing, headers.find(answer.fields, b"date"))
         exchange.commit(answer.status)
         reply.is_stream = reply.is_torn = True
         await reply.send(head + opening.first)

@@ -101,8 +101,8 @@ class ClientConnection:
         self.request_started = 0.0  #: when the current request's first byte came (monotonic clock)
         self.is_waiting = False  #: between two requests, or in a TLS handshake
         self.is_torn = False  #: the last answer did not come to its end
-        #: of the last request `headers.passed_fields`, with the head and the rules they were made of
-        self.passed: tuple[RequestHead, Substitution, bytes] | None = None
+        #: what `headers.passed_fields` made for the last request, behind the head and the rules it was made of
+        self.passed_fields: tuple[RequestHead, Substitution, bytes] | None = None
         self._tls = self.sock if isinstance(self.sock, tls.TlsSocket) else None
         self._budget = budget
         self._held = 0

@@ -195,16 +195,19 @@ def head_of(exchange: Exchange, upstream: Upstream, sends: LegRequest) -> bytes:
 
 
 def _passed_fields(exchange: Exchange, sends: LegRequest) -> bytes:
-    """The client's own fields, as an engine gets them; kept for its next request, whose head may be the same."""
+    """The client's own fields, as an engine gets them; kept for the client's next request, which may have that head."""
     client, head, rules = exchange.client, exchange.request.head, exchange.service.guard.substitution
     if sends.headers:
         replaced = {name for name, _ in sends.headers}
         fields = [*(field for field in head.fields if field[0] not in replaced), *sends.headers]
         return _written(exchange, rules, fields)
-    passed = client.passed
-    if passed is None or passed[0] is not head or passed[1] is not rules:
-        client.passed = passed = head, rules, _written(exchange, rules, head.fields)
-    return passed[2]
+    if client.passed_fields is not None:
+        of_head, by_rules, lines = client.passed_fields
+        if of_head is head and by_rules is rules:
+            return lines
+    lines = _written(exchange, rules, head.fields)
+    client.passed_fields = head, rules, lines  # not with the head: the client's address and scheme are in them
+    return lines
 
 
 def _written(exchange: Exchange, rules: Substitution, fields: headers.Headers) -> bytes:

@@ -15,7 +15,7 @@ import msgspec
 import trio
 
 from relay.address import UpstreamConfig
-from relay.core.answer_head import AnswerHead
+from relay.core.answer_head import KnownHeads
 from relay.core.balance import Seat
 from relay.core.connectors.base import Endpoint
 from relay.core.health import Health
@@ -99,7 +99,7 @@ class Upstream:
         self.shares: Shares | None = None  #: where its load is shown to other workers
         self.permits: Permits | None = None  #: its limit's places, where it is one over several workers
         self.endpoint: Endpoint | None = None  #: as its connector sees it; a prefiller's, with what had to be asked for
-        self.heads: dict[bytes, AnswerHead] = {}  #: of its answers, what some of the last were parsed to
+        self.heads = KnownHeads()  #: of its answers
         self._idle: deque[UpstreamConnection] = deque()
 
     def __repr__(self) -> str:

@@ -58,15 +58,15 @@ class Reply:
 
     def head(self, status: int, reason: bytes, fields: headers.Headers, framing: headers.Framing) -> bytes:
         """The head of an answer, with what the relay adds to it."""
-        return self.head_from(headers.head_start(status, reason, fields), framing)
+        return self.head_from(headers.head_start(status, reason, fields), framing, headers.find(fields, b"date"))
 
-    def head_from(self, start: headers.HeadStart, framing: headers.Framing) -> bytes:
-        """The same, where its beginning is known."""
+    def head_from(self, start: headers.HeadStart, framing: headers.Framing, date: bytes | None = None) -> bytes:
+        """The same, where its beginning is known; `date`: the engine's."""
         return headers.response_head(
             start,
             framing=framing,
             keep_alive=self.keep_alive and not self.service.is_draining,
-            date=b"" if start.has_date else _http_date(),
+            date=date or _http_date(),
             request_id=self.id,
             server_timing=b"" if self.is_early else server_timing(self.timeline, time.monotonic()),
         )

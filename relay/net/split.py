@@ -115,7 +115,7 @@ class SplitAttempt:
         preflight = self._pool.connector.preflight(prefiller.endpoint)
         if preflight is not None:
             self._exchange.phase = Phase.PREFILL
-            with self._judged(prefiller):
+            with _Judged(self._exchange, self._groups["prefill"], prefiller):
                 prefiller.endpoint = await _ask_first(preflight)
         return prefiller.endpoint
 
@@ -270,7 +270,7 @@ class SplitAttempt:
         limit_s = exchange.config.timeouts.prefill_s
         began = time.monotonic()
         try:
-            with self._judged(upstream) as attempt:
+            with _Judged(exchange, self._groups["prefill"], upstream) as attempt:
                 try:
                     answer = await ask_whole(exchange, upstream, sends, limit_s=limit_s, last_word_s=last_word_s)
                 except trio.TooSlowError:
@@ -284,9 +284,6 @@ class SplitAttempt:
                 return answer
         finally:
             exchange.timeline.add_prefill(time.monotonic() - began, is_beside=is_beside)
-
-    def _judged(self, upstream: Upstream) -> _Judged:
-        return _Judged(self._exchange, self._groups["prefill"], upstream)
 
     def _decode_leg(self, sends: LegRequest) -> Leg:
         exchange = self._exchange
@@ -319,15 +316,17 @@ class SplitAttempt:
 class _Judged:
     """Tells a prefiller's health how an attempt with it went; errors are of the prefill phase."""
 
+    # No generator: to enter and leave one takes three times as long.
     __slots__ = ("_attempt", "_exchange", "_group", "_upstream")
 
     def __init__(self, exchange: Exchange, group: Group, upstream: Upstream) -> None:
         self._exchange = exchange
         self._group = group
         self._upstream = upstream
-        self._attempt = group.begin(upstream)
+        self._attempt: Attempt
 
     def __enter__(self) -> Attempt:
+        self._attempt = self._group.begin(self._upstream)
         return self._attempt
 
     def __exit__(

@@ -1,8 +1,8 @@
 """Asking an engine: a request out, the head of its answer in, and the rest of the bytes handed over raw.
 
-h11 parses the head of the answer, in a fresh `h11.Connection` per exchange; a head that is the same to the byte as one
-before, as those of a second's streams are, is not parsed again. The request's head was written by `relay.core.headers`,
-so h11 is only told that one went out.
+h11 parses the head of the answer, in a fresh `h11.Connection` per exchange; one that is the same as one before, but for
+its date, length and id, is not parsed again. The request's head was written by `relay.core.headers`, so h11 is only
+told that one went out.
 """
 
 from __future__ import annotations
@@ -38,9 +38,6 @@ _REQUEST: Final = h11.Request(method=b"GET", target=b"/", headers=[(b"host", b"-
 _END: Final = h11.EndOfMessage()
 _INTERIM: Final = (b"HTTP/1.1 1", b"HTTP/1.0 1")
 _HEAD_END: Final = b"\r\n\r\n"
-#: Of each engine, so many final heads are known by their bytes, up to this size: streams' differ in their date alone.
-_REMEMBERED_HEADS: Final = 16
-_REMEMBERED_BYTES: Final = 2048
 
 
 class Answer:
@@ -48,14 +45,14 @@ class Answer:
 
     __slots__ = ("decoder", "fields", "head", "is_reusable", "kind", "reason", "rest", "status")
 
-    def __init__(self, head: AnswerHead, rest: bytes, *, is_request_sent: bool) -> None:
-        self.head = head  #: shared with others that began with the same bytes
+    def __init__(self, head: AnswerHead, fields: headers.Headers, rest: bytes, *, is_request_sent: bool) -> None:
+        self.head = head  #: shared with others that began alike; its fields are not
         self.status = head.status
         self.reason = head.reason
-        self.fields = head.fields
+        self.fields = fields
         self.kind = head.kind
         self.rest = rest  #: bytes of the body that came with the head
-        self.decoder: BodyDecoder = decoder_for(head.kind, head.fields)
+        self.decoder: BodyDecoder = decoder_for(head.kind, fields)
         #: whether, after its body, the connection can carry another exchange
         self.is_reusable = is_request_sent and head.is_keep_alive
 
@@ -104,9 +101,9 @@ async def ask(
         data += more  # at the engine's end, `_read_head` says what is wrong
     heads = connection.upstream.heads
     size = data.find(_HEAD_END) + len(_HEAD_END)
-    known = heads.get(data[:size]) if method != b"HEAD" else None  # whose answers' bodies are framed otherwise
+    known = heads.find(data[:size]) if method != b"HEAD" else None  # whose answers' bodies are framed otherwise
     if known is not None:
-        return Answer(known, data[size:], is_request_sent=is_sent), []
+        return Answer(*known, data[size:], is_request_sent=is_sent), []
     interim: list[h11.InformationalResponse] = []
     try:
         event, rest = await _read_head(pair, connection, data, interim)
@@ -114,11 +111,9 @@ async def ask(
     except (h11.RemoteProtocolError, FramingError) as exc:
         raise UpstreamProtocolError(f"the engine's answer is not HTTP/1.1: {exc}", phase=Phase.HEAD) from None
     is_all = not data.startswith(_INTERIM) and data[size:] == rest  # the first head is the answer's, and came whole
-    if is_all and len(_HEAD_END) < size <= _REMEMBERED_BYTES and method != b"HEAD":
-        if len(heads) >= _REMEMBERED_HEADS:
-            heads.clear()
-        heads[data[:size]] = answer_head
-    return Answer(answer_head, rest, is_request_sent=is_sent), interim
+    if is_all and size > len(_HEAD_END) and method != b"HEAD":
+        heads.remember(data[:size], answer_head)
+    return Answer(answer_head, answer_head.fields, rest, is_request_sent=is_sent), interim
 
 
 async def _read_head(

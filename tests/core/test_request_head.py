@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any, Final
 
 import pytest
@@ -72,27 +73,19 @@ SECONDS: Final = {
     "fields in another order": HEAD.replace(b"\r\nContent-Length: 77", b"").replace(
         b"a-1", b"a-1\r\nContent-Length: 77"
     ),
-    "names in another case": HEAD.lower(),
+    "names in another case": HEAD.replace(b"Content-L", b"content-l").replace(b"X-Request-Id", b"x-request-ID"),
     "values exchanged": HEAD.replace(b"77", b"x").replace(b"a-1", b"77").replace(b"x", b"a-1"),
     "no method": HEAD.removeprefix(b"POST"),
     "without its end": HEAD.removesuffix(b"\r\n"),
 }
 
 
-@pytest.mark.parametrize("second", SECONDS.values(), ids=SECONDS)
-def test_a_second_head(second: bytes) -> None:
-    reader = HeadReader()
-    assert said(reader, HEAD) == fresh(HEAD)
-    assert said(reader, second) == fresh(second)
-    assert said(reader, HEAD) == fresh(HEAD)
-
-
 @pytest.mark.parametrize("first", SECONDS.values(), ids=SECONDS)
-@pytest.mark.parametrize("second", SECONDS.values(), ids=SECONDS)
-def test_a_head_behind_any_other(first: bytes, second: bytes) -> None:
-    reader = HeadReader()
-    said(reader, first)
-    assert said(reader, second) == fresh(second)
+def test_any_head_behind_any_other(first: bytes) -> None:
+    for name, second in SECONDS.items():
+        reader = HeadReader()
+        for head in (first, second, first):
+            assert said(reader, head) == fresh(head), name
 
 
 PIECES: Final = st.sampled_from(
@@ -152,7 +145,9 @@ def test_a_head_without_length_or_id_is_known_too() -> None:
 def test_no_value_is_looked_at_twice(value: bytes) -> None:
     """With a pattern that tries each way to read blanks, one such head takes half a minute."""
     head = HEAD.replace(b" a-1", value + b"\x80")
+    began = time.process_time()
     assert fresh(head)["request_id"] is None
+    assert time.process_time() - began < 5
 
 
 def is_known(head: bytes) -> bool:
@@ -182,4 +177,4 @@ def test_of_ever_new_heads_no_more_than_so_much_is_kept() -> None:
         reader.read(HEAD.replace(b"Bearer k", b"Bearer %08d%b" % (index, padding)), 65536)
         most = max(most, sum(map(len, [piece for shape in reader._known for piece in shape])))
     assert ALL_REMEMBERED_BYTES * 0.8 < most <= ALL_REMEMBERED_BYTES
-    assert is_known(HEAD)
+    assert reader.read(HEAD, 65536)[0] is reader.read(HEAD, 65536)[0]

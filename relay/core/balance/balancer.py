@@ -51,6 +51,7 @@ class Seat:
     @property
     def score(self) -> float:
         """What is outstanding, in streams, per weight."""
+        # `load`, written out: this is asked for at each change, and a property is a call.
         return (self.streams + self.prompt_bytes / PROMPT_BYTES_PER_STREAM + self.others) / self.weight
 
 

@@ -59,6 +59,7 @@ class Nixl(Connector):
 
         def hand_over(answer: bytes) -> HandOver:
             handle = handle_of(answer)
+            # None takes a client's own away, as `alone` does.
             decode = LegRequest(document.edit({KV_PARAMS: handle}), request.attempt_id)
             return HandOver(decode, is_missing=handle is None, holds_kv=handle is not None)
 
