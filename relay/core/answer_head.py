@@ -94,10 +94,12 @@ class KnownHeads:
         """Takes note of what a whole head was parsed to; of one that is long, or has no body, does nothing."""
         if len(head) > REMEMBERED_BYTES or parsed.kind is BodyKind.NONE:  # whose length says something else
             return
+        if head.lower().count(b"\r\ncontent-length:") > 1:  # they may contradict each other the next time
+            return
         around = _OWN.split(head)
         own = [(name.lower(), value.rstrip(b" ")) for name, value in zip(around[1::3], around[2::3], strict=True)]
         places = tuple(at for at, (name, _) in enumerate(parsed.fields) if name in _OWN_NAMES)
-        if [parsed.fields[at] for at in places] != own:  # a value that is no answer's own, or two that h11 has joined
+        if [parsed.fields[at] for at in places] != own:  # a value that is no answer's own, as `_OWN` has it
             return
         del around[2::3]
         if len(self._known) >= REMEMBERED_HEADS:

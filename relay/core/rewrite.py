@@ -78,7 +78,7 @@ class _Walker:
     """Finds an object's members, at most `MAX_MEMBERS`. One for all: to make its decoder costs more than a walk."""
 
     def __init__(self) -> None:
-        self._left = 0  # of the walk under way: walks never nest
+        self._left = 0  # of the walk under way: walks never nest, nor are there threads
         self._decode = msgspec.json.Decoder(dict[_Key, msgspec.Raw], dec_hook=self._take_key).decode
 
     def _take_key(self, _: type, name: str) -> _Key:
