@@ -250,5 +250,8 @@ def decoder_for(kind: BodyKind, headers: list[tuple[bytes, bytes]]) -> BodyDecod
         return ChunkDecoder()
     if kind is BodyKind.CLOSE:
         return CloseDecoder()
-    length = next((value for name, value in headers if name == b"content-length"), b"0")
-    return LengthDecoder(int(length) if kind is BodyKind.LENGTH else 0)
+    if kind is BodyKind.LENGTH:
+        for name, value in headers:
+            if name == b"content-length":
+                return LengthDecoder(int(value))
+    return LengthDecoder(0)

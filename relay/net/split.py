@@ -140,7 +140,9 @@ class SplitAttempt:
             if pool.config.on_missing_kv == "error":
                 raise UpstreamProtocolError("the prefiller's answer holds no handle", phase=Phase.PREFILL)
         if pool.config.cached_tokens_from == "prefill" and hand_over.holds_kv:
-            self._editor.cached_tokens = cached_tokens(answer.body)  # the decoder counts all it was handed over
+            cached = cached_tokens(answer.body)  # the decoder counts all it was handed over
+            if cached is not None:
+                self._editor.cached_tokens = cached
         leg = self._decode_leg(hand_over.decode)
         try:
             await trio.lowlevel.checkpoint_if_cancelled()
