@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
+import random
 import resource
 import socket
 import time
@@ -12,6 +14,8 @@ from pathlib import Path
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 #: What clock_getcpuclockid(3) puts below a process's number: its own time on a core, which has no name in Python.
 _CPUCLOCK_SCHED = 2
+#: Below it stand the ports of services (RFC 6335 §6: the system's, and the best known of users').
+_LEAST_PORT = 10000
 
 
 def family(pid: int) -> list[int]:
@@ -63,10 +67,17 @@ def _memory_bytes(pid: int) -> int:
 
 
 def free_port() -> int:
-    """A TCP port of 127.0.0.1 that nobody listens on just now."""
+    """A TCP port of 127.0.0.1 that nobody listens on, and that the kernel gives to nobody until it is listened on.
+
+    Of those it gives (ip(7), ip_local_port_range) any connection may get one meanwhile, and there are thousands.
+    """
+    first_given = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    ports = range(_LEAST_PORT, max(first_given, _LEAST_PORT))
+    for port in random.sample(ports, len(ports)):
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
     with socket.create_server(("127.0.0.1", 0)) as probe:
-        port: int = probe.getsockname()[1]
-        return port
+        return int(probe.getsockname()[1])
 
 
 def descriptors(pid: int) -> int:

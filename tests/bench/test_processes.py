@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+import random
+import socket
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -47,3 +50,20 @@ def test_cpu_time_of_threads_that_have_ended_still_counts() -> None:
     thread.start()
     thread.join()
     assert processes.cpu_ns(os.getpid()) - before >= burnt_ns
+
+
+def test_a_free_port_is_none_that_the_kernel_gives() -> None:
+    first, last = (int(word) for word in Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    port = processes.free_port()
+    with socket.create_server(("127.0.0.1", port)):
+        assert not first <= port <= last
+
+
+def test_a_port_that_is_taken_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = processes.free_port()
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        taken = other.getsockname()[1]
+        monkeypatch.setattr(random, "sample", lambda ports, k: [taken, free])
+        assert processes.free_port() == free
+        monkeypatch.setattr(random, "sample", lambda ports, k: [taken])
+        assert processes.free_port() not in (taken, 0)
