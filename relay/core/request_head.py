@@ -1,10 +1,10 @@
 """A request's head, judged by `relay.core.strict` and parsed by h11; one that repeats another is known by its bytes.
 
 Clients send the same head again and again, on one connection and on many; what changes is the number in
-``Content-Length`` and the value of ``X-Request-Id``. (HTTP/2 has its table of fields for that.) All else that is read
-of a head depends on its other bytes alone. So a head whose other bytes are known is neither judged nor parsed again;
-only those two values are checked. That saves half of what a request costs before it is sent on, where the worker has
-rested for some milliseconds.
+``Content-Length`` and the names by which a request is found again: its ``X-Request-Id``, and what gateways and tracers
+add. (HTTP/2 has its table of fields for that.) All else that is read of a head depends on its other bytes alone. So a
+head whose other bytes are known is neither judged nor parsed again; only those values are checked. That saves half of
+what a request costs before it is sent on, where the worker has rested for some milliseconds.
 """
 
 from __future__ import annotations
@@ -24,15 +24,22 @@ REMEMBERED_FIELDS: Final = 48
 #: With more, all are forgotten (in less than 10 ms), and with them the credentials in them.
 ALL_REMEMBERED_BYTES: Final = 524_288
 
+#: Traces that differ with each request and are the engine's to read: W3C's, Zipkin's, AWS's, Google's, Cloudflare's.
+_TRACES: Final = frozenset(
+    (
+        b"traceparent", b"tracestate", b"x-b3-traceid", b"x-b3-spanid", b"x-b3-parentspanid", b"x-amzn-trace-id",
+        b"x-cloud-trace-context", b"cf-ray", b"x-correlation-id",
+    )
+)  # fmt: skip
+_TOLD: Final = frozenset((b"content-length", b"x-request-id"))
 #: The fields whose values are a request's own, where they are of visible characters; any other value stays part of what
 #: a head is known by. Possessive: no position is tried twice.
-_OWN: Final = re.compile(rb"(?i)\r\n(content-length|x-request-id):[ \t]*+([!-~]*+)[ \t]*+(?=\r\n)")
-_OWN_NAMES: Final = frozenset({b"content-length", b"x-request-id"})
+_OWN: Final = re.compile(rb"(?i)\r\n(%b):[ \t]*+([!-~]*+)[ \t]*+(?=\r\n)" % b"|".join(sorted(_TOLD | _TRACES)))
 _MOST_DIGITS: Final = 19  # as `strict` allows
 
 
 class RequestHead:
-    """What a head says, but for what is its request's own: the length of the body, and the id."""
+    """What a head says, but for what is its request's own: the length of the body, the id, and traces."""
 
     __slots__ = (
         "expects_continue", "fields", "host", "is_chunked", "is_keep_alive", "method", "path", "route", "target",
@@ -46,7 +53,7 @@ class RequestHead:
         self.target, self.host = strict.check_request(self.method, event.target, self.version, fields)
         self.path = self.target.partition(b"?")[0]
         self.route = route_of(self.target)
-        self.fields = [field for field in fields if field[0] not in _OWN_NAMES]
+        self.fields = [field for field in fields if field[0] not in _TOLD]  #: traces as the first such head had them
         self.expects_continue = expects_continue
         self.is_keep_alive = self.version >= b"1.1" and not headers.wants_close(self.version, fields)
         self.is_chunked = headers.find(fields, b"transfer-encoding") is not None
@@ -55,11 +62,13 @@ class RequestHead:
         return f"<RequestHead {self.method!r} {self.target!r}>"
 
 
-#: A head, perhaps shared with other requests, also of other connections; the length of the body, if it tells one; the
-#: client's own id, if it has a good one. No named tuple: to make one is a call of Python's.
-ReadHead: TypeAlias = tuple[RequestHead, int | None, str | None]
-#: A head, and at which place among the values found by `_OWN` its length and its id are; None: it has none.
-_Known: TypeAlias = tuple[RequestHead, int | None, int | None]
+#: A head, perhaps shared with other requests, also of other connections; its fields, a list of this request's own where
+#: it has traces; the length of the body, if it tells one; the client's own id, if it has a good one. No named tuple: to
+#: make one is a call of Python's.
+ReadHead: TypeAlias = tuple[RequestHead, headers.Headers, int | None, str | None]
+#: A head, and at which place among the values found by `_OWN` its length and its id are; None: it has none. Then of
+#: each trace its place there, and that of its field.
+_Known: TypeAlias = tuple[RequestHead, int | None, int | None, tuple[tuple[int, int], ...]]
 
 
 class HeadReader:
@@ -80,19 +89,24 @@ class HeadReader:
         shape = tuple(around)
         known = self._known.get(shape)
         if known is None:
-            return self._read_anew(head, shape, max_head_bytes)
-        parsed, length_at, id_at = known
+            return self._read_anew(head, shape, values, max_head_bytes)
+        parsed, length_at, id_at, traces = known
         length = request_id = None
         if length_at is not None:
             digits = values[length_at]
             if not digits.isdigit() or len(digits) > _MOST_DIGITS:
-                return self._read_anew(head, shape, max_head_bytes)  # which says what is wrong
+                return self._read_anew(head, shape, values, max_head_bytes)  # which says what is wrong
             length = int(digits)
         if id_at is not None:
             request_id = headers.good_request_id(values[id_at])
-        return parsed, length, request_id
+        fields = parsed.fields
+        if traces:
+            fields = fields.copy()
+            for at, place in traces:
+                fields[place] = fields[place][0], values[at]
+        return parsed, fields, length, request_id
 
-    def _read_anew(self, head: bytes, shape: tuple[bytes, ...], max_head_bytes: int) -> ReadHead:
+    def _read_anew(self, head: bytes, shape: tuple[bytes, ...], values: list[bytes], max_head_bytes: int) -> ReadHead:
         strict.check_raw_head(head)
         connection = h11.Connection(h11.SERVER, max_incomplete_event_size=max_head_bytes)
         try:
@@ -109,10 +123,14 @@ class HeadReader:
         id_at = own.index(b"x-request-id") if b"x-request-id" in own else None
         # An id that is not among the values, of two words, say, makes each head a new one; of two ids the first counts.
         is_id_at_hand = own.count(b"x-request-id") == len(ids) <= 1
-        if is_id_at_hand and len(fields) <= REMEMBERED_FIELDS and len(head) <= REMEMBERED_BYTES:
-            self._remember(shape, (parsed, length_at, id_at), len(head))
+        traced = [at for at, name in enumerate(own) if name in _TRACES]
+        places = [place for place, (name, _) in enumerate(parsed.fields) if name in _TRACES]
+        are_traces_at_hand = [(own[at], values[at]) for at in traced] == [parsed.fields[place] for place in places]
+        is_small = len(fields) <= REMEMBERED_FIELDS and len(head) <= REMEMBERED_BYTES
+        if is_id_at_hand and are_traces_at_hand and is_small:
+            self._remember(shape, (parsed, length_at, id_at, tuple(zip(traced, places, strict=True))), len(head))
         request_id = headers.good_request_id(ids[0]) if ids else None
-        return parsed, None if length is None else int(length), request_id
+        return parsed, parsed.fields, None if length is None else int(length), request_id
 
     def _remember(self, shape: tuple[bytes, ...], known: _Known, size: int) -> None:
         self._known_bytes += size

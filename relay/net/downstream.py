@@ -27,6 +27,7 @@ from relay.net.source import Source
 
 if TYPE_CHECKING:
     from relay.core.auth import Substitution
+    from relay.core.headers import Headers
 
 #: After an answer to a request not read to its end: how long, and how much, is read and dropped so that the answer is
 #: not lost to a reset (RFC 9112 §9.6; nginx's lingering_timeout).
@@ -47,10 +48,11 @@ _EMPTY_LINE: Final = b"\r\n"
 class Request:
     """One request, read whole."""
 
-    __slots__ = ("body", "has_body", "head", "id", "key")
+    __slots__ = ("body", "fields", "has_body", "head", "id", "key")
 
-    def __init__(self, head: RequestHead, request_id: str | None, *, has_body: bool) -> None:
+    def __init__(self, head: RequestHead, fields: Headers, request_id: str | None, *, has_body: bool) -> None:
         self.head = head  #: shared with other requests
+        self.fields = fields  #: the head's, where nothing in them is this request's own
         self.id = request_id  #: the client's own; None: it has none, or no good one
         self.body = b""
         self.has_body = has_body  #: it comes with a body, be it an empty one
@@ -212,8 +214,8 @@ class ClientConnection:
         self.request_started = time.monotonic()
         try:
             self._limit_waits(timeouts.client_head_s)
-            head, length, request_id = self._heads.read(await self._head(), self.limits.max_head_bytes)
-            request = Request(head, request_id, has_body=head.is_chunked or length is not None)
+            head, fields, length, request_id = self._heads.read(await self._head(), self.limits.max_head_bytes)
+            request = Request(head, fields, request_id, has_body=head.is_chunked or length is not None)
             self.refused = request  # until it is read whole
             self._visit = self._admit(request)
             if request.has_body:

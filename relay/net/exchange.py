@@ -166,7 +166,7 @@ class Exchange:
         return self.reply.comment() if awaits_stream and not self.reply.is_committed else True
 
     def _ask_for(self, pool: Pool) -> Ask:
-        fields, facts = self.request.head.fields, self.facts
+        fields, facts = self.request.fields, self.facts
         known = self.request.key
         tenant = known.encode() if known else headers.find(fields, b"authorization") or self.client.peer.encode()
         session = headers.find(fields, pool.session_field) or (facts.user.encode() if facts.user else None) or tenant

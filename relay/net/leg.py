@@ -196,17 +196,19 @@ def head_of(exchange: Exchange, upstream: Upstream, sends: LegRequest) -> bytes:
 
 def _passed_fields(exchange: Exchange, sends: LegRequest) -> bytes:
     """The client's own fields, as an engine gets them; kept for the client's next request, which may have that head."""
-    client, head, rules = exchange.client, exchange.request.head, exchange.service.guard.substitution
+    client, request, rules = exchange.client, exchange.request, exchange.service.guard.substitution
     if sends.headers:
         replaced = {name for name, _ in sends.headers}
-        fields = [*(field for field in head.fields if field[0] not in replaced), *sends.headers]
+        fields = [*(field for field in request.fields if field[0] not in replaced), *sends.headers]
         return _written(exchange, rules, fields)
+    if request.fields is not request.head.fields:
+        return _written(exchange, rules, request.fields)
     if client.passed_fields is not None:
         of_head, by_rules, lines = client.passed_fields
-        if of_head is head and by_rules is rules:
+        if of_head is request.head and by_rules is rules:
             return lines
-    lines = _written(exchange, rules, head.fields)
-    client.passed_fields = head, rules, lines  # not with the head: the client's address and scheme are in them
+    lines = _written(exchange, rules, request.fields)
+    client.passed_fields = request.head, rules, lines  # not with the head: the client's address and scheme are in them
     return lines
 
 

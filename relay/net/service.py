@@ -62,7 +62,7 @@ class Service:
         guard = self.guard
         if guard.access is None:
             return None
-        request.key = name = guard.admit(request.head.method, request.head.target, request.head.fields)
+        request.key = name = guard.admit(request.head.method, request.head.target, request.fields)
         return None if name is None else self.keys.of(name).enter(guard.limits.get(name, NO_LIMITS))
 
     def __repr__(self) -> str:

@@ -83,6 +83,20 @@ async def test_ids_of_the_clients_own() -> None:
     assert [one for one in told if one in ids] == [b"one", b"two", b"two", b"three"]
 
 
+async def test_traces_are_each_requests_own() -> None:
+    engine = Engine(OK)
+    traces = [b"00-1", b"00-2", b"00-2", b"", b"a b", b"00-3"]
+    async with exchange(engine) as (_, client):
+        for trace in traces:
+            await client.send(with_body(b"{}", HEAD.replace(b"X-Tag: a", b"X-Tag: a\r\nTraceParent: " + trace)))
+            assert (await client.answer()).status == 200
+        await client.send(with_body(b"{}"))
+        assert (await client.answer()).status == 200
+    (received,) = engine.received
+    heads = [b"\r\n".join(lines) for lines, _ in messages(received, len(traces) + 1)]
+    assert [re.findall(rb"\r\ntraceparent: ([^\r]*)", head) for head in heads] == [*([one] for one in traces), []]
+
+
 async def test_clients_of_other_addresses_with_the_same_head() -> None:
     """What is known of a head holds for all connections; whose it is does not."""
     engine = Engine(OK)

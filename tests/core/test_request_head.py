@@ -20,17 +20,18 @@ from relay.errors import RequestRefused
 
 HEAD: Final = (
     b"POST /v1/chat/completions HTTP/1.1\r\nHost: relay:8080\r\nContent-Length: 77\r\nAuthorization: Bearer k\r\n"
-    b"X-Request-Id: a-1\r\n\r\n"
+    b"X-Request-Id: a-1\r\ntraceparent: 00-ab-cd-01\r\n\r\n"
 )
 
 
 def said(reader: HeadReader, head: bytes) -> Any:
     """Everything a reader says of a head, or how it refuses it."""
     try:
-        read, length, request_id = reader.read(head, 65536)
+        read, fields, length, request_id = reader.read(head, 65536)
     except RequestRefused as refusal:
         return refusal.status, refusal.code, refusal.message
-    return {name: getattr(read, name) for name in RequestHead.__slots__} | {"length": length, "request_id": request_id}
+    same = {name: getattr(read, name) for name in RequestHead.__slots__ if name != "fields"}
+    return same | {"fields": fields, "length": length, "request_id": request_id}
 
 
 def fresh(head: bytes) -> Any:
@@ -75,6 +76,19 @@ SECONDS: Final = {
     ),
     "names in another case": HEAD.replace(b"Content-L", b"content-l").replace(b"X-Request-Id", b"x-request-ID"),
     "values exchanged": HEAD.replace(b"77", b"x").replace(b"a-1", b"77").replace(b"x", b"a-1"),
+    "other trace": HEAD.replace(b"00-ab", b"00-fe"),
+    "empty trace": HEAD.replace(b"00-ab-cd-01", b""),
+    "trace of two words": HEAD.replace(b"00-ab", b"00 ab"),
+    "trace beyond ASCII": HEAD.replace(b"00-ab", b"\xe4"),
+    "trace with a control character": HEAD.replace(b"00-ab", b"\x01"),
+    "no trace": HEAD.replace(b"traceparent: 00-ab-cd-01\r\n", b""),
+    "another trace": HEAD.replace(b"\r\n\r\n", b"\r\ncf-ray: 1\r\n\r\n"),
+    "two traces": HEAD.replace(b"\r\n\r\n", b"\r\ntraceparent: 1\r\n\r\n"),
+    "two traces, one of two words": HEAD.replace(b"\r\n\r\n", b"\r\ntraceparent: 1 2\r\n\r\n"),
+    "two traces, the first of two words": HEAD.replace(b"Host", b"traceparent: 1 2\r\nHost"),
+    "a field in the trace": HEAD.replace(b"00-ab", b"00\r\nTransfer-Encoding: chunked"),
+    "folded trace": HEAD.replace(b"00-ab", b"00\r\n ab"),
+    "a trace that is nominated": HEAD.replace(b"Host", b"Connection: traceparent\r\nHost"),
     "no method": HEAD.removeprefix(b"POST"),
     "without its end": HEAD.removesuffix(b"\r\n"),
 }
@@ -90,6 +104,10 @@ def test_any_head_behind_any_other(first: bytes) -> None:
 
 PIECES: Final = st.sampled_from(
     [
+        b"\r\ntraceparent: a",
+        b"\r\nTraceParent:b ",
+        b"\r\ntraceparent: a b",
+        b"\r\nCF-Ray: 1",
         b"\r\nX-Request-Id: a",
         b"\r\nx-request-id:b",
         b"\r\nX-Request-Id: a b",
@@ -121,22 +139,27 @@ def test_any_heads_after_each_other(parts: list[tuple[list[bytes], list[bytes]]]
         assert said(reader, head) == fresh(head)
 
 
-def test_a_head_that_repeats_is_the_same_but_for_length_and_id() -> None:
+def test_a_head_that_repeats_is_the_same_but_for_what_is_its_requests_own() -> None:
     reader = HeadReader()
-    first, *its_own = reader.read(HEAD, 65536)
+    first, first_fields, *its_own = reader.read(HEAD, 65536)
     assert its_own == [77, "a-1"]
-    second, *its_own = reader.read(HEAD.replace(b"77", b"8").replace(b"a-1", b"other"), 65536)
+    second, fields, *its_own = reader.read(
+        HEAD.replace(b"77", b"8").replace(b"a-1", b"other").replace(b"ab", b"ef"), 65536
+    )
     assert its_own == [8, "other"]
     assert first is second
-    assert not {b"content-length", b"x-request-id"} & {name for name, _ in first.fields}
+    assert not {b"content-length", b"x-request-id"} & {name for name, _ in fields}
+    assert (dict(first_fields)[b"traceparent"], dict(fields)[b"traceparent"]) == (b"00-ab-cd-01", b"00-ef-cd-01")
 
 
 def test_a_head_without_length_or_id_is_known_too() -> None:
     reader = HeadReader()
     head = b"GET /v1/models HTTP/1.1\r\nHost: a\r\n\r\n"
     first = reader.read(head, 65536)
-    assert first[1:] == (None, None)
-    assert reader.read(head, 65536)[0] is first[0]
+    assert first[2:] == (None, None)
+    again = reader.read(head, 65536)
+    assert again[0] is first[0]
+    assert again[1] is first[0].fields  # by which it is known that nothing in them is another's
 
 
 @pytest.mark.parametrize(
@@ -163,7 +186,7 @@ def test_only_heads_of_ordinary_size_are_remembered() -> None:
 
 def test_heads_of_many_fields_are_not_kept() -> None:
     """A small field costs thirty times its bytes once it is parsed."""
-    more = REMEMBERED_FIELDS - 4
+    more = REMEMBERED_FIELDS - 5
     assert is_known(HEAD.replace(b"\r\n\r\n", b"\r\na:" * more + b"\r\n\r\n"))
     assert not is_known(HEAD.replace(b"\r\n\r\n", b"\r\na:" * (more + 1) + b"\r\n\r\n"))
 
