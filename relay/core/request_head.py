@@ -20,9 +20,9 @@ from relay.core.request import route_of
 #: Longer heads, and those of more fields, are not kept: a small field takes thirty times its bytes once it is parsed.
 REMEMBERED_BYTES: Final = 4096
 REMEMBERED_FIELDS: Final = 48
-#: Of all heads a worker keeps, in bytes as they came: some 1,500 ordinary ones in 4 MB; parsed, the worst take 15 MB.
-#: With more, all are forgotten (in less than 10 ms), and with them the credentials in them.
-ALL_REMEMBERED_BYTES: Final = 524_288
+#: Of all heads a worker keeps, in bytes as they came: some 750 ordinary ones in 2 MB; parsed, the worst take 8 MB. With
+#: more, all are forgotten (in less than 5 ms), and with them the credentials in them.
+ALL_REMEMBERED_BYTES: Final = 262_144
 
 #: Traces that differ with each request and are the engine's to read: W3C's, Zipkin's, AWS's, Google's, Cloudflare's.
 _TRACES: Final = frozenset(
