@@ -580,13 +580,12 @@ def test_check_warns_of_what_can_hardly_be_meant(
         "[prices.m]\nprompt = 1\ncached_prompt = 2\n[auth]\nroutes = ['/v1/models']\n"
         "[[pool]]\nupstreams = ['http://a:1']\nconnector = 'mooncake'\nsession_header = 'X-Mine'\n"
         "[[pool]]\nname = 'split'\nmodels = ['s']\nprefill = ['http://b:1']\ndecode = ['http://c:1']\n"
-        "callback_address = '127.0.0.1:9'\nbalance = 'session_affinity'\nsession_header = 'X-Request-ID'\n"
+        "callback_address = '127.0.0.1:9'\nbalance = 'session_affinity'\nsession_header = 'X-Mine'\n"
     )
     assert main(["check", "--config", path]) == 0
     assert capsys.readouterr().err.splitlines() == [
         f'{path}:pool[0].session_header: warning: does nothing here; it is for balance = "session_affinity"',
         f"{path}:pool[0].connector: warning: does nothing here; it is for a split pool",
-        f"{path}:pool[1].session_header: warning: does nothing: X-Request-ID is each request's own, and no session's",
         f"{path}:pool[1].callback_address: warning: does nothing here; it is for ascend_layerwise",
         f"{path}:auth.routes: warning: does nothing without auth.keys_file",
         f"{path}:listen.addresses[1]: warning: 0.0.0.0:2 can be reached from other machines, and nobody is asked for a "

@@ -67,9 +67,6 @@ def doubts(config: Config) -> Iterator[Problem]:
 def _useless_settings(pool: PoolConfig, key: str) -> Iterator[Problem]:
     """Settings that nothing in the pool goes by."""
     usual = type(pool)()
-    if pool.balance == "session_affinity" and pool.session_header.lower() in ("content-length", "x-request-id"):
-        message = f"does nothing: {pool.session_header} is each request's own, and no session's"
-        yield Problem(f"{key}.session_header", message)
     wanted_by = {
         "session_header": (pool.balance == "session_affinity", 'balance = "session_affinity"'),
         "callback_address": (pool.is_split and pool.connector == "ascend_layerwise", "ascend_layerwise"),

@@ -62,6 +62,34 @@ class RequestHead:
         return f"<RequestHead {self.method!r} {self.target!r}>"
 
 
+class Request:
+    """One request, read whole."""
+
+    __slots__ = ("body", "fields", "has_body", "head", "id", "key")
+
+    def __init__(self, head: RequestHead, fields: headers.Headers, request_id: str | None, *, has_body: bool) -> None:
+        self.head = head  #: shared with other requests
+        self.fields = fields  #: the head's, where nothing in them is this request's own
+        self.id = request_id  #: the client's own; None: it has none, or no good one
+        self.body = b""
+        self.has_body = has_body  #: it comes with a body, be it an empty one
+        self.key: str | None = None  #: the name of the API key it came with, where the relay knows keys
+
+    def find(self, name: bytes) -> bytes | None:
+        """The value of its first field called `name` (in lower case), but for ``content-length``."""
+        if name == b"x-request-id":  # which is in no shared head
+            return None if self.id is None else self.id.encode("ascii")
+        return headers.find(self.fields, name)
+
+    @property
+    def path(self) -> str:
+        """The target without its query, which may hold secrets: what goes into records."""
+        return self.head.path.decode("ascii", "replace")
+
+    def __repr__(self) -> str:
+        return f"<Request {self.head!r} body={len(self.body)}>"
+
+
 #: A head, perhaps shared with other requests, also of other connections; its fields, a list of this request's own where
 #: it has traces; the length of the body, if it tells one; the client's own id, if it has a good one. No named tuple: to
 #: make one is a call of Python's.

@@ -19,7 +19,7 @@ import trio
 from relay.config import LimitsConfig, TimeoutsConfig
 from relay.core import strict
 from relay.core.framing import ChunkDecoder, decode_into
-from relay.core.request_head import HeadReader, RequestHead
+from relay.core.request_head import HeadReader, Request, RequestHead
 from relay.errors import ClientGone, ExchangeError, Phase, RequestRefused, RequestTimeout
 from relay.net import sockets, tls
 from relay.net.budget import BodyBudget
@@ -27,7 +27,6 @@ from relay.net.source import Source
 
 if TYPE_CHECKING:
     from relay.core.auth import Substitution
-    from relay.core.headers import Headers
 
 #: After an answer to a request not read to its end: how long, and how much, is read and dropped so that the answer is
 #: not lost to a reset (RFC 9112 §9.6; nginx's lingering_timeout).
@@ -43,28 +42,6 @@ _MOST_LEAVING: Final = 32
 
 _CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 _EMPTY_LINE: Final = b"\r\n"
-
-
-class Request:
-    """One request, read whole."""
-
-    __slots__ = ("body", "fields", "has_body", "head", "id", "key")
-
-    def __init__(self, head: RequestHead, fields: Headers, request_id: str | None, *, has_body: bool) -> None:
-        self.head = head  #: shared with other requests
-        self.fields = fields  #: the head's, where nothing in them is this request's own
-        self.id = request_id  #: the client's own; None: it has none, or no good one
-        self.body = b""
-        self.has_body = has_body  #: it comes with a body, be it an empty one
-        self.key: str | None = None  #: the name of the API key it came with, where the relay knows keys
-
-    @property
-    def path(self) -> str:
-        """The target without its query, which may hold secrets: what goes into records."""
-        return self.head.path.decode("ascii", "replace")
-
-    def __repr__(self) -> str:
-        return f"<Request {self.head!r} body={len(self.body)}>"
 
 
 class Visit(Protocol):

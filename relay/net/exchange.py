@@ -16,7 +16,6 @@ import time
 import trio
 
 from relay.config import StreamConfig
-from relay.core import headers
 from relay.core.conversion import convert
 from relay.core.cost import Cost, Prices
 from relay.core.dialect import Meter
@@ -24,9 +23,10 @@ from relay.core.editor import UsageEditor
 from relay.core.framing import Buffer
 from relay.core.histogram import Histogram
 from relay.core.request import may_stream, peek
+from relay.core.request_head import Request
 from relay.core.timeline import Record, make_record
 from relay.errors import NORMAL, ClientGone, Draining, ExchangeError, NoUpstream, Phase, UpstreamTimeout
-from relay.net.downstream import ClientConnection, Request
+from relay.net.downstream import ClientConnection
 from relay.net.fleet import Pool
 from relay.net.group import Ask
 from relay.net.notices import say_fault
@@ -166,11 +166,10 @@ class Exchange:
         return self.reply.comment() if awaits_stream and not self.reply.is_committed else True
 
     def _ask_for(self, pool: Pool) -> Ask:
-        fields, facts = self.request.fields, self.facts
-        known = self.request.key
-        tenant = known.encode() if known else headers.find(fields, b"authorization") or self.client.peer.encode()
-        session = headers.find(fields, pool.session_field) or (facts.user.encode() if facts.user else None) or tenant
-        return pool.ask(self.route, session, self.request.body, tenant)
+        request, facts = self.request, self.facts
+        tenant = request.key.encode() if request.key else request.find(b"authorization") or self.client.peer.encode()
+        session = request.find(pool.session_field) or (facts.user.encode() if facts.user else None) or tenant
+        return pool.ask(self.route, session, request.body, tenant)
 
     async def _attempts(self, pool: Pool, place: Place, ask: Ask) -> None:
         """Attempt after attempt, each with other engines, until one's answer has gone to the client."""

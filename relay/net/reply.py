@@ -14,10 +14,11 @@ from relay.core import dialect, headers
 from relay.core.auth import CHALLENGE
 from relay.core.frames import COMMENT, COMMENT_CHUNK
 from relay.core.request import Route
+from relay.core.request_head import Request
 from relay.core.timeline import Timeline, make_record, server_timing
 from relay.errors import ClientGone, ClientStalled, ExchangeError, OutOfResources, Phase, UpstreamAnswered
 from relay.net import sockets
-from relay.net.downstream import ClientConnection, Request
+from relay.net.downstream import ClientConnection
 from relay.net.service import Service
 
 #: How long a client may take for an error answer or frame before the connection is closed all the same.

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 from relay.config import Config, PriceConfig
 from relay.core.cost import PriceList, Prices
+from relay.core.request_head import Request
 from relay.core.timeline import Record
 from relay.errors import RequestRefused
-from relay.net.downstream import Request
 from relay.net.drains import Drains
 from relay.net.fleet import Fleet
 from relay.net.guard import NO_LIMITS, Guard

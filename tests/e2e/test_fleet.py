@@ -145,15 +145,20 @@ async def test_a_list_of_models_that_is_none_does_no_harm(body: bytes, monkeypat
 # -- policies
 
 
-@pytest.mark.parametrize("by", ["header", "user", "key"])
+@pytest.mark.parametrize("by", ["header", "id", "trace", "user", "key"])
 async def test_a_session_stays_with_its_engine(by: str) -> None:
     async with fakes("a", "b", "c") as engines:
-        pool = pool_of(*[each.url for each in engines], balance="session_affinity", session_header="X-Chat")
+        header = {"id": "X-Request-Id", "trace": "X-Correlation-Id"}.get(by, "X-Chat")
+        pool = pool_of(*[each.url for each in engines], balance="session_affinity", session_header=header)
         async with running_fleet(pool) as relay:
             for number in range(24):
                 name = f"session-{number % 8}"
                 if by == "header":
                     data = request(x_chat=name)
+                elif by == "id":
+                    data = request(x_request_id=name)
+                elif by == "trace":
+                    data = request(x_correlation_id=name)
                 elif by == "user":
                     data = request(body={"user": name})
                 else:
