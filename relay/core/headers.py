@@ -92,7 +92,7 @@ _REWRITTEN_IN_RESPONSE = HOP_BY_HOP | {b"content-length", b"date", b"x-request-i
 _REWRITTEN_IN_STREAM = _REWRITTEN_IN_RESPONSE | {b"x-accel-buffering"}
 
 _PHRASES = {status.value: status.phrase.encode("ascii") for status in HTTPStatus}
-_VISIBLE = frozenset(range(0x21, 0x7F))
+_MOST_ID_CHARACTERS = 200
 _EVENT_STREAM = b"text/event-stream"
 
 # Control bytes other than HTAB become spaces (RFC 9110 §5.5 asks it for CR, LF and NUL).
@@ -139,7 +139,10 @@ def is_event_stream(media_type: bytes) -> bool:
 
 def good_request_id(given: bytes) -> str | None:
     """A client's ``X-Request-Id``, if it is 1 to 200 visible ASCII characters; otherwise None."""
-    return given.decode("ascii") if 1 <= len(given) <= 200 and _VISIBLE.issuperset(given) else None
+    if not given.isascii() or not 1 <= len(given) <= _MOST_ID_CHARACTERS:
+        return None
+    text = given.decode("ascii")
+    return text if text.isprintable() and " " not in text else None
 
 
 def passed_fields(
@@ -209,9 +212,12 @@ def request_head(
     `target` is in origin form (`relay.core.strict.check_request` gives it), `host` the engine's authority, and `passed`
     made by `passed_fields`.
     """
-    length = b"" if body == "none" else b"\r\ncontent-length: %d" % body
-    values = (method, target, host, passed, request_id.encode("ascii"), length)
-    return b"%b %b HTTP/1.1\r\nhost: %b%b\r\nx-request-id: %b%b\r\n\r\n" % values
+    parts = [method, b" ", target, b" HTTP/1.1\r\nhost: ", host, passed]
+    parts += (b"\r\nx-request-id: ", request_id.encode("ascii"))
+    if body != "none":
+        parts += (b"\r\ncontent-length: ", str(body).encode("ascii"))
+    parts.append(b"\r\n\r\n")
+    return b"".join(parts)
 
 
 class HeadStart(NamedTuple):

@@ -24,6 +24,8 @@ class Route(StrEnum):
     MESSAGES = "messages"
     OTHER = "other"
 
+    __hash__ = str.__hash__  # Enum's is a function of Python's, called at each look-up
+
 
 _ROUTES = {
     b"/v1/chat/completions": Route.CHAT,

@@ -20,9 +20,9 @@ from relay.core.request import route_of
 #: Longer heads, and those of more fields, are not kept: a small field takes thirty times its bytes once it is parsed.
 REMEMBERED_BYTES: Final = 4096
 REMEMBERED_FIELDS: Final = 48
-#: Of all heads a worker keeps, in bytes as they came: some 750 ordinary ones in 2 MB; parsed, the worst take 8 MB. With
-#: more, all are forgotten (in less than 5 ms), and with them the credentials in them.
-ALL_REMEMBERED_BYTES: Final = 262_144
+#: Of a generation of heads, in bytes as they came. A worker keeps two, so some 350 ordinary heads in 1 MB; parsed, the
+#: worst take 4 MB. When one is full, the one before is forgotten, and with it the credentials that came no more.
+GENERATION_BYTES: Final = 65536
 
 #: Traces that differ with each request and are the engine's to read: W3C's, Zipkin's, AWS's, Google's, Cloudflare's.
 _TRACES: Final = frozenset(
@@ -105,9 +105,10 @@ class HeadReader:
     def __init__(self) -> None:
         self._known: dict[tuple[bytes, ...], _Known] = {}  # by what is around the values of `_OWN`
         self._known_bytes = 0
+        self._known_before: dict[tuple[bytes, ...], _Known] = {}  # the generation before
 
     def __repr__(self) -> str:
-        return f"<HeadReader known={len(self._known)}>"
+        return f"<HeadReader known={len(self._known) + len(self._known_before)}>"
 
     def read(self, head: bytes, max_head_bytes: int) -> ReadHead:
         """What a whole head says. Raises RequestRefused."""
@@ -115,7 +116,7 @@ class HeadReader:
         values = around[2::3]
         del around[2::3]
         shape = tuple(around)
-        known = self._known.get(shape)
+        known = self._known.get(shape) or self._known_again(shape, len(head))
         if known is None:
             return self._read_anew(head, shape, values, max_head_bytes)
         parsed, length_at, id_at, traces = known
@@ -133,6 +134,13 @@ class HeadReader:
             for at, place in traces:
                 fields[place] = fields[place][0], values[at]
         return parsed, fields, length, request_id
+
+    def _known_again(self, shape: tuple[bytes, ...], size: int) -> _Known | None:
+        """What was known of a head of the generation before, and is of this one now."""
+        known = self._known_before.pop(shape, None)
+        if known is not None:
+            self._remember(shape, known, size)
+        return known
 
     def _read_anew(self, head: bytes, shape: tuple[bytes, ...], values: list[bytes], max_head_bytes: int) -> ReadHead:
         strict.check_raw_head(head)
@@ -162,7 +170,7 @@ class HeadReader:
 
     def _remember(self, shape: tuple[bytes, ...], known: _Known, size: int) -> None:
         self._known_bytes += size
-        if self._known_bytes > ALL_REMEMBERED_BYTES:
-            self._known.clear()
+        if self._known_bytes > GENERATION_BYTES:
+            self._known_before, self._known = self._known, {}
             self._known_bytes = size
         self._known[shape] = known

@@ -203,10 +203,11 @@ async def _send(pair: Waits, connection: UpstreamConnection, head: bytes, body: 
     sock, early = connection.sock, b""
     parts = [head + body] if len(body) < _JOIN_BYTES else [head, body]
     for part in parts:
-        view = memoryview(part)
-        while view:
+        left: Buffer | memoryview = part
+        while left:
             try:
-                view = view[sock.send(view) :]
+                sent = sock.send(left)
+                left = memoryview(left)[sent:] if sent < len(left) else b""
             except BlockingIOError:
                 await pair.wait_upstream(or_writable=True)
                 if not connection.is_silent():

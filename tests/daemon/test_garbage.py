@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import time
 from collections.abc import Iterator
@@ -86,6 +87,20 @@ def test_what_a_process_holds() -> None:
     before = watched.resident_bytes()
     held = b"x" * (64 << 20)
     assert watched.resident_bytes() - before > len(held) * 0.9
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="the C library gives nothing back when asked")
+def test_what_is_free_is_given_back() -> None:
+    """Between blocks that are still in use, as after a time of many streams."""
+    watched = settled()
+    blocks = [bytearray(8 << 10) for _ in range(8 << 10)]
+    del blocks[::2]
+    before = watched.resident_bytes()
+    watched.look(before, time.monotonic())
+    assert before - watched.resident_bytes() < 4 << 20
+    watched.look(before, time.monotonic() + LONGEST_S + 1)
+    assert before - watched.resident_bytes() > 12 << 20  # of 32 MiB, whole pages
+    assert all(len(block) == 8 << 10 for block in blocks)
 
 
 def test_python_itself_leaves_the_old_alone() -> None:

@@ -42,11 +42,11 @@ class LeastOutstanding(Balancer):
 
     def _least(self) -> int | None:
         scores = self._scores
-        least = min(scores, default=inf)
-        if least == inf:
+        if not scores or (least := min(scores)) == inf:
             return None
+        turn = self._turn if self._turn < len(scores) else 0  # of one seat it would be behind it each time
         try:
-            slot = scores.index(least, self._turn)
+            slot = scores.index(least, turn)
         except ValueError:
             slot = scores.index(least)
         self._turn = slot + 1
