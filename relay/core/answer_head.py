@@ -13,10 +13,13 @@ from relay.core.framing import BodyKind, response_body_kind
 #: Of each engine, so many final heads are known by their bytes, up to this size.
 REMEMBERED_HEADS: Final = 16
 REMEMBERED_BYTES: Final = 2048
+#: And so many as they came, to the byte: an engine's streams begin alike for a second.
+REMEMBERED_WHOLE: Final = 4
 
 #: The fields whose values are an answer's own, where they are of printable characters; any other value stays part of
-#: what a head is known by. Possessive: no position is tried twice.
-_OWN: Final = re.compile(rb"(?i)\r\n(content-length|date|x-request-id):[ \t]*+([ -~]*+)(?=\r\n)")
+#: what a head is known by. Possessive: no position is tried twice. First letters are looked at before names: most
+#: lines end there.
+_OWN: Final = re.compile(rb"\r\n(?=[CDXcdx])((?i:content-length|date|x-request-id)):[ \t]*+([ -~]*+)(?=\r\n)")
 _OWN_NAMES: Final = frozenset({b"content-length", b"date", b"x-request-id"})
 _MOST_DIGITS: Final = 19
 
@@ -25,8 +28,8 @@ class AnswerHead:
     """The head of a final answer. Raises FramingError where it contradicts itself."""
 
     __slots__ = (
-        "_stream_start", "fields", "has_frames", "is_encoded", "is_keep_alive", "is_readable", "kind", "reason",
-        "status",
+        "_start", "_stream_start", "fields", "has_frames", "is_encoded", "is_keep_alive", "is_readable", "kind",
+        "reason", "status",
     )  # fmt: skip
 
     def __init__(self, method: bytes, event: h11.Response) -> None:
@@ -45,11 +48,23 @@ class AnswerHead:
         self.is_readable = self.kind is not BodyKind.NONE and not self.is_encoded  #: a body, without a coding
         #: it is an event stream, to be relayed frame by frame; what cannot be read passes as it comes
         self.has_frames = self.is_readable and headers.is_event_stream(headers.content_type(self.fields))
+        self._start: headers.HeadStart | None = None
         self._stream_start: headers.HeadStart | None = None
 
     @property
+    def start(self) -> headers.HeadStart:
+        """How the head of the client's answer begins, of which this is the engine's; without its date.
+
+        Its length, too, is that of the first such head; but of an answer without a body, where it matters, each is its
+        own first (`KnownHeads.remember`).
+        """
+        if self._start is None:
+            self._start = headers.head_start(self.status, self.reason, self.fields)
+        return self._start
+
+    @property
     def stream_start(self) -> headers.HeadStart:
-        """How the head of the client's stream begins, of which this is the engine's; without its date."""
+        """The same, for an event stream."""
         if self._stream_start is None:
             self._stream_start = headers.head_start(self.status, self.reason, self.fields, event_stream=True)
         return self._stream_start
@@ -67,14 +82,23 @@ class KnownHeads:
 
     def __init__(self) -> None:
         self._known: dict[tuple[bytes, ...], _Known] = {}  # by what is around the values
+        self._whole: dict[bytes, tuple[AnswerHead, headers.Headers]] = {}  # what `find` has answered last
 
     def __repr__(self) -> str:
         return f"<KnownHeads {len(self._known)}>"
 
     def find(self, head: bytes) -> tuple[AnswerHead, headers.Headers] | None:
         """What a head says that came before, with its own fields; None: it has to be parsed."""
-        if len(head) > REMEMBERED_BYTES:
-            return None
+        found = self._whole.get(head)
+        if found is None and len(head) <= REMEMBERED_BYTES:
+            found = self._find_around(head)
+            if found is not None:
+                if len(self._whole) >= REMEMBERED_WHOLE:
+                    self._whole.clear()
+                self._whole[head] = found
+        return found
+
+    def _find_around(self, head: bytes) -> tuple[AnswerHead, headers.Headers] | None:
         around = _OWN.split(head)  # a text, then each field's name and value, and the text behind it
         values = around[2::3]
         del around[2::3]
@@ -104,6 +128,7 @@ class KnownHeads:
         del around[2::3]
         if len(self._known) >= REMEMBERED_HEADS:
             self._known.clear()
+            self._whole.clear()
         self._known[tuple(around)] = parsed, places
 
 

@@ -212,12 +212,9 @@ def request_head(
     `target` is in origin form (`relay.core.strict.check_request` gives it), `host` the engine's authority, and `passed`
     made by `passed_fields`.
     """
-    parts = [method, b" ", target, b" HTTP/1.1\r\nhost: ", host, passed]
-    parts += (b"\r\nx-request-id: ", request_id.encode("ascii"))
-    if body != "none":
-        parts += (b"\r\ncontent-length: ", str(body).encode("ascii"))
-    parts.append(b"\r\n\r\n")
-    return b"".join(parts)
+    length = b"" if body == "none" else b"\r\ncontent-length: %d" % body
+    values = (method, target, host, passed, request_id.encode("ascii"), length)
+    return b"%b %b HTTP/1.1\r\nhost: %b%b\r\nx-request-id: %b%b\r\n\r\n" % values
 
 
 class HeadStart(NamedTuple):

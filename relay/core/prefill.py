@@ -97,7 +97,8 @@ class _Shape(msgspec.Struct, gc=False):
     previous_response_id: msgspec.Raw = _NULL
 
 
-#: What nearly every request comes to, but for its prompt.
+_SHAPE: Final = frozenset(_Shape.__struct_fields__)
+#: What nearly every other request comes to, but for its prompt.
 _NOTHING: Final = _Shape()
 _LIST_OF_PROMPTS: Final = re.compile(rb'\[[ \t\r\n]*+["\[]')
 _decode_shape = msgspec.json.Decoder(_Shape).decode
@@ -127,13 +128,15 @@ _HARMLESS: Final[Mapping[str, frozenset[bytes]]] = {
 }
 
 
-def obstacle(body: Buffer) -> str | None:
+def obstacle(document: Document) -> str | None:
     """The member for which a request cannot be split with one handle, such as ``n``; None: nothing is in the way.
 
-    A body that cannot be read has no obstacle. Never raises.
+    Never raises.
     """
+    if document.has_none_of(_SHAPE):
+        return None
     try:
-        shape = _decode_shape(body)
+        shape = _decode_shape(document.text)
     except UNDECODABLE:
         return None
     prompt, shape.prompt = shape.prompt, _NULL  # which every completion has

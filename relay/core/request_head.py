@@ -32,9 +32,14 @@ _TRACES: Final = frozenset(
     )
 )  # fmt: skip
 _TOLD: Final = frozenset((b"content-length", b"x-request-id"))
+_FIRST_LETTERS: Final = bytes({name[0] for name in _TOLD | _TRACES})
 #: The fields whose values are a request's own, where they are of visible characters; any other value stays part of what
-#: a head is known by. Possessive: no position is tried twice.
-_OWN: Final = re.compile(rb"(?i)\r\n(%b):[ \t]*+([!-~]*+)[ \t]*+(?=\r\n)" % b"|".join(sorted(_TOLD | _TRACES)))
+#: a head is known by. Possessive: no position is tried twice. First letters are looked at before names: most lines end
+#: there.
+_OWN: Final = re.compile(
+    rb"\r\n(?=[%b])((?i:%b)):[ \t]*+([!-~]*+)[ \t]*+(?=\r\n)"
+    % (_FIRST_LETTERS + _FIRST_LETTERS.upper(), b"|".join(sorted(_TOLD | _TRACES)))
+)
 _MOST_DIGITS: Final = 19  # as `strict` allows
 
 

@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from collections.abc import Set as AbstractSet
 from decimal import Decimal
+from functools import lru_cache
 from typing import Final, TypeAlias
 
 import msgspec
@@ -33,6 +35,8 @@ _KEY = re.compile(rb'[ \t\r\n]*+[{,][ \t\r\n]*+("(?:[^"\\]++|\\.)*+")[ \t\r\n]*+
 #: Of a frame everything but its data: a byte order mark, names of fields, other lines, line ends (WHATWG HTML §9.2.6).
 _NOT_DATA = re.compile(rb"(?:\A(?:\xef\xbb\xbf)?|\r\n|\n|\r)(?:data:[ ]?|[^\r\n]*+)")
 _DATA: Final = b"data: "
+#: Shorter texts are copied sooner than views of them are made.
+_WORTH_A_VIEW_BYTES: Final = 16384
 _BLANKS: Final = b" " * len(_DATA)
 _NO_OBJECT: Final = msgspec.Raw(b"null")
 
@@ -125,6 +129,13 @@ class Document:
 
     def __repr__(self) -> str:
         return f"<Document bytes={len(self.text)} members={len(self._members)}>"
+
+    def has_none_of(self, names: AbstractSet[str]) -> bool:
+        """Whether there is no member of any of these names."""
+        for member in self._members:  # noqa: SIM110 - any() makes a generator, which costs more than the rest
+            if member.name in names:
+                return False
+        return True
 
     def edit(self, changes: Mapping[str, Change]) -> bytes:
         """The object with `changes`, as of the function `edit`.
@@ -245,13 +256,13 @@ def _is_object(value: Buffer | msgspec.Raw) -> bool:
 
 
 def _applied(edits: list[_Edit], text: Buffer) -> bytes:
-    pieces: list[bytes | memoryview] = []
+    pieces: list[Buffer | memoryview] = []
     position = 0
-    view = memoryview(text)
+    source = memoryview(text) if len(text) > _WORTH_A_VIEW_BYTES else text
     for start, stop, new in edits:
-        pieces += [view[position:start], new]
+        pieces += (source[position:start], new)
         position = stop
-    pieces.append(view[position:])
+    pieces.append(source[position:])
     return b"".join(pieces)
 
 
@@ -261,29 +272,40 @@ def _edits(text: Buffer, members: list[_Member], changes: Mapping[str, Change]) 
     absent = dict(changes)
     is_any_kept = False
     for index, member in enumerate(members):
-        absent.pop(member.name, None)
         if member.name not in changes:
             is_any_kept = True
             continue
         change = changes[member.name]
-        if change is not None:
-            edits += _value_edits(text, member, change)
+        absent.pop(member.name, None)
+        if isinstance(change, bytes):
+            edits.append((member.value, member.stop, change))
+            is_any_kept = True
+        elif change is not None:
+            edits += _inner_edits(text, member, change)
             is_any_kept = True
         elif is_any_kept:
             edits.append((members[index - 1].stop, member.stop, b""))
         else:
             stop = members[index + 1].start if index + 1 < len(members) else member.stop
             edits.append((member.start, stop, b""))
-    added = [b"%b:%b" % (_encode(name), new) for name, change in absent.items() if (new := _new(change)) is not None]
+    added = []
+    for name, change in absent.items():
+        new = _new(change)
+        if new is not None:
+            added.append(_key(name) + new)
     if added:
         end = members[-1].stop if members else text.index(b"{") + 1
         edits.append((end, end, b"," * is_any_kept + b",".join(added)))
     return edits
 
 
-def _value_edits(text: Buffer, member: _Member, change: bytes | Mapping[str, Change]) -> list[_Edit]:
-    if isinstance(change, bytes):
-        return [(member.value, member.stop, change)]
+@lru_cache(maxsize=64)
+def _key(name: str) -> bytes:
+    """What a member begins with."""
+    return _encode(name) + b":"
+
+
+def _inner_edits(text: Buffer, member: _Member, change: Mapping[str, Change]) -> list[_Edit]:
     value = text[member.value : member.stop]
     if _is_object(value):
         offset = member.value

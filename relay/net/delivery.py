@@ -153,7 +153,7 @@ class Delivery:
         exchange, answer = self.exchange, self.opening.answer
         reply, decoder = exchange.reply, answer.decoder
         framing = self._body_framing(answer)
-        out = reply.head(answer.status, answer.reason, answer.fields, framing)
+        out = reply.head_from(answer.head.start, framing, headers.find(answer.fields, b"date"))
         kept = bytearray()
         data = answer.rest
         is_metered = exchange.route is not Route.OTHER

@@ -113,8 +113,8 @@ class Opening:
         except TooLarge as failure:
             message = f"{failure.message} (stream.max_answer_bytes); ask for a stream, or for less"
             raise AnswerTooLarge(message, phase=Phase.HEAD) from None
-        answer.fields = [field for field in answer.fields if field[0] not in (b"content-type", b"x-accel-buffering")]
-        answer.fields.append((b"content-type", b"application/json"))
+        fields = [field for field in answer.fields if field[0] not in (b"content-type", b"x-accel-buffering")]
+        answer.fields = [*fields, (b"content-type", b"application/json")]
         answer.is_reusable = answer.is_reusable and collector.decoder.is_done and not collector.has_excess
         return collector.finder.frames
 

@@ -46,10 +46,10 @@ class Answer:
     __slots__ = ("decoder", "fields", "head", "is_reusable", "kind", "reason", "rest", "status")
 
     def __init__(self, head: AnswerHead, fields: headers.Headers, rest: bytes, *, is_request_sent: bool) -> None:
-        self.head = head  #: shared with others that began alike; its fields are not
+        self.head = head  #: shared with others that began alike
         self.status = head.status
         self.reason = head.reason
-        self.fields = fields
+        self.fields = fields  #: perhaps shared, too: not to be changed, but replaced
         self.kind = head.kind
         self.rest = rest  #: bytes of the body that came with the head
         self.decoder: BodyDecoder = decoder_for(head.kind, fields)

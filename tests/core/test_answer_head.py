@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from relay.core.answer_head import REMEMBERED_BYTES, REMEMBERED_HEADS, AnswerHead, KnownHeads
+from relay.core.answer_head import REMEMBERED_BYTES, REMEMBERED_HEADS, REMEMBERED_WHOLE, AnswerHead, KnownHeads
 from relay.core.framing import FramingError
 
 STREAM: Final = (
@@ -36,8 +36,9 @@ def parsed(head: bytes) -> AnswerHead | None:
 
 
 def told(head: AnswerHead, fields: Any) -> dict[str, Any]:
-    names = set(AnswerHead.__slots__) - {"fields", "_stream_start"}
-    return {name: getattr(head, name) for name in names} | {"fields": fields, "start": head.stream_start.lines}
+    names = set(AnswerHead.__slots__) - {"fields", "_start", "_stream_start"}
+    starts = {"fields": fields, "start": head.start.lines, "stream_start": head.stream_start.lines}
+    return {name: getattr(head, name) for name in names} | starts
 
 
 def read_both_ways(heads: list[bytes]) -> list[bool]:
@@ -128,6 +129,22 @@ def test_a_known_stream_begins_with_its_own_date() -> None:
     assert dict(fields)[b"date"] == b"Sun, 22 Nov 2026 12:34:56 GMT"
     assert dict(first.fields)[b"date"] == b"Sun, 22 Nov 2026 11:00:00 GMT"
     assert b"date" not in head.stream_start.lines
+
+
+def test_the_same_bytes_are_not_searched_again_and_few_of_them_are_kept() -> None:
+    known_heads = KnownHeads()
+    first = parsed(JSON)
+    assert first is not None
+    known_heads.remember(JSON, first)
+    heads = [JSON.replace(b"77", b"%d" % (1000 + index)) for index in range(3 * REMEMBERED_WHOLE)]
+    for head in heads:
+        found = known_heads.find(head)
+        assert found is not None
+        assert known_heads.find(head) is found
+        assert dict(found[1])[b"content-length"] in head
+    kept = [known_heads.find(head) for head in heads]
+    again = [known_heads.find(head) for head in heads]
+    assert sum(one is other for one, other in zip(kept, again, strict=True)) <= REMEMBERED_WHOLE
 
 
 def test_so_many_heads_of_ordinary_size_are_remembered() -> None:

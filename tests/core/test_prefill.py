@@ -131,21 +131,19 @@ def test_what_made_a_real_prefiller_write_five_tokens_is_gone() -> None:
         (b'{"background":true}', "background"),
         (b'{"previous_response_id":"resp_1"}', "previous_response_id"),
         (b'{"messages":[{"n":2,"prompt":["a","b"]}]}', None),
-        (b"[]", None),
-        (b"", None),
-        (b"\xff", None),
-        (b'{"a":' * 100_000, None),
+        (b'{"\\u006e":2}', "n"),
+        (b'{"n":1,"messages":"\xff"}', None),  # for the engine to refuse
     ],
     ids=lambda value: repr(value)[:50],
 )
 def test_what_one_handle_cannot_serve(body: bytes, name: str | None) -> None:
-    assert obstacle(body) == name
-    assert obstacle(bytearray(body)) == name
+    assert obstacle(Document(body)) == name
+    assert obstacle(Document(bytearray(body))) == name
 
 
 def test_the_request_whose_real_answer_held_one_handle_of_two_has_an_obstacle() -> None:
-    assert obstacle((CAPTURES / "fail/pd_prefill_comp_batch2.request.json").read_bytes()) == "prompt"
-    assert obstacle((CAPTURES / "fail/pd_prefill_n2_kept.request.json").read_bytes()) == "n"
+    assert obstacle(Document((CAPTURES / "fail/pd_prefill_comp_batch2.request.json").read_bytes())) == "prompt"
+    assert obstacle(Document((CAPTURES / "fail/pd_prefill_n2_kept.request.json").read_bytes())) == "n"
 
 
 @pytest.mark.parametrize(("body", "count"), [
@@ -191,4 +189,8 @@ def test_of_any_request_nothing_else_changes(
 def test_looking_never_raises(raw: bytes) -> None:
     for body in (raw, b'{"prompt":' + raw + b"}", b'{"n":' + raw + b',"prompt":["a","b"]}'):
         assert prompts(body) >= 0
-        obstacle(body)
+        try:
+            document = Document(body)
+        except ValueError:
+            continue
+        assert obstacle(document) in {None, "n", "prompt"}

@@ -64,13 +64,13 @@ class AscendLayerwise(Connector):
 
     def _plan(self, request: SplitRequest, prefill: Endpoint, decode: Endpoint, rng: Random) -> Plan:
         # The Responses API of vLLM does not go by X-Request-Id: the two legs could not be the same request.
-        in_the_way = "route" if request.route is Route.RESPONSES else obstacle(request.body)
+        document = Document(request.body)
+        in_the_way = "route" if request.route is Route.RESPONSES else obstacle(document)
         if in_the_way is not None:
             return alone(request, in_the_way)
         key = unique(rng)
         id_ = f"{request.attempt_id}-{key}"
         room = {"do_remote_decode": False, "do_remote_prefill": True, "metaserver": request.callback_url}
-        document = Document(request.body)
         return DecodeFirst(
             decode=LegRequest(document.edit({KV_PARAMS: _encode(room)}), id_),
             key=key,

@@ -84,7 +84,8 @@ class Mooncake(Connector):
         return Preflight(f"{prefill.bootstrap}/query", parse)
 
     def _plan(self, request: SplitRequest, prefill: Endpoint, decode: Endpoint, rng: Random) -> Plan:
-        in_the_way = obstacle(request.body)
+        document = Document(request.body)
+        in_the_way = obstacle(document)
         if in_the_way is not None:
             return alone(request, in_the_way)
         rank, engine_id = rng.choice(prefill.ranks)
@@ -98,7 +99,6 @@ class Mooncake(Connector):
             **transfer,
         })  # fmt: skip
         which = ((b"x-data-parallel-rank", b"%d" % rank),) if len(prefill.ranks) > 1 else ()
-        document = Document(request.body)
         return Concurrent(
             prefill=LegRequest(one_token(document, request.route, {KV_PARAMS: send}), request.attempt_id, which),
             decode=LegRequest(document.edit({KV_PARAMS: receive}), request.attempt_id),

@@ -51,11 +51,10 @@ class Nixl(Connector):
     name = "nixl"
 
     def _plan(self, request: SplitRequest, prefill: Endpoint, decode: Endpoint, rng: Random) -> Plan:
-        in_the_way = obstacle(request.body)
+        document = Document(request.body)
+        in_the_way = obstacle(document)
         if in_the_way is not None:
             return alone(request, in_the_way)
-
-        document = Document(request.body)
 
         def hand_over(answer: bytes) -> HandOver:
             handle = handle_of(answer)
