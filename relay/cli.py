@@ -337,7 +337,10 @@ def _summary(config: Config) -> Iterator[str]:
                 ca = f", vouched for by {upstream.ca}" if upstream.ca else ""
                 weight = f", weight {upstream.weight}" if upstream.weight != 1 else ""
                 most = f", at most {upstream.max_in_flight} in flight" if upstream.max_in_flight else ""
-                yield f"  {which}{upstream.url}{name}{ca}{weight}{most}"
+                kv = f", key-value sockets at {upstream.kv_address}" if upstream.kv_address else ""
+                asked = upstream.bootstrap or (f"port {upstream.bootstrap_port}" if upstream.bootstrap_port else "")
+                bootstrap = f", bootstrap server at {asked}" if asked else ""
+                yield f"  {which}{upstream.url}{name}{ca}{weight}{most}{kv}{bootstrap}"
         if pool.max_in_flight:
             yield f"  at most {pool.max_in_flight} in flight"
         if pool.max_queue:

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import urllib.request
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -21,6 +22,7 @@ from relay.address import Address
 from relay.cli import main
 from relay.config import Config
 from relay.core.auth import keys_line
+from relay.demo import ADMIN_PORT, PREFERRED_PORT
 from relay.net import pump
 
 if TYPE_CHECKING:
@@ -282,11 +284,12 @@ def test_check_says_what_the_file_would_do(file: Callable[[str], str], capsys: p
 
 
 def test_check_tells_the_halves_of_a_split_pool(file: Callable[[str], str], capsys: pytest.CaptureFixture[str]) -> None:
-    path = file('[[pool]]\nprefill = ["http://a:1"]\ndecode = ["http://b:2"]\nconnector = "mooncake"')
+    prefill = '{ url = "http://a:1", bootstrap = "http://a:9" }'
+    path = file(f'[[pool]]\nprefill = [{prefill}]\ndecode = ["http://b:2"]\nconnector = "mooncake"')
     assert main(["check", "--config", path]) == 0
     assert capsys.readouterr().out.splitlines()[3:6] == [
         "  pool default: every model; split, mooncake, least_outstanding over",
-        "    prefill http://a:1",
+        "    prefill http://a:1, bootstrap server at http://a:9",
         "    decode http://b:2",
     ]
 
@@ -471,7 +474,19 @@ def test_demo_once() -> None:
 
 
 @pytest.fixture
-def demo() -> Iterator[subprocess.Popen[str]]:
+def busy_ports() -> Iterator[None]:
+    """A demo's own ports are taken: two that began at once, of two tests, would both find them free."""
+    with ExitStack() as stack:
+        for port in (PREFERRED_PORT, ADMIN_PORT):
+            holder = stack.enter_context(socket.socket())
+            holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # the other test holds them, too
+            with suppress(OSError):  # or somebody else
+                holder.bind(("127.0.0.1", port))
+        yield
+
+
+@pytest.fixture
+def demo(busy_ports: None) -> Iterator[subprocess.Popen[str]]:
     """A demo that was left running."""
     process = subprocess.Popen(
         [sys.executable, "-m", "relay", "demo"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -173,11 +173,14 @@ class Meter:
         self._take_end(body)
 
     def take_body(self, body: bytes) -> None:
-        """Takes note of usage and finish reason of a whole JSON answer. Never raises."""
+        """Takes note of usage, finish reason and error of a whole JSON answer. Never raises."""
         try:
             answer = _decode_event(body)
         except UNDECODABLE:
             return
+        has_error = answer.error is not _NULL and bytes(answer.error) not in _NO_ERROR
+        if has_error or answer.object == "error":
+            self.error = _error_text(answer.error if has_error else msgspec.Raw(body))
         if answer.usage is not None:
             self.usage = updated(self.usage, answer.usage)
         for choice in answer.choices or ():

@@ -13,7 +13,7 @@ import trio
 from relay.config import Config
 from relay.daemon import systemd
 from relay.daemon.garbage import Garbage
-from relay.daemon.listeners import Listeners, announce
+from relay.daemon.listeners import Listeners, announce, announce_admin
 from relay.daemon.process import receive_signals, record_sink, tell_of_drain
 from relay.daemon.records import RecordWriter
 from relay.daemon.reload import ReloadBySignal
@@ -52,6 +52,7 @@ async def serve(
                 nursery.start_soon(garbage.watch)
                 if worker.service.is_ready:
                     announce(listeners.urls)
+                    announce_admin(admin.urls, config.admin.address)
                     systemd.ready(f"serving on {', '.join(listeners.urls)}")
                     worker.is_announced = True
                 if (limit_s := systemd.watchdog_s()) is not None:

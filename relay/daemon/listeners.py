@@ -143,6 +143,13 @@ def announce(urls: Collection[str], before: Collection[str] = ()) -> None:
             say(f"relay: no longer listening on {url}")
 
 
+def announce_admin(urls: Collection[str], configured: Address | None) -> None:
+    """Says where the admin side is, where nobody has chosen its port."""
+    if configured is not None and configured.port == 0 and configured.unix_path is None:
+        for url in urls:
+            say(f"relay: admin side on {url}")
+
+
 def _close(listeners: Iterable[_Own]) -> None:
     for own in listeners:
         own.remove_file()

@@ -47,8 +47,13 @@ def raise_descriptor_limit() -> None:
 
 
 def hold_reload() -> None:
-    """From now on a SIGHUP waits until `receive_signals`; it would end a process that does not listen for it yet."""
+    """From now on a SIGHUP waits until `receive_signals`; it would end a process that does not listen for it yet.
+
+    And what means something to nginx and HAProxy (open the logs again, upgrade) means nothing here, not the end.
+    """
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager

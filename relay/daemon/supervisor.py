@@ -23,7 +23,7 @@ from relay.daemon import alone, follower, systemd
 from relay.daemon.crew import Crew
 from relay.daemon.exposure import exposures, warn_of
 from relay.daemon.forker import Forker
-from relay.daemon.listeners import Listeners, StartError, announce, open_listeners
+from relay.daemon.listeners import Listeners, StartError, announce, announce_admin, open_listeners
 from relay.daemon.process import CUT_S, GRACE_S, count_of, raise_descriptor_limit, receive_signals, tell_of_drain
 from relay.daemon.reload import ReloadBySignal, left_for_restart, read_again, reload_and_tell
 from relay.daemon.scoreboard import Scoreboard
@@ -126,6 +126,7 @@ class Supervisor:
                 await self.crew.begun()
                 if self.service.is_ready:
                     announce(self._listeners.urls)
+                    announce_admin(self._admin.urls, self.service.config.admin.address)
                     systemd.ready(f"serving on {', '.join(self._listeners.urls)}")
                     self._is_announced = True
                 if (limit_s := systemd.watchdog_s()) is not None:

@@ -209,7 +209,11 @@ class Admin:
 
     async def _add(self, body: bytes) -> Answer:
         change = self._change(body)
-        config = replace(_engine(change.url), ca=change.ca, server_name=change.server_name)
+        config = _engine(change.url)
+        if change.ca or change.server_name:
+            config = replace(config, ca=change.ca, server_name=change.server_name)
+        else:  # put back as the file has it, with its weight and limits
+            config = self._roster.configured(change.pool, change.role, config.url) or config
         if config.is_tls:
             client_context(config.ca)  # or it is refused here
         elif config.ca or config.server_name:
@@ -229,7 +233,8 @@ class Admin:
         try:
             change = msgspec.json.decode(body, type=_Change)
         except UNDECODABLE as exc:
-            raise ValueError(f'{exc}; wanted: {{"pool": …, "role": …, "url": …}}') from None
+            wanted = '{"pool": …, "role": …, "url": …, "ca": …, "server_name": …}'
+            raise ValueError(f"{exc}; wanted: {wanted}") from None
         return replace(change, pool=change.pool or self._service.fleet.pools[0].name)
 
     async def _instances(self, body: bytes, *, is_added: bool) -> Answer:

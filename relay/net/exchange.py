@@ -22,7 +22,7 @@ from relay.core.dialect import Meter
 from relay.core.editor import UsageEditor
 from relay.core.framing import Buffer
 from relay.core.histogram import Histogram
-from relay.core.request import may_stream, peek
+from relay.core.request import Route, may_stream, peek
 from relay.core.request_head import Request
 from relay.core.timeline import Record, make_record
 from relay.errors import NORMAL, ClientGone, Draining, ExchangeError, NoUpstream, Phase, UpstreamTimeout
@@ -128,7 +128,9 @@ class Exchange:
         if local is not None:
             await self.reply.answer(*local)
             return
-        self.pool = service.fleet.pool_for(self.route, self.facts)
+        # Only a POST generates, and names a model; a browser that asks whether it may (OPTIONS) names none.
+        route = self.route if self.request.head.method == b"POST" else Route.OTHER
+        self.pool = service.fleet.pool_for(route, self.facts)
         stream = self.pool.stream
         self._convert(stream)
         if stream.keepalive_comment_s:

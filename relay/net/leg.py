@@ -110,7 +110,7 @@ class Leg:
             return opening
         except trio.TooSlowError:
             self.give_up(connection)
-            message = f"{self.upstream.config.url} sent no token within first_token_s = {limit_s:g} s"
+            message = f"the engine sent no token within first_token_s = {limit_s:g} s"
             raise UpstreamTimeout(message, phase=Phase.HEAD) from None
         except BaseException:
             self.give_up(connection)
@@ -157,7 +157,7 @@ class Leg:
     def _refuse_failure(self, answer: wire.Answer) -> None:
         """Raises UpstreamRefused for a status that another engine is tried after, if one is left."""
         if answer.status in self.failure_statuses and self.may_go_on():
-            raise UpstreamRefused(f"{self.upstream.config.url} answered {answer.status}", phase=Phase.HEAD)
+            raise UpstreamRefused(f"the engine answered {answer.status}", phase=Phase.HEAD)
 
     async def _pass_on(self, interim: list[h11.InformationalResponse]) -> None:
         """Interim answers, to a client that may get some: in HTTP/1.0 there are none (RFC 9110 §15.2)."""

@@ -172,13 +172,13 @@ class Upstream:
                 if self.config.is_tls:
                     sock = await self._secure(sock)
         except trio.TooSlowError:
-            message = f"no connection to {self.config.url} within connect_s = {connect_s:g} s"
+            message = f"no connection to the engine within connect_s = {connect_s:g} s"
             raise UpstreamTimeout(message, phase=Phase.CONNECT) from None
         except (tls.TlsError, ssl.SSLError) as exc:
             reason = exc if isinstance(exc, tls.TlsError) else tls.reason_of(exc)
-            raise UpstreamUnreachable(f"cannot connect to {self.config.url}: {reason}", phase=Phase.CONNECT) from None
+            raise UpstreamUnreachable(f"cannot connect to the engine: {reason}", phase=Phase.CONNECT) from None
         except OSError as exc:
-            message = f"cannot connect to {self.config.url}: {exc.strerror or exc}"
+            message = f"cannot connect to the engine: {exc.strerror or exc}"
             raise sockets.shortage(exc, Phase.CONNECT) or UpstreamUnreachable(message, phase=Phase.CONNECT) from None
         return UpstreamConnection(self, sock)
 

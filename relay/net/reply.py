@@ -208,6 +208,10 @@ async def refuse(service: Service, client: ClientConnection, failure: ExchangeEr
     service.tally.refused(failure, bytes_out)
     if service.write_record is None:
         return
+    timeline = None
+    if request is not None:  # which began when its first byte came
+        timeline = Timeline(client.request_started, time.monotonic())
+        timeline.ended = time.monotonic()
     service.write_record(
         make_record(
             now=time.time(),
@@ -220,6 +224,7 @@ async def refuse(service: Service, client: ClientConnection, failure: ExchangeEr
             outcome=failure.outcome,
             bytes_out=bytes_out,
             error=failure.message,
+            timeline=timeline,
         )
     )
 

@@ -113,6 +113,10 @@ class Roster:
         self._look_around()
         self._pool(pool).advance()
 
+    def configured(self, pool: str, role: str, url: str) -> UpstreamConfig | None:
+        """What the configuration says of an engine, whether it is in or not. Raises RosterError for an unknown pool."""
+        return self._configured(self._pool(pool), role, url)
+
     def remove(self, pool: str, role: str, url: str) -> None:
         """Takes an engine out of a running pool; what it is doing goes on to its end. Raises RosterError."""
         try:
@@ -281,7 +285,7 @@ class Roster:
             pool.advance()
 
     def _configured(self, pool: Pool, role: str, url: str) -> UpstreamConfig | None:
-        """What the configuration says of a name by now."""
+        """What the configuration says of an engine, or a name, by now."""
         if pool not in self._service.fleet.pools or role not in pool.groups:
             return None
         return next((each for each in pool.config.upstreams_of(role) if each.url == url), None)

@@ -276,12 +276,12 @@ class SplitAttempt:
                 try:
                     answer = await ask_whole(exchange, upstream, sends, limit_s=limit_s, last_word_s=last_word_s)
                 except trio.TooSlowError:
-                    message = f"{upstream.config.url} did not answer within prefill_s = {limit_s:g} s"
+                    message = f"the prefiller did not answer within prefill_s = {limit_s:g} s"
                     raise UpstreamTimeout(message, phase=Phase.PREFILL) from None
                 exchange.timeline.prefilled = time.monotonic()
                 attempt.answered(answer.status, exchange.timeline.prefilled)
                 if answer.status >= 500:
-                    message = f"{upstream.config.url} answered {answer.status} to the prefill leg"
+                    message = f"the prefiller answered {answer.status}"
                     raise UpstreamAnswered(message, phase=Phase.PREFILL, **answer._asdict())
                 return answer
         finally:

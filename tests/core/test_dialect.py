@@ -391,6 +391,22 @@ def test_nothing_raises(route: Route, parts: list[bytes]) -> None:
     repr(meter)
 
 
+@pytest.mark.parametrize(
+    ("body", "error"),
+    [
+        (b'{"error":{"message":"Field required","type":"BadRequestError","param":null,"code":400}}', "Field required"),
+        (b'{"object":"error","message":"too long","type":"BadRequestError","code":400}', "too long"),  # SGLang
+        (b'{"type":"error","error":{"type":"invalid_request_error","message":"no"}}', "no"),
+        (b'{"error":"said plainly"}', '"said plainly"'),
+        (b'{"id":"resp_1","object":"response","status":"completed","error":null}', None),
+    ],
+)
+def test_the_error_of_a_whole_answer(body: bytes, error: str | None) -> None:
+    meter = Meter(Route.CHAT)
+    meter.take_body(body)
+    assert meter.error == error
+
+
 def test_body_that_is_no_answer() -> None:
     for body in b"", b"[]", b"{", b"\xff", b'{"usage":5}', b'{"detail":"Not Found"}', b"null":
         meter = Meter(Route.CHAT)

@@ -58,6 +58,8 @@ async def test_strangers_are_told_and_no_engine_is_asked(engine: Engine, auth: A
             "/v1/chat/completions",
         )
         assert SECRET.decode() not in record.encode().decode()
+        assert record.total_ms is not None
+        assert 0 < record.total_ms < 10_000
 
 
 @pytest.mark.parametrize("path", [b"/metrics", b"/v1/../metrics", b"/v1/%2e%2e/metrics", b"//v1/chat/completions"])

@@ -83,6 +83,16 @@ async def test_a_model_that_no_pool_names_is_a_404_that_names_those_known(path: 
             assert not two.asked
 
 
+@pytest.mark.parametrize("method", ["OPTIONS", "GET", "HEAD"])
+async def test_what_is_no_post_names_no_model_and_goes_to_the_first(method: str) -> None:
+    async with fakes("a", "b") as (one, two):
+        pools = (pool_of(one.url, models=("qwen*",)), pool_of(two.url, name="long", models=("r1",)))
+        async with running_fleet(*pools) as relay, await Client.connect(relay.port) as client:
+            assert (await client.ask(request(method=method))).status == 200
+        assert len(one.asked) == 1
+        assert not two.asked
+
+
 async def test_models_are_the_union_of_what_engines_list() -> None:
     async with fakes("qwen-a", "qwen-a", "llama", "qwen-hidden") as (one, two, rest, hidden):
         two.models.append("qwen-b")

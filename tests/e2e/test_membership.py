@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 import trio
 
 from relay import config as settings
-from relay.config import HealthConfig
+from relay.address import parse_upstream
+from relay.config import HealthConfig, PoolConfig
 from relay_bench.engine import Engine
 from tests.e2e.fleet import (
     RunningFleet,
@@ -57,7 +59,7 @@ async def test_the_first_pool_is_meant_where_none_is_named() -> None:
 @pytest.mark.parametrize(
     ("body", "said"),
     [
-        (b"", 'wanted: {"pool": …, "role": …, "url": …}'),
+        (b"", 'wanted: {"pool": …, "role": …, "url": …, "ca": …, "server_name": …}'),
         (b"{", "wanted: "),
         (b"[]", "wanted: "),
         (b'{"url":1}', "wanted: "),
@@ -127,6 +129,18 @@ async def test_the_last_one_can_be_removed_and_come_back(engine: Engine) -> None
         assert (refused.status, refused.error["code"]) == (503, "no_upstream")
         assert refused.headers["retry-after"] == "1"
         assert (await relay.admin("POST", "/-/upstreams", {"url": engine.url})).status == 200
+        assert (await ask(relay.port, CHAT)).status == 200
+
+
+async def test_one_that_comes_back_is_what_the_file_says(engine: Engine) -> None:
+    configured = msgspec.structs.replace(parse_upstream(engine.url), weight=3, max_in_flight=7)
+    async with running_fleet(PoolConfig(upstreams=(configured,))) as relay:
+        for _ in range(2):
+            assert relay.upstreams[engine.url].config == configured
+            assert (await relay.admin("DELETE", "/-/upstreams", {"url": engine.url})).status == 200
+            assert not relay.upstreams
+            assert (await relay.admin("POST", "/-/upstreams", {"url": engine.url})).status == 200
+        assert relay.upstreams[engine.url].config == configured
         assert (await ask(relay.port, CHAT)).status == 200
 
 

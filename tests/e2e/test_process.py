@@ -124,6 +124,21 @@ async def test_lines_record_and_drain(engine: Engine) -> None:
     assert record["completion_tokens"] == 20
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+async def test_a_free_port_is_told_and_signals_of_other_servers_mean_nothing(engine: Engine, workers: int) -> None:
+    arguments = ("--upstream", engine.url, "--admin", "127.0.0.1:0", "--workers", str(workers))
+    async with relay_serve(*arguments) as relay:
+        await relay.prints(lambda: relay.stderr.count(b"\n") == 2)
+        admin = re.search(rb"^relay: admin side on http://127\.0\.0\.1:(\d+)$", relay.stderr, re.MULTILINE)
+        assert admin is not None, relay.stderr
+        for number in (signal.SIGUSR1, signal.SIGUSR2):
+            relay.signal(number)
+        assert (await ask(int(admin[1]), request("/-/status", method="GET"))).status == 200
+        assert (await ask(relay.port, request())).status == 200
+        relay.signal(signal.SIGTERM)
+        assert await relay.ended() == 0
+
+
 async def test_a_second_signal_cuts(engine: Engine) -> None:
     async with relay_serve("--upstream", engine.url) as relay:
         await relay.prints(lambda: b"\n" in relay.stderr)
