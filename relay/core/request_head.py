@@ -20,9 +20,9 @@ from relay.core.request import route_of
 #: Longer heads, and those of more fields, are not kept: a small field takes thirty times its bytes once it is parsed.
 REMEMBERED_BYTES: Final = 4096
 REMEMBERED_FIELDS: Final = 48
-#: Of a generation of heads, in bytes as they came. A worker keeps two, so some 350 ordinary heads in 1 MB; parsed, the
-#: worst take 4 MB. When one is full, the one before is forgotten, and with it the credentials that came no more.
-GENERATION_BYTES: Final = 65536
+#: Of all heads a worker keeps, in bytes as they came: some 350 ordinary ones in 1 MB; parsed, the worst take 4 MB. The
+#: oldest go for what is new, and with them the credentials in them.
+ALL_REMEMBERED_BYTES: Final = 131_072
 
 #: Traces that differ with each request and are the engine's to read: W3C's, Zipkin's, AWS's, Google's, Cloudflare's.
 _TRACES: Final = frozenset(
@@ -100,8 +100,8 @@ class Request:
 #: make one is a call of Python's.
 ReadHead: TypeAlias = tuple[RequestHead, headers.Headers, int | None, str | None]
 #: A head, and at which place among the values found by `_OWN` its length and its id are; None: it has none. Then of
-#: each trace its place there, and that of its field.
-_Known: TypeAlias = tuple[RequestHead, int | None, int | None, tuple[tuple[int, int], ...]]
+#: each trace its place there, and that of its field; and its bytes.
+_Known: TypeAlias = tuple[RequestHead, int | None, int | None, tuple[tuple[int, int], ...], int]
 
 
 class HeadReader:
@@ -110,10 +110,9 @@ class HeadReader:
     def __init__(self) -> None:
         self._known: dict[tuple[bytes, ...], _Known] = {}  # by what is around the values of `_OWN`
         self._known_bytes = 0
-        self._known_before: dict[tuple[bytes, ...], _Known] = {}  # the generation before
 
     def __repr__(self) -> str:
-        return f"<HeadReader known={len(self._known) + len(self._known_before)}>"
+        return f"<HeadReader known={len(self._known)}>"
 
     def read(self, head: bytes, max_head_bytes: int) -> ReadHead:
         """What a whole head says. Raises RequestRefused."""
@@ -121,10 +120,10 @@ class HeadReader:
         values = around[2::3]
         del around[2::3]
         shape = tuple(around)
-        known = self._known.get(shape) or self._known_again(shape, len(head))
+        known = self._known.get(shape)
         if known is None:
             return self._read_anew(head, shape, values, max_head_bytes)
-        parsed, length_at, id_at, traces = known
+        parsed, length_at, id_at, traces, _ = known
         length = request_id = None
         if length_at is not None:
             digits = values[length_at]
@@ -139,13 +138,6 @@ class HeadReader:
             for at, place in traces:
                 fields[place] = fields[place][0], values[at]
         return parsed, fields, length, request_id
-
-    def _known_again(self, shape: tuple[bytes, ...], size: int) -> _Known | None:
-        """What was known of a head of the generation before, and is of this one now."""
-        known = self._known_before.pop(shape, None)
-        if known is not None:
-            self._remember(shape, known, size)
-        return known
 
     def _read_anew(self, head: bytes, shape: tuple[bytes, ...], values: list[bytes], max_head_bytes: int) -> ReadHead:
         strict.check_raw_head(head)
@@ -169,13 +161,14 @@ class HeadReader:
         are_traces_at_hand = [(own[at], values[at]) for at in traced] == [parsed.fields[place] for place in places]
         is_small = len(fields) <= REMEMBERED_FIELDS and len(head) <= REMEMBERED_BYTES
         if is_id_at_hand and are_traces_at_hand and is_small:
-            self._remember(shape, (parsed, length_at, id_at, tuple(zip(traced, places, strict=True))), len(head))
+            traces = tuple(zip(traced, places, strict=True))
+            self._remember(shape, (parsed, length_at, id_at, traces, len(head)))
         request_id = headers.good_request_id(ids[0]) if ids else None
         return parsed, parsed.fields, None if length is None else int(length), request_id
 
-    def _remember(self, shape: tuple[bytes, ...], known: _Known, size: int) -> None:
-        self._known_bytes += size
-        if self._known_bytes > GENERATION_BYTES:
-            self._known_before, self._known = self._known, {}
-            self._known_bytes = size
+    def _remember(self, shape: tuple[bytes, ...], known: _Known) -> None:
+        self._known_bytes += known[-1]
+        while self._known_bytes > ALL_REMEMBERED_BYTES:
+            oldest = next(iter(self._known))
+            self._known_bytes -= self._known.pop(oldest)[-1]
         self._known[shape] = known

@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from relay.core.request_head import (
-    GENERATION_BYTES,
+    ALL_REMEMBERED_BYTES,
     REMEMBERED_BYTES,
     REMEMBERED_FIELDS,
     HeadReader,
@@ -194,22 +194,23 @@ def test_heads_of_many_fields_are_not_kept() -> None:
 def test_of_ever_new_heads_no_more_than_so_much_is_kept() -> None:
     reader = HeadReader()
     padding = b"k" * (REMEMBERED_BYTES - len(HEAD) - 8)
-    number = GENERATION_BYTES // REMEMBERED_BYTES * 5
+    number = ALL_REMEMBERED_BYTES // REMEMBERED_BYTES * 3
     most = 0
     for index in range(number):
         reader.read(HEAD.replace(b"Bearer k", b"Bearer %08d%b" % (index, padding)), 65536)
-        most = max(most, sum(map(len, [piece for shape in (*reader._known, *reader._known_before) for piece in shape])))
-    assert GENERATION_BYTES * 1.6 < most <= GENERATION_BYTES * 2
+        most = max(most, sum(map(len, [piece for shape in reader._known for piece in shape])))
+    assert ALL_REMEMBERED_BYTES * 0.8 < most <= ALL_REMEMBERED_BYTES
     assert reader.read(HEAD, 65536)[0] is reader.read(HEAD, 65536)[0]
 
 
-def test_a_head_that_comes_again_stays_known_among_ever_new_ones() -> None:
+def test_the_oldest_heads_go_first_and_as_many_stay_as_there_is_room_for() -> None:
     reader = HeadReader()
-    first = reader.read(HEAD, 65536)[0]
-    for index in range(GENERATION_BYTES // len(HEAD) * 5):
-        reader.read(HEAD.replace(b"Bearer k", b"Bearer %08d" % index), 65536)
-        if index % 10 == 0:
-            assert reader.read(HEAD, 65536)[0] is first
-    for index in range(GENERATION_BYTES // len(HEAD) * 3):
-        reader.read(HEAD.replace(b"Bearer k", b"Bearer x%08d" % index), 65536)
-    assert reader.read(HEAD, 65536)[0] is not first
+    heads = [HEAD.replace(b"Bearer k", b"Bearer %08d" % index) for index in range(3000)]
+    room = ALL_REMEMBERED_BYTES // len(heads[0])
+    parsed = [reader.read(head, 65536)[0] for head in heads]
+    for _ in range(2):
+        again = [reader.read(head, 65536)[0] for head in heads[-room:]]
+        assert all(one is other for one, other in zip(again, parsed[-room:], strict=True))
+    assert reader.read(heads[-room - 1], 65536)[0] is not parsed[-room - 1]
+    assert reader.read(heads[-room], 65536)[0] is not parsed[-room]  # that was the oldest by now
+    assert reader.read(heads[-1], 65536)[0] is parsed[-1]
