@@ -265,7 +265,7 @@ class ClientConnection:
         while True:
             await source.wait_readable(limit_at_ns)
             try:
-                data = self.sock.recv(sockets.READ_BYTES)
+                data = sockets.read(self.sock)
             except BlockingIOError:
                 source.has_news = False
             except OSError:

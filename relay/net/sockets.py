@@ -18,8 +18,8 @@ import trio
 from relay.errors import OutOfResources, Phase
 from relay.net.tls import TlsSocket
 
-#: Bytes asked of a socket at once where no shared buffer is at hand.
-READ_BYTES = 65536
+#: Bytes asked of a socket at once.
+READ_BYTES: Final = 65536
 #: What says that this process, or its machine, is short of something, and nothing of the peer.
 SHORTAGES: Final = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.ENOSPC)
 
@@ -32,6 +32,19 @@ def shortage(error: OSError, phase: Phase) -> OutOfResources | None:
     return OutOfResources(message, phase=phase, retry_after_s=1)
 
 
+_room: Final = bytearray(READ_BYTES)
+_view: Final = memoryview(_room)
+
+
+def read(sock: socket.socket) -> bytes:
+    """What there is, up to `READ_BYTES`; empty at the peer's end. Raises BlockingIOError, or OSError.
+
+    By way of one buffer: `socket.recv` allocates all it asks for, then gives back what was not needed, and in its place
+    comes what lives longer, so that the C library's heap becomes one of holes.
+    """
+    return bytes(_view[: sock.recv_into(_room)])
+
+
 async def receive(sock: socket.socket) -> bytes:
     """The next bytes; empty at the peer's end. Raises OSError where the connection broke.
 
@@ -41,7 +54,7 @@ async def receive(sock: socket.socket) -> bytes:
     while True:
         await trio.lowlevel.wait_readable(sock)
         with suppress(BlockingIOError):
-            return sock.recv(READ_BYTES)
+            return read(sock)
 
 
 async def send_all(sock: socket.socket, data: bytes | memoryview) -> None:
