@@ -172,14 +172,17 @@ class Meter:
             self.content_frames += 1
         self._take_end(body)
 
-    def take_body(self, body: bytes) -> None:
-        """Takes note of usage, finish reason and error of a whole JSON answer. Never raises."""
+    def take_body(self, body: bytes, *, status: int = 200) -> None:
+        """Takes note of usage, finish reason and error of a whole answer, which should be JSON. Never raises."""
+        is_refusal = status >= 400
         try:
             answer = _decode_event(body)
         except UNDECODABLE:
+            if is_refusal:
+                self.error = _cut(body) or None
             return
         has_error = answer.error is not _NULL and bytes(answer.error) not in _NO_ERROR
-        if has_error or answer.object == "error":
+        if has_error or is_refusal or answer.object == "error":
             self.error = _error_text(answer.error if has_error else msgspec.Raw(body))
         if answer.usage is not None:
             self.usage = updated(self.usage, answer.usage)

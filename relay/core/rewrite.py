@@ -292,7 +292,7 @@ def _edits(text: Buffer, members: list[_Member], changes: Mapping[str, Change]) 
     for name, change in absent.items():
         new = _new(change)
         if new is not None:
-            added.append(_key(name) + new)
+            added.append(_named(name) + new)
     if added:
         end = members[-1].stop if members else text.index(b"{") + 1
         edits.append((end, end, b"," * is_any_kept + b",".join(added)))
@@ -300,7 +300,7 @@ def _edits(text: Buffer, members: list[_Member], changes: Mapping[str, Change]) 
 
 
 @lru_cache(maxsize=64)
-def _key(name: str) -> bytes:
+def _named(name: str) -> bytes:
     """What a member begins with."""
     return _encode(name) + b":"
 

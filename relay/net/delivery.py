@@ -179,7 +179,7 @@ class Delivery:
                 if decoder.error is not None:
                     raise UpstreamDisconnected(f"the engine's answer is cut: {decoder.error}", phase=Phase.DATA)
         if is_metered:
-            exchange.meter.take_body(bytes(kept))
+            exchange.meter.take_body(bytes(kept), status=answer.status)
         return answer.is_reusable and not has_excess
 
     def _body_framing(self, answer: wire.Answer) -> headers.Framing:

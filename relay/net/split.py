@@ -131,7 +131,7 @@ class SplitAttempt:
         exchange.phase = Phase.PREFILL
         answer = await self._prefill(plan.prefill, last_word_s=LAST_WORD_S if pool.config.drain_kv else 0.0)
         if answer.status >= 400:
-            await exchange.reply.pass_on(*answer)
+            await self._pass_on(answer)
             return
         hand_over = plan.hand_over(answer.body)
         self._place.release("prefill")
@@ -256,12 +256,17 @@ class SplitAttempt:
     async def _conclude(self) -> None:
         """What has come of both legs, where it is not an answer that went out."""
         if self._refusal is not None and not self._exchange.reply.is_committed:
-            await self._exchange.reply.pass_on(*self._refusal)
+            await self._pass_on(self._refusal)
         elif self._refusal is not None:
             message = f"the prefiller refused the request ({self._refusal.status}) while the decoder was streaming"
             raise UpstreamProtocolError(message, phase=Phase.DATA)
         elif self._failure is not None:
             raise self._failure
+
+    async def _pass_on(self, refusal: WholeAnswer) -> None:
+        """The prefiller's own refusal is the answer."""
+        self._exchange.meter.take_body(refusal.body, status=refusal.status)
+        await self._exchange.reply.pass_on(*refusal)
 
     # -- the legs
 

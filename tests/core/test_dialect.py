@@ -407,6 +407,21 @@ def test_the_error_of_a_whole_answer(body: bytes, error: str | None) -> None:
     assert meter.error == error
 
 
+@pytest.mark.parametrize(
+    ("body", "error"),
+    [
+        (b'{"error":{"message":"Field required"}}', "Field required"),
+        (b'{"detail":"Not Found"}', '{"detail":"Not Found"}'),  # FastAPI
+        (b"<html>busy</html>", "<html>busy</html>"),
+        (b"", None),
+    ],
+)
+def test_what_is_refused_has_an_error_in_whatever_form(body: bytes, error: str | None) -> None:
+    meter = Meter(Route.CHAT)
+    meter.take_body(body, status=404)
+    assert meter.error == error
+
+
 def test_body_that_is_no_answer() -> None:
     for body in b"", b"[]", b"{", b"\xff", b'{"usage":5}', b'{"detail":"Not Found"}', b"null":
         meter = Meter(Route.CHAT)

@@ -308,7 +308,10 @@ async def test_statuses_that_never_fail_over(engine: Engine, second_engine: Engi
         assert answer.payload == direct.payload
         assert answer.headers["content-type"] == "application/json"
         assert answer.headers.get("retry-after") == direct.headers.get("retry-after")
-        assert outcome(await relay.record()) == ("--", status, 1)
+        record = await relay.record()
+        assert outcome(record) == ("--", status, 1)
+        assert record.error
+        assert record.error in answer.payload.decode()
         assert len(engine.requests()) + len(second_engine.requests()) == 2
 
 

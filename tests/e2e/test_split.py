@@ -362,7 +362,7 @@ async def test_a_prefillers_refusal_is_the_answer(connector: str, stream: bool) 
         assert len(pair.order) == (2 if connector == "sglang" else 1)
     assert (got.status, got.payload, got.headers["x-why"]) == (400, body_of(BAD_REQUEST), "1")
     assert got.headers["x-request-id"] == record.id
-    assert (record.status, record.outcome, record.attempts, record.error) == (400, "--", 1, None)
+    assert (record.status, record.outcome, record.attempts, record.error) == (400, "--", 1, "too long")
 
 
 FAILURES: Final[dict[str, tuple[Turn, tuple[str, int]]]] = {
