@@ -152,7 +152,7 @@ def render(status: Status) -> RenderableType:
     parts: list[RenderableType] = [_headline(status)]
     for pool in status.pools:
         errors = [
-            Text(f"{_printable(upstream.url)}: {_printable(upstream.last_error)}")
+            Text(f"{_printable(upstream.url)}: {_printable(upstream.last_error)}, {_ago(upstream.last_error_age_s)}")
             for upstream in pool.upstreams
             if upstream.last_error
         ]
@@ -184,7 +184,7 @@ def _figures(pool: PoolStatus) -> list[Text]:
     return [
         _joined(
             [
-                f"{pool.in_flight:,} in flight",
+                f"{_of(pool.in_flight, pool.max_in_flight)} in flight",
                 f"{pool.queued:,} queued",
                 f"{_rate(rates.requests_per_s)} requests/s",
                 f"{_rate(rates.tokens_per_s)} tokens/s",
@@ -252,7 +252,7 @@ _COLUMNS: Final[tuple[_Column[UpstreamStatus], ...]] = (
     _Column("role", lambda upstream: Text(_printable(upstream.role)), "left"),
     _Column("state", lambda upstream: _state(upstream.state), "left"),
     _Column("weight", lambda upstream: f"{upstream.weight:,}", is_extra=True),
-    _Column("in flight", lambda upstream: f"{upstream.in_flight:,}"),
+    _Column("in flight", lambda upstream: _of(upstream.in_flight, upstream.max_in_flight)),
     _Column("failures", lambda upstream: f"{upstream.failures:,}"),
     _Column("probe", lambda upstream: _ms(upstream.probe_ms), is_extra=True),
     _Column("age", lambda upstream: _duration(upstream.age_s), is_extra=True),
@@ -286,6 +286,14 @@ def _duration(seconds: float) -> str:
     units = [(days, "d"), (hour, "h"), (minute, "min"), (second, "s")]
     first = next((at for at, (number, _) in enumerate(units) if number), len(units) - 1)
     return " ".join(f"{number} {unit}" for number, unit in units[first : first + 2])
+
+
+def _of(count: int, most: int) -> str:
+    return f"{count:,}/{most:,}" if most else f"{count:,}"
+
+
+def _ago(seconds: float | None) -> str:
+    return "time unknown" if seconds is None else f"{_duration(seconds)} ago"
 
 
 def _ms(value: float | None) -> str:

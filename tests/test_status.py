@@ -40,10 +40,10 @@ WORKING = Status(
             rates=Rates(requests_per_s=12.44, tokens_per_s=1830.2, ttft_p50_ms=84.21, ttft_p99_ms=12_310.0,
                         gap_p50_ms=24.1, gap_p99_ms=141.4),
             upstreams=(
-                UpstreamStatus(url="http://10.0.0.1:8000", state="healthy", weight=2, in_flight=20, probe_ms=1.23,
-                               age_s=8000.0),
+                UpstreamStatus(url="http://10.0.0.1:8000", state="healthy", weight=2, in_flight=20, max_in_flight=64,
+                               probe_ms=1.23, age_s=8000.0),
                 UpstreamStatus(url="http://10.0.0.2:8000", state="ejected", failures=3,
-                               last_error="cannot connect: Connection refused"),
+                               last_error="cannot connect: Connection refused", last_error_age_s=95.0),
             ),
         ),
         PoolStatus(
@@ -171,8 +171,8 @@ def test_a_wide_terminal_has_all_columns_and_a_narrow_one_those_that_matter() ->
     assert long_head.split() == ["upstream", "role", "state", "weight", "in", "flight", "failures", "probe", "age"]
     assert lines_of(narrow, "upstream ")[0].split() == ["upstream", "state", "in", "flight", "failures"]
     (row,) = lines_of(wide, "10.0.0.1")
-    assert row.split() == ["http://10.0.0.1:8000", "healthy", "2", "20", "0", "1.2", "ms", "2", "h", "13", "min"]
-    assert lines_of(narrow, "10.0.0.1")[0].split() == ["http://10.0.0.1:8000", "healthy", "20", "0"]
+    assert row.split() == ["http://10.0.0.1:8000", "healthy", "2", "20/64", "0", "1.2", "ms", "2", "h", "13", "min"]
+    assert lines_of(narrow, "10.0.0.1")[0].split() == ["http://10.0.0.1:8000", "healthy", "20/64", "0"]
 
 
 def test_keys_have_a_table_of_the_busiest() -> None:
@@ -190,7 +190,7 @@ def test_keys_have_a_table_of_the_busiest() -> None:
 
 def test_last_errors_stand_below_and_cannot_move_the_cursor() -> None:
     text = picture(WORKING, 80)
-    assert "  http://10.0.0.2:8000: cannot connect: Connection refused" in text
+    assert "  http://10.0.0.2:8000: cannot connect: Connection refused, 1 min 35 s ago" in text
     assert "'\\x1b[2J\\nboo'" in text
     assert "\x1b" not in text
 
@@ -392,20 +392,31 @@ def test_watching_pauses_between_looks(monkeypatch: pytest.MonkeyPatch, capsys: 
 
 
 def test_a_daemon_is_the_sum_of_its_workers() -> None:
-    def part(in_flight: int, state: str, error: str | None = None) -> Status:
-        upstream = UpstreamStatus(url="http://a:1", state=state, in_flight=in_flight, failures=1, last_error=error)
+    def part(in_flight: int, state: str, error: str | None = None, age_s: float = 0.0) -> Status:
+        upstream = UpstreamStatus(
+            url="http://a:1",
+            state=state,
+            in_flight=in_flight,
+            failures=1,
+            last_error=error,
+            last_error_age_s=None if error is None else age_s,
+        )
         gone = UpstreamStatus(url="http://gone:1", state="healthy", in_flight=5)
-        pool = PoolStatus(name="chat", policy="random", in_flight=in_flight, queued=1, upstreams=(upstream, gone))
+        leaving = UpstreamStatus(url="http://a:1", state="draining", in_flight=in_flight)
+        pool = PoolStatus(
+            name="chat", policy="random", in_flight=in_flight, queued=1, upstreams=(upstream, gone, leaving)
+        )
         return Status(version="1", state="ready", uptime_s=0.0, in_flight=in_flight, frames=10, pools=(pool,))
 
-    whole = part(0, "healthy")
+    whole = part(0, "healthy", "probe: timeout", 7.0)
     whole = msgspec.structs.replace(
         whole, pools=(msgspec.structs.replace(whole.pools[0], upstreams=whole.pools[0].upstreams[:1]),)
     )
-    status = merged(whole, [part(2, "healthy"), part(3, "ejected", "refused")])
+    status = merged(whole, [part(2, "healthy", "reset", 5.0), part(3, "ejected", "refused", 2.0)])
     assert (status.workers, status.in_flight, status.frames) == (2, 5, 20)
     (pool,) = status.pools
     assert (pool.in_flight, pool.queued) == (5, 2)
-    (upstream,) = pool.upstreams
+    upstream, leaving = pool.upstreams
     assert (upstream.in_flight, upstream.failures) == (5, 2)
-    assert (upstream.state, upstream.last_error) == ("ejected", "refused")
+    assert (upstream.state, upstream.last_error, upstream.last_error_age_s) == ("ejected", "refused", 2.0)
+    assert (leaving.url, leaving.state, leaving.in_flight) == ("http://a:1", "draining", 5)

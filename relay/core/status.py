@@ -23,17 +23,23 @@ from relay.core.metrics import Family, HistogramFamily
 Series = Mapping[tuple[str, ...], Sequence[float]]
 
 
+#: The state of a daemon that ends when what it has has ended, and of an engine that has been taken out of its pool.
+DRAINING: Final = "draining"
+
+
 class UpstreamStatus(msgspec.Struct, frozen=True, kw_only=True):
     """One engine as the relay sees it."""
 
     url: str
     role: str = "serve"  #: of `relay.core.metrics.ROLES`
-    state: str  #: a value of `relay.core.health.State`
+    state: str  #: a value of `relay.core.health.State`, or `DRAINING`
     weight: int = 1
     in_flight: int = 0
+    max_in_flight: int = 0  #: most it may have; 0: no limit
     idle: int = 0  #: connections kept for later requests
     failures: int = 0  #: attempts that failed by its fault, since it was added
     last_error: str | None = None
+    last_error_age_s: float | None = None
     probe_ms: float | None = None  #: what its last probe took
     age_s: float = 0.0  #: since it was added
 
@@ -56,6 +62,7 @@ class PoolStatus(msgspec.Struct, frozen=True, kw_only=True):
     models: tuple[str, ...] = ()  #: as configured; empty: every model no other pool claims
     policy: str
     in_flight: int = 0
+    max_in_flight: int = 0  #: most it may have; 0: no limit
     queued: int = 0
     rates: Rates = Rates()
     upstreams: tuple[UpstreamStatus, ...] = ()
@@ -117,33 +124,40 @@ def merged(whole: Status, parts: Sequence[Status]) -> Status:
 
 
 def _merged_pool(whole: PoolStatus, parts: Sequence[PoolStatus]) -> PoolStatus:
-    found: defaultdict[tuple[str, str], list[UpstreamStatus]] = defaultdict(list)
+    staying: defaultdict[tuple[str, str], list[UpstreamStatus]] = defaultdict(list)
+    leaving: defaultdict[tuple[str, str], list[UpstreamStatus]] = defaultdict(list)  # of these only workers know
     for part in parts:
         for each in part.upstreams:
-            found[each.role, each.url].append(each)
+            (leaving if each.state == DRAINING else staying)[each.role, each.url].append(each)
+    members = (each for each in whole.upstreams if each.state != DRAINING)
     return replace(
         whole,
         in_flight=sum(part.in_flight for part in parts),
         queued=sum(part.queued for part in parts),
-        upstreams=tuple(_merged_upstream(each, found[each.role, each.url]) for each in whole.upstreams),
+        upstreams=(
+            *(_merged_upstream(each, staying[each.role, each.url]) for each in members),
+            *(_merged_upstream(each[0], each) for each in leaving.values()),
+        ),
     )
 
 
 def _merged_upstream(whole: UpstreamStatus, parts: Sequence[UpstreamStatus]) -> UpstreamStatus:
-    """Its worst state counts: where one worker's requests fail, the others' are about to."""
-    errors = (part.last_error for part in parts if part.last_error is not None)
+    """Its worst state counts: where one worker's requests fail, the others' are about to. And the youngest error."""
+    failed = [part for part in (whole, *parts) if part.last_error_age_s is not None]
+    latest = min(failed, key=lambda part: part.last_error_age_s or 0.0, default=whole)
     return replace(
         whole,
         state=max((part.state for part in (whole, *parts)), key=_SEVERITY.index),
         in_flight=sum(part.in_flight for part in parts),
         idle=sum(part.idle for part in parts),
         failures=sum(part.failures for part in parts),
-        last_error=next(errors, whole.last_error),
+        last_error=latest.last_error,
+        last_error_age_s=latest.last_error_age_s,
     )
 
 
 #: Of an upstream's states the better before the worse.
-_SEVERITY: Final = ("healthy", "half-open", "ejected", "unhealthy")
+_SEVERITY: Final = ("healthy", "half-open", "ejected", "unhealthy", DRAINING)
 
 
 def rates(pool: str, before: Series, after: Series, elapsed_s: float) -> Rates:

@@ -225,8 +225,8 @@ class Follower(Worker):
         upstream.health.has_been_up = member.has_been_up
         if member.is_probed and member.is_up != upstream.health.is_up:
             upstream.health.on_verdict(member.is_up, time.monotonic())
-            if not member.is_up:
-                upstream.last_error = member.error
+            if not member.is_up and member.error is not None:
+                upstream.note_error(member.error, member.error_at)
         upstream.probe_s = member.probe_s
         if member.models is not None:
             upstream.models = {name: msgspec.Raw(entry) for name, entry in member.models.items()}

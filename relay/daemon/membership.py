@@ -84,6 +84,7 @@ class Membership:
             is_up=health.is_up,
             has_been_up=health.has_been_up,
             error=upstream.last_error,
+            error_at=upstream.last_error_at,
             probe_s=upstream.probe_s,
             models=models,
         )

@@ -61,6 +61,7 @@ class Member(msgspec.Struct, frozen=True, array_like=True):
     is_up: bool
     has_been_up: bool
     error: str | None  #: why it is not
+    error_at: float  #: since when (monotonic clock)
     probe_s: float | None
     models: dict[str, bytes] | None  #: its own list, each entry in JSON
 

@@ -212,8 +212,8 @@ class Admin:
         config = _engine(change.url)
         if change.ca or change.server_name:
             config = replace(config, ca=change.ca, server_name=change.server_name)
-        else:  # put back as the file has it, with its weight and limits
-            config = self._roster.configured(change.pool, change.role, config.url) or config
+        else:
+            config = self._roster.known(change.pool, change.role, config)
         if config.is_tls:
             client_context(config.ca)  # or it is refused here
         elif config.ca or config.server_name:
@@ -252,7 +252,7 @@ class Admin:
                     raise RosterError(f"pool {pool.name} stays as it was: {', '.join(wrong)} {is_in}")
                 for config in configs:
                     if is_added:
-                        self._roster.add(pool.name, wanted.type, config)
+                        self._roster.add(pool.name, wanted.type, self._roster.known(pool.name, wanted.type, config))
                     else:
                         self._roster.remove(pool.name, wanted.type, config.url)
                 word = "added" if is_added else "removed"

@@ -65,7 +65,7 @@ class Drains:
                 answer = await ask_whole(exchange, decoder, sends)
                 is_done = answer.status < 400
         except ExchangeError as failure:
-            decoder.last_error = f"drain: {failure.settled().message}"
+            decoder.note_error(f"drain: {failure.settled().message}")
         finally:
             self.running -= 1
             self._count(exchange, is_done=is_done)

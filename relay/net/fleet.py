@@ -53,7 +53,8 @@ class Pool:
         self.name = config.name
         self.stream = StreamConfig()  #: what holds for its streams
         self.session_field = config.session_header.lower().encode("ascii")
-        self.groups = {role: Group(role, _policy(config, role), rules, rng) for role in config.roles}
+        self._leaving: list[Upstream] = []
+        self.groups = {role: self._group(config, role, rules) for role in config.roles}
         self.connector = connector_named(config.connector)
         self.callback_url = ""  #: where decoders call back, if the connector has them do so
         self.number = 0  #: its cell in what workers share
@@ -78,7 +79,7 @@ class Pool:
             group = before.pop(role, None)
             if group is None or config.balance != self.config.balance:
                 # Another policy has other seats; what is under way is the old ones' load.
-                new = Group(role, _policy(config, role), rules, self._rng)
+                new = self._group(config, role, rules)
             else:
                 new = group
                 new.set_rules(rules)
@@ -92,6 +93,18 @@ class Pool:
             group.become({}, group)
         self.config = config
         self.advance()
+
+    def _group(self, config: PoolConfig, role: str, rules: HealthRules) -> Group:
+        return Group(role, _policy(config, role), rules, self._rng, self._left)
+
+    def _left(self, upstream: Upstream) -> None:
+        self._leaving = [*self.leaving, upstream]
+
+    @property
+    def leaving(self) -> list[Upstream]:
+        """Engines that have been taken out, and still have something to do."""
+        self._leaving = [upstream for upstream in self._leaving if upstream.outstanding]
+        return self._leaving
 
     @property
     def queued(self) -> int:

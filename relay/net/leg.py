@@ -171,7 +171,7 @@ class Leg:
 def note_failure(exchange: Exchange, upstream: Upstream, failure: ExchangeError) -> None:
     """Counts a failure as the engine's."""
     upstream.failures += 1
-    upstream.last_error = failure.message
+    upstream.note_error(failure.message)
     exchange.service.tally.upstream_failed(failure.phase)
 
 

@@ -92,6 +92,7 @@ class Upstream:
         self.is_leaving = False  #: taken out: what it has goes on, nothing more comes
         self.failures = 0  #: attempts that failed by its fault
         self.last_error: str | None = None
+        self.last_error_at = 0.0  #: when that was (monotonic clock)
         self.probe_s: float | None = None  #: what its last probe took
         self.models: dict[str, msgspec.Raw] | None = None  #: its own list, by id; None: never heard
         self.models_at = float("-inf")  #: when that was
@@ -116,6 +117,11 @@ class Upstream:
         if self.permits is not None:
             return self.permits.is_exhausted
         return 0 < self.config.max_in_flight <= self.seat.streams
+
+    def note_error(self, message: str, at: float | None = None) -> None:
+        """Keeps what went wrong there last; `at`: when, if not now (monotonic clock)."""
+        self.last_error = message
+        self.last_error_at = time.monotonic() if at is None else at
 
     def show_load(self) -> None:
         """Lets other workers see what this one has there."""

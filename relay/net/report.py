@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import relay
-from relay.core.status import ExchangeStatus, PoolStatus, Status, UpstreamStatus
+from relay.core.status import DRAINING, ExchangeStatus, PoolStatus, Status, UpstreamStatus
 
 if TYPE_CHECKING:
     from relay.core.board import Block
@@ -47,7 +47,7 @@ def status_of(service: Service) -> Status:
     now = time.monotonic()
     return Status(
         version=relay.__version__,
-        state="ready" if service.is_ready else "draining",
+        state="ready" if service.is_ready else DRAINING,
         uptime_s=0.0,
         in_flight=len(service.active),
         frames=service.pump.frames,
@@ -61,8 +61,9 @@ def _pool(pool: Pool, now: float) -> PoolStatus:
         models=pool.config.models,
         policy=pool.config.balance,
         in_flight=pool.in_flight,
+        max_in_flight=pool.config.max_in_flight,
         queued=pool.queued,
-        upstreams=tuple(_upstream(upstream, now) for upstream in pool.upstreams),
+        upstreams=tuple(_upstream(upstream, now) for upstream in (*pool.upstreams, *pool.leaving)),
     )
 
 
@@ -70,12 +71,14 @@ def _upstream(upstream: Upstream, now: float) -> UpstreamStatus:
     return UpstreamStatus(
         url=upstream.config.url,
         role=upstream.role,
-        state=upstream.health.state(now).value,
+        state=DRAINING if upstream.is_leaving else upstream.health.state(now).value,
         weight=upstream.config.weight,
         in_flight=upstream.outstanding,
+        max_in_flight=upstream.config.max_in_flight,
         idle=upstream.idle,
         failures=upstream.failures,
         last_error=upstream.last_error,
+        last_error_age_s=None if upstream.last_error is None else round(now - upstream.last_error_at, 3),
         probe_ms=None if upstream.probe_s is None else round(upstream.probe_s * 1000, 3),
         age_s=round(now - upstream.added_at, 3),
     )

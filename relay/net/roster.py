@@ -113,9 +113,9 @@ class Roster:
         self._look_around()
         self._pool(pool).advance()
 
-    def configured(self, pool: str, role: str, url: str) -> UpstreamConfig | None:
-        """What the configuration says of an engine, whether it is in or not. Raises RosterError for an unknown pool."""
-        return self._configured(self._pool(pool), role, url)
+    def known(self, pool: str, role: str, config: UpstreamConfig) -> UpstreamConfig:
+        """An engine with the weight and limits that the file gives it, if it does. Raises RosterError: unknown pool."""
+        return self._configured(self._pool(pool), role, config.url) or config
 
     def remove(self, pool: str, role: str, url: str) -> None:
         """Takes an engine out of a running pool; what it is doing goes on to its end. Raises RosterError."""
@@ -215,14 +215,14 @@ class Roster:
             with trio.fail_after(limit_s):
                 status, _ = await self._get(upstream, path, most_bytes=_MOST_PROBE_BYTES)
         except (httpx.HTTPError, httpx.InvalidURL, OSError, TlsError) as exc:
-            upstream.last_error = f"probe: {reason_of(exc)}"
+            upstream.note_error(f"probe: {reason_of(exc)}")
             return False
         except trio.TooSlowError:
-            upstream.last_error = f"probe: no answer within {limit_s:g} s"
+            upstream.note_error(f"probe: no answer within {limit_s:g} s")
             return False
         is_well = 200 <= status <= 299
         if not is_well:
-            upstream.last_error = f"probe: {path} answered {status}"
+            upstream.note_error(f"probe: {path} answered {status}")
         return is_well
 
     async def _ask_models(self, upstream: Upstream) -> None:

@@ -48,6 +48,7 @@ async def test_status_is_what_relay_status_shows(engine: Engine, capsys: pytest.
             (up,) = chat.upstreams
             assert (up.url, up.role, up.state, up.weight) == (engine.url, "serve", "healthy", 1)
             assert (up.in_flight, up.idle, up.failures, up.last_error, up.probe_ms) == (1, 0, 0, None, None)
+            assert (chat.max_in_flight, up.max_in_flight) == (1, 0)
 
             flags = ["status", "--admin", f"127.0.0.1:{relay.admin_port}"]
             assert await trio.to_thread.run_sync(main, flags) == 0
@@ -99,6 +100,8 @@ async def test_states_of_engines() -> None:
             assert [up.state for up in pool.upstreams] == ["healthy", "unhealthy", "ejected", "half-open"]
             assert [up.failures for up in pool.upstreams] == [0, 0, 5, 5]
             assert pool.upstreams[2].last_error == "the engine answered 503"
+            assert pool.upstreams[0].last_error_age_s is None
+            assert pool.upstreams[2].last_error_age_s == pytest.approx(0.0, abs=5.0)
 
 
 async def test_probes_are_timed() -> None:

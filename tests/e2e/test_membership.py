@@ -113,9 +113,12 @@ async def test_removal_drains(engine: Engine, second_engine: Engine) -> None:
             assert (await ask(relay.port, CHAT)).status == 200
         assert (engine.stats()["served"], second_engine.stats()["served"]) == (3, 4)
         assert leaving.outstanding == 3
+        rows = [(up.url, up.state, up.in_flight) for up in (await status_of(relay)).pools[0].upstreams]
+        assert rows == [(second_engine.url, "healthy", 0), (engine.url, "draining", 3)]
         await assert_whole(*clients)
         await until(lambda: leaving.outstanding == 0)
         await until(lambda: engine.stats()["connections_open"] == 0)  # nothing is kept for later
+        assert [up.url for up in (await status_of(relay)).pools[0].upstreams] == [second_engine.url]
         assert {record.outcome for record in relay.records} == {"--"}
 
 
@@ -231,6 +234,17 @@ async def test_instances_and_healthcheck() -> None:
         removed = await relay.admin("POST", "/instances/remove", {"type": "prefill", "instances": ["http://b:1"]})
         assert (removed.status, removed.json()) == (200, {"removed": ["http://b:1"], "type": "prefill"})
         assert (await counts())["prefill_instances"] == 2
+
+
+async def test_an_instance_that_comes_back_is_what_the_file_says() -> None:
+    configured = msgspec.structs.replace(parse_upstream("http://127.0.0.1:9"), weight=3, max_in_flight=7)
+    split = PoolConfig(prefill=(configured,), decode=engines_of(["http://127.0.0.1:9"]))
+    change = {"type": "prefill", "instances": "127.0.0.1:9"}
+    async with running_fleet(split) as relay:
+        assert (await relay.admin("POST", "/instances/remove", change)).status == 200
+        assert (await relay.admin("POST", "/instances/add", change)).status == 200
+        (up, _) = (await status_of(relay)).pools[0].upstreams
+        assert (up.role, up.weight, up.max_in_flight) == ("prefill", 3, 7)
 
 
 @pytest.mark.parametrize(
