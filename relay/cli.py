@@ -71,7 +71,7 @@ def _serve(arguments: argparse.Namespace) -> int:
 
     from relay.daemon import process, supervisor
 
-    process.hold_reload()
+    process.prepare_signals()
     if arguments.config is None:
         return supervisor.run(settings.check(override(Config()), source="relay serve"))
 

@@ -596,12 +596,15 @@ def test_check_warns_of_what_can_hardly_be_meant(
         "[[pool]]\nupstreams = ['http://a:1']\nconnector = 'mooncake'\nsession_header = 'X-Mine'\n"
         "[[pool]]\nname = 'split'\nmodels = ['s']\nprefill = ['http://b:1']\ndecode = ['http://c:1']\n"
         "callback_address = '127.0.0.1:9'\nbalance = 'session_affinity'\nsession_header = 'X-Mine'\n"
+        "[[pool]]\nname = 'c'\nmodels = ['c']\nupstreams = ['http://d:1']\nbalance = 'session_affinity'\n"
+        "session_header = 'Content-Length'\n"
     )
     assert main(["check", "--config", path]) == 0
     assert capsys.readouterr().err.splitlines() == [
         f'{path}:pool[0].session_header: warning: does nothing here; it is for balance = "session_affinity"',
         f"{path}:pool[0].connector: warning: does nothing here; it is for a split pool",
         f"{path}:pool[1].callback_address: warning: does nothing here; it is for ascend_layerwise",
+        f"{path}:pool[2].session_header: warning: does nothing: Content-Length names no session",
         f"{path}:auth.routes: warning: does nothing without auth.keys_file",
         f"{path}:listen.addresses[1]: warning: 0.0.0.0:2 can be reached from other machines, and nobody is asked for a "
         "key (auth.keys_file)",

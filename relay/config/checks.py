@@ -67,6 +67,8 @@ def doubts(config: Config) -> Iterator[Problem]:
 def _useless_settings(pool: PoolConfig, key: str) -> Iterator[Problem]:
     """Settings that nothing in the pool goes by."""
     usual = type(pool)()
+    if pool.balance == "session_affinity" and pool.session_header.lower() == "content-length":
+        yield Problem(f"{key}.session_header", "does nothing: Content-Length names no session")
     wanted_by = {
         "session_header": (pool.balance == "session_affinity", 'balance = "session_affinity"'),
         "callback_address": (pool.is_split and pool.connector == "ascend_layerwise", "ascend_layerwise"),

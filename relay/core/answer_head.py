@@ -19,8 +19,12 @@ REMEMBERED_WHOLE: Final = 4
 #: The fields whose values are an answer's own, where they are of printable characters; any other value stays part of
 #: what a head is known by. Possessive: no position is tried twice. First letters are looked at before names: most
 #: lines end there.
-_OWN: Final = re.compile(rb"\r\n(?=[CDXcdx])((?i:content-length|date|x-request-id)):[ \t]*+([ -~]*+)(?=\r\n)")
 _OWN_NAMES: Final = frozenset({b"content-length", b"date", b"x-request-id"})
+_FIRST_LETTERS: Final = bytes({name[0] for name in _OWN_NAMES})
+_OWN: Final = re.compile(
+    rb"\r\n(?=[%b])((?i:%b)):[ \t]*+([ -~]*+)(?=\r\n)"
+    % (_FIRST_LETTERS + _FIRST_LETTERS.upper(), b"|".join(sorted(_OWN_NAMES)))
+)
 _MOST_DIGITS: Final = 19
 
 

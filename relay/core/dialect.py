@@ -105,7 +105,7 @@ class Meter:
         self._is_ordinary = ordinary.FRAMES[route].fullmatch
         self.usage: Usage | None = None  #: the engine's last word on it
         self.finish_reason: str | None = None  #: of the choice that ended last
-        self.error: str | None = None  #: an error the engine reported inside its stream
+        self.error: str | None = None  #: an error the engine reported, in its stream or as its answer
         self.saw_end = False  #: the route's end mark has come
         self.saw_id_field = False  #: an ``id:`` line has come: openai's SDK then fails on comments
         self.content_frames = 0
@@ -163,9 +163,7 @@ class Meter:
                 self.error = _cut(data) if event == b"error" else self.error
                 return
             body = salvaged
-        has_error = body.error is not _NULL and bytes(body.error) not in _NO_ERROR
-        if has_error or event == b"error" or body.object == "error" or body.type == "error":
-            self.error = _error_text(body.error if has_error else msgspec.Raw(data))
+        self._take_error(body, data, is_error=event == b"error")
         if body.usage is not None:
             self.usage = updated(self.usage, body.usage)
         if self._is_content(body):
@@ -181,9 +179,7 @@ class Meter:
             if is_refusal:
                 self.error = _cut(body) or None
             return
-        has_error = answer.error is not _NULL and bytes(answer.error) not in _NO_ERROR
-        if has_error or is_refusal or answer.object == "error":
-            self.error = _error_text(answer.error if has_error else msgspec.Raw(body))
+        self._take_error(answer, body, is_error=is_refusal)
         if answer.usage is not None:
             self.usage = updated(self.usage, answer.usage)
         for choice in answer.choices or ():
@@ -191,6 +187,11 @@ class Meter:
         self.finish_reason = self.finish_reason or answer.stop_reason
         if answer.object == "response":
             self.finish_reason = _finish_of(answer.status, answer.incomplete_details)
+
+    def _take_error(self, body: _Event, text: bytes, *, is_error: bool) -> None:
+        has_error = body.error is not _NULL and bytes(body.error) not in _NO_ERROR
+        if has_error or is_error or body.object == "error" or body.type == "error":
+            self.error = _error_text(body.error if has_error else msgspec.Raw(text))
 
     def _is_content(self, body: _Event) -> bool:
         if body.choices is not None:

@@ -1,4 +1,4 @@
-"""A request's head, judged by `relay.core.strict` and parsed by h11; one that repeats another is known by its bytes.
+"""A request and its head, which strict judges and h11 parses; one that repeats another is known by its bytes.
 
 Clients send the same head again and again, on one connection and on many; what changes is the number in
 ``Content-Length`` and the names by which a request is found again: its ``X-Request-Id``, and what gateways and tracers
@@ -15,7 +15,7 @@ from typing import Final, TypeAlias
 import h11
 
 from relay.core import headers, strict
-from relay.core.request import route_of
+from relay.core.request import Route, route_of
 
 #: Longer heads, and those of more fields, are not kept: a small field takes thirty times its bytes once it is parsed.
 REMEMBERED_BYTES: Final = 4096
@@ -57,7 +57,8 @@ class RequestHead:
         #: in origin form, and the authority it was sent to
         self.target, self.host = strict.check_request(self.method, event.target, self.version, fields)
         self.path = self.target.partition(b"?")[0]
-        self.route = route_of(self.target)
+        #: only a POST generates, and names a model: a browser that asks whether it may (OPTIONS) names none
+        self.route = route_of(self.target) if self.method == b"POST" else Route.OTHER
         self.fields = [field for field in fields if field[0] not in _TOLD]  #: traces as the first such head had them
         self.expects_continue = expects_continue
         self.is_keep_alive = self.version >= b"1.1" and not headers.wants_close(self.version, fields)
@@ -100,7 +101,7 @@ class Request:
 #: make one is a call of Python's.
 ReadHead: TypeAlias = tuple[RequestHead, headers.Headers, int | None, str | None]
 #: A head, and at which place among the values found by `_OWN` its length and its id are; None: it has none. Then of
-#: each trace its place there, and that of its field; and its bytes.
+#: each trace its place there, and that of its field; and how many bytes it has.
 _Known: TypeAlias = tuple[RequestHead, int | None, int | None, tuple[tuple[int, int], ...], int]
 
 

@@ -35,8 +35,6 @@ _KEY = re.compile(rb'[ \t\r\n]*+[{,][ \t\r\n]*+("(?:[^"\\]++|\\.)*+")[ \t\r\n]*+
 #: Of a frame everything but its data: a byte order mark, names of fields, other lines, line ends (WHATWG HTML §9.2.6).
 _NOT_DATA = re.compile(rb"(?:\A(?:\xef\xbb\xbf)?|\r\n|\n|\r)(?:data:[ ]?|[^\r\n]*+)")
 _DATA: Final = b"data: "
-#: Shorter texts are copied sooner than views of them are made.
-_WORTH_A_VIEW_BYTES: Final = 16384
 _BLANKS: Final = b" " * len(_DATA)
 _NO_OBJECT: Final = msgspec.Raw(b"null")
 
@@ -256,13 +254,13 @@ def _is_object(value: Buffer | msgspec.Raw) -> bool:
 
 
 def _applied(edits: list[_Edit], text: Buffer) -> bytes:
-    pieces: list[Buffer | memoryview] = []
+    pieces: list[bytes | memoryview] = []
     position = 0
-    source = memoryview(text) if len(text) > _WORTH_A_VIEW_BYTES else text
+    view = memoryview(text)
     for start, stop, new in edits:
-        pieces += (source[position:start], new)
+        pieces += (view[position:start], new)
         position = stop
-    pieces.append(source[position:])
+    pieces.append(view[position:])
     return b"".join(pieces)
 
 

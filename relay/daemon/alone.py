@@ -73,7 +73,7 @@ async def obey(worker: Worker, signals: AsyncIterator[int], nursery: trio.Nurser
         else:
             systemd.stopping("draining")
             worker.stop()
-            nursery.start_soon(tell_of_drain, lambda: len(worker.service.active))
+            nursery.start_soon(tell_of_drain, lambda: len(worker.service.active), worker.service.config.daemon)
 
 
 async def _feed_watchdog(interval_s: float) -> None:

@@ -12,18 +12,21 @@ from typing import Final
 
 import trio
 
-from relay.config import Config, LogConfig
+from relay.config import Config, DaemonConfig, LogConfig
 from relay.core.timeline import Record, record_text
 from relay.daemon import systemd
 from relay.daemon.listeners import StartError
 from relay.daemon.records import RecordWriter
+from relay.net.notices import say
 
 #: Seconds that cut exchanges get for their error frames.
 CUT_S: Final = 3.0
 #: What workers get beyond ``drain_s`` and `CUT_S` before they are ended from outside.
 GRACE_S: Final = 5.0
-#: How often systemd is told how a drain goes on.
-DRAIN_TOLD_S: Final = 5.0
+#: How often systemd is told how a drain goes on: workers count what they have as often. And for how long it is to wait
+#: each time.
+DRAIN_TOLD_S: Final = 1.0
+DRAIN_EXTENDED_S: Final = 15.0
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 #: Fewer descriptors are no limit to serve under: the processes themselves have some twenty.
 _LEAST_DESCRIPTORS: Final = 64
@@ -46,8 +49,8 @@ def raise_descriptor_limit() -> None:
         raise StartError(f"open files are limited to {hard}; raise that (ulimit -Hn, LimitNOFILE=): 2 for each stream")
 
 
-def hold_reload() -> None:
-    """From now on a SIGHUP waits until `receive_signals`; it would end a process that does not listen for it yet.
+def prepare_signals() -> None:
+    """Until `receive_signals` a SIGHUP waits, which would end a process that does not listen for it yet.
 
     And what means something to nginx and HAProxy (open the logs again, upgrade) means nothing here, not the end.
     """
@@ -91,11 +94,16 @@ def record_sink(writer: RecordWriter, config: LogConfig) -> Callable[[Record], N
             return None
 
 
-async def tell_of_drain(left: Callable[[], int]) -> None:
+async def tell_of_drain(left: Callable[[], int], config: DaemonConfig) -> None:
     """Shows how many streams are left, and asks systemd for time, as long as somebody is there to ask.
 
     The drain itself ends within ``drain_s``; that may be more than the unit's ``TimeoutStopSec=``.
     """
+    is_told = not config.drain_s  # then there is no time to tell of
     while True:
-        systemd.draining(left(), 3 * DRAIN_TOLD_S)
+        count = left()
+        systemd.draining(count, DRAIN_EXTENDED_S)
+        if count and not is_told:
+            is_told = True
+            say(f"relay: draining for at most {config.drain_s:g} s, {count} in flight; a second signal cuts")
         await trio.sleep(DRAIN_TOLD_S)

@@ -209,8 +209,8 @@ class Supervisor:
         """Once it drains: lets go of the listeners when the workers do, and ends those that hang."""
         await self._drain.wait()
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(tell_of_drain, self.crew.count_in_flight)
             daemon = self.service.config.daemon
+            nursery.start_soon(tell_of_drain, self.crew.count_in_flight, daemon)
             await trio.sleep(daemon.ready_delay_s)
             self._listeners.close()
             await trio.sleep(daemon.drain_s + CUT_S + GRACE_S)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from relay.net.exchange import Exchange
     from relay.net.opening import Opening
 
-#: Of a JSON answer, at most this much is kept for its usage.
+#: Of an answer that is no stream, at most this much is kept for its usage, or its error.
 MOST_METERED_BYTES: Final = 1_048_576
 #: Of an error's answer that becomes a frame of a stream, at most about this much is read.
 MOST_ERROR_BYTES: Final = 1_048_576
@@ -156,7 +156,8 @@ class Delivery:
         out = reply.head_from(answer.head.start, framing, headers.find(answer.fields, b"date"))
         kept = bytearray()
         data = answer.rest
-        is_metered = exchange.route is not Route.OTHER
+        is_told = exchange.route is not Route.OTHER or answer.status >= 400
+        is_metered = is_told and not answer.head.is_encoded
         exchange.commit(answer.status)
         while True:
             payload = bytearray()

@@ -22,7 +22,7 @@ from relay.core.dialect import Meter
 from relay.core.editor import UsageEditor
 from relay.core.framing import Buffer
 from relay.core.histogram import Histogram
-from relay.core.request import Route, may_stream, peek
+from relay.core.request import may_stream, peek
 from relay.core.request_head import Request
 from relay.core.timeline import Record, make_record
 from relay.errors import NORMAL, ClientGone, Draining, ExchangeError, NoUpstream, Phase, UpstreamTimeout
@@ -128,9 +128,7 @@ class Exchange:
         if local is not None:
             await self.reply.answer(*local)
             return
-        # Only a POST generates, and names a model; a browser that asks whether it may (OPTIONS) names none.
-        route = self.route if self.request.head.method == b"POST" else Route.OTHER
-        self.pool = service.fleet.pool_for(route, self.facts)
+        self.pool = service.fleet.pool_for(self.route, self.facts)
         stream = self.pool.stream
         self._convert(stream)
         if stream.keepalive_comment_s:
@@ -164,7 +162,7 @@ class Exchange:
 
     def _comment(self) -> bool:
         """The client has heard nothing for a while: if it waits for a stream, it is told so; False: it is gone."""
-        awaits_stream = self.expects_stream and not self.is_forced and self.request.head.method == b"POST"
+        awaits_stream = self.expects_stream and not self.is_forced
         return self.reply.comment() if awaits_stream and not self.reply.is_committed else True
 
     def _ask_for(self, pool: Pool) -> Ask:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from weakref import WeakSet
 
 import msgspec
 import trio
@@ -53,7 +54,7 @@ class Pool:
         self.name = config.name
         self.stream = StreamConfig()  #: what holds for its streams
         self.session_field = config.session_header.lower().encode("ascii")
-        self._leaving: list[Upstream] = []
+        self._leaving: WeakSet[Upstream] = WeakSet()  # until nothing holds them any more
         self.groups = {role: self._group(config, role, rules) for role in config.roles}
         self.connector = connector_named(config.connector)
         self.callback_url = ""  #: where decoders call back, if the connector has them do so
@@ -95,16 +96,12 @@ class Pool:
         self.advance()
 
     def _group(self, config: PoolConfig, role: str, rules: HealthRules) -> Group:
-        return Group(role, _policy(config, role), rules, self._rng, self._left)
-
-    def _left(self, upstream: Upstream) -> None:
-        self._leaving = [*self.leaving, upstream]
+        return Group(role, _policy(config, role), rules, self._rng, self._leaving)
 
     @property
     def leaving(self) -> list[Upstream]:
         """Engines that have been taken out, and still have something to do."""
-        self._leaving = [upstream for upstream in self._leaving if upstream.outstanding]
-        return self._leaving
+        return sorted((up for up in self._leaving if up.outstanding), key=lambda upstream: upstream.added_at)
 
     @property
     def queued(self) -> int:

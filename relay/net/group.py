@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import Final
+from weakref import WeakSet
 
 from relay.address import UpstreamConfig
 from relay.core.balance import Seat, make_balancer
@@ -35,14 +36,14 @@ class Group:
     """The engines of one role in a pool, and the policy that picks among them."""
 
     def __init__(
-        self, role: str, balance: str, rules: HealthRules, rng: random.Random, on_leave: Callable[[Upstream], None]
+        self, role: str, balance: str, rules: HealthRules, rng: random.Random, leaving: WeakSet[Upstream]
     ) -> None:
         self.role = role
         self.upstreams: dict[str, Upstream] = {}  #: by URL
         self.balancer = make_balancer(balance, (), rng=rng)
         self._rules = rules
         self._rng = rng
-        self._on_leave = on_leave  # told of each engine that is taken out
+        self._leaving = leaving  # where those go that are taken out
         self._by_seat: dict[Seat, Upstream] = {}
         self.shares: Shares | None = None  #: with other workers; None: there are none
         self._loads_until = 0.0
@@ -84,7 +85,7 @@ class Group:
         self._ejected.discard(upstream)
         upstream.is_leaving = True
         upstream.close_idle()
-        self._on_leave(upstream)
+        self._leaving.add(upstream)
 
     def refresh(self, upstream: Upstream) -> None:
         """Takes note that an engine's health, or what it has to do, has changed."""

@@ -72,16 +72,14 @@ class TlsSocket(ssl.SSLSocket):
                 raise
         return size
 
-    def recv(self, buflen: int = RECORD_BYTES, flags: int = 0) -> bytes:
-        """As `socket.recv`, with as much room as `recv_into` needs, or ``MSG_PEEK``; other flags do not matter."""
-        if flags & socket.MSG_PEEK:
-            if not self._ahead:
-                self._ahead = self.recv()
-                self.has_more = True
-            return self._ahead[:buflen]
-        buffer = bytearray(buflen)
-        size = self.recv_into(buffer)
-        return bytes(memoryview(buffer)[:size])
+    def recv(self, buflen: int = RECORD_BYTES, flags: int = socket.MSG_PEEK) -> bytes:
+        """A look at what comes next, as `socket.recv` with ``MSG_PEEK``; what reads takes `recv_into`."""
+        assert flags & socket.MSG_PEEK
+        if not self._ahead:
+            buffer = bytearray(RECORD_BYTES)
+            self._ahead = bytes(buffer[: self.recv_into(buffer)])
+            self.has_more = True
+        return self._ahead[:buflen]
 
     def close(self) -> None:
         """As `socket.close`; forgets its failure, which came through frames that hold the socket and its buffers."""

@@ -19,7 +19,7 @@ from relay.core.framing import BodyDecoder, Buffer, FramingError, decoder_for
 from relay.errors import Phase, UpstreamDisconnected, UpstreamProtocolError, UpstreamTimeout
 from relay.net import sockets, tls
 from relay.net.pool import UpstreamConnection
-from relay.net.sockets import READ_BYTES, read
+from relay.net.sockets import READ_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable
@@ -168,7 +168,7 @@ async def receive(pair: Waits, connection: UpstreamConnection, phase: Phase = Ph
     source = connection.source
     while True:
         try:
-            data = read(connection.sock)
+            data = sockets.read(connection.sock)
             if source is not None:
                 source.took(len(data), READ_BYTES)
             return data

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import socket
 from typing import Literal
 
@@ -313,6 +314,24 @@ async def test_statuses_that_never_fail_over(engine: Engine, second_engine: Engi
         assert record.error
         assert record.error in answer.payload.decode()
         assert len(engine.requests()) + len(second_engine.requests()) == 2
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "field", "said"),
+    [
+        ("/v1/embeddings", b'{"error":{"message":"too long"}}', b"x-a: b", "too long"),
+        ("/v1/models/none", b"<h1>gone</h1>", b"x-a: b", "<h1>gone</h1>"),
+        (CHAT_PATH, gzip.compress(b'{"error":{"message":"too long"}}', mtime=0), b"content-encoding: gzip", None),
+    ],
+    ids=["JSON", "HTML", "gzip"],
+)
+async def test_the_record_says_why_an_engine_refused(path: str, body: bytes, field: bytes, said: str | None) -> None:
+    head = b"HTTP/1.1 404 -\r\n%b\r\ncontent-length: %d\r\n\r\n" % (field, len(body))
+    async with scripted((head + body, "keep")) as engine, running_relay(engine.urls[0]) as relay:
+        answer = await ask(relay.port, request(path))
+        assert (answer.status, answer.payload) == (404, body)
+        record = await relay.record()
+        assert (outcome(record), record.error) == (("--", 404, 1), said)
 
 
 @pytest.mark.parametrize("status", [502, 503, 504])

@@ -349,6 +349,19 @@ TRY_TWICE: Final = FailoverConfig(attempts=2)
 BAD_REQUEST: Final = answer(400, b'{"error":{"message":"too long"}}', "x-why: 1")
 
 
+async def test_a_preflight_is_the_decoders_and_takes_no_prefillers_place() -> None:
+    async with split_pair(1, 2, engine={"max_in_flight": 1}) as pair:
+        silence = Silence()
+        pair.prefill.usual = silence
+        pair.decode.usual = says(answer(204, b""))
+        async with await Client.connect(pair.relay.port) as busy:
+            await busy.send(sent())
+            await until(lambda: len(pair.prefill.asked) == 1)
+            preflight = b"OPTIONS /v1/chat/completions HTTP/1.1\r\nhost: relay\r\norigin: http://page\r\n\r\n"
+            assert (await ask(pair.relay.port, preflight)).status == 204
+        assert [asked.method for asked in pair.decode.asked] == ["OPTIONS"]
+
+
 @IS_STREAM
 @pytest.mark.parametrize("connector", ["nixl", "sglang", "none"])
 async def test_a_prefillers_refusal_is_the_answer(connector: str, stream: bool) -> None:

@@ -44,12 +44,11 @@ class LeastOutstanding(Balancer):
         scores = self._scores
         if not scores or (least := min(scores)) == inf:
             return None
-        turn = self._turn if self._turn < len(scores) else 0  # of one seat it would be behind it each time
         try:
-            slot = scores.index(least, turn)
+            slot = scores.index(least, self._turn)
         except ValueError:
             slot = scores.index(least)
-        self._turn = slot + 1
+        self._turn = (slot + 1) % len(scores)
         return slot
 
     def _join(self, seat: Seat) -> None:
