@@ -48,7 +48,7 @@ class AnswerHead:
             and not headers.wants_close(version, self.fields)
             and not (self.kind is BodyKind.NONE and _announces_body(self.fields))
         )
-        self.is_encoded = headers.find(self.fields, b"content-encoding") is not None
+        self.is_encoded = headers.is_encoded(self.fields)
         self.is_readable = self.kind is not BodyKind.NONE and not self.is_encoded  #: a body, without a coding
         #: it is an event stream, to be relayed frame by frame; what cannot be read passes as it comes
         self.has_frames = self.is_readable and headers.is_event_stream(headers.content_type(self.fields))

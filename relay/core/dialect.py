@@ -292,15 +292,26 @@ def error_frame(route: Route, status: int, code: str, message: str) -> bytes:
     return _framed(route, error_body(route, status, code, message))
 
 
+def refusal_text(answer: bytes) -> str:
+    """A line for the record out of an engine's error answer; empty where that says nothing."""
+    return _error_text(msgspec.Raw(_error_object(answer) or answer))
+
+
+def _error_object(answer: bytes) -> bytes:
+    """The error object of an engine's error answer, in one line; empty where it has none."""
+    refusal = decode_or_none(_REFUSAL, msgspec.Raw(answer))
+    error = bytes(refusal.error).translate(None, b"\r\n") if refusal else b""
+    return error if error.startswith(b"{") else b""
+
+
 def refusal_frame(route: Route, status: int, code: str, message: str, answer: bytes) -> bytes:
     """The body of an engine's error answer as a frame, for a stream that began before it.
 
     The engine's error object stays as it is, in one line. Of any other form (SGLang's flat one, FastAPI's ``detail``, a
     proxy's page) the beginning of what it says is put behind `message`.
     """
-    refusal = decode_or_none(_REFUSAL, msgspec.Raw(answer))
-    error = bytes(refusal.error).translate(None, b"\r\n") if refusal else b""
-    if not error.startswith(b"{"):
+    error = _error_object(answer)
+    if not error:
         said = _error_text(msgspec.Raw(answer))
         return error_frame(route, status, code, f"{message}: {said}" if said else message)
     return _framed(route, (b'{"type":"error","error":%b}' if route is Route.MESSAGES else b'{"error":%b}') % error)

@@ -107,6 +107,11 @@ def find(headers: Headers, name: bytes) -> bytes | None:
     return None
 
 
+def is_encoded(headers: Headers) -> bool:
+    """Whether a body is not what it says by itself, but compressed, say (RFC 9110 §8.4)."""
+    return find(headers, b"content-encoding") is not None
+
+
 def find_all(headers: Headers, name: bytes) -> list[bytes]:
     """The values of all fields called `name` (in lower case), in order."""
     return [value for found, value in headers if found == name]

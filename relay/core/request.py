@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from typing import Annotated, Final
+from urllib.parse import unquote_to_bytes
 
 import msgspec
 
@@ -36,8 +37,12 @@ _ROUTES = {
 
 
 def route_of(target: bytes) -> Route:
-    """The route of an origin-form target; the query does not matter, everything else must be exact."""
-    return _ROUTES.get(target.partition(b"?")[0], Route.OTHER)
+    """The route of an origin-form target; the query does not matter, everything else must be exact.
+
+    But escapes are read as engines do: by ``/v1/chat/completion%73`` and ``/v1/chat%2Fcompletions`` they generate, too.
+    """
+    path = target.partition(b"?")[0]
+    return _ROUTES.get(unquote_to_bytes(path) if b"%" in path else path, Route.OTHER)
 
 
 def may_stream(route: Route) -> bool:

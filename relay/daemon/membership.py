@@ -32,6 +32,7 @@ class Membership:
 
     def __init__(self, service: Service, scoreboard: Scoreboard) -> None:
         self._service = service
+        self._scoreboard = scoreboard
         self._numbers = Numbers(scoreboard, on_lack=_warn_of_lack)
         self._limits = Limits()
         self.key_limits = KeyLimits(scoreboard)
@@ -50,6 +51,8 @@ class Membership:
         pools = [self._members(pool) for pool in self._service.fleet.pools]
         subjects = {(pool.name, "", "") for pool in pools}
         subjects |= {(pool.name, member.role, member.config.url) for pool in pools for member in pool.members}
+        # Whoever has something to do still keeps its number: should it come back meanwhile, that counts.
+        subjects |= {subject for subject, number in self._numbers if not self._scoreboard.is_clear(number)}
         for number in self._numbers.keep(subjects):
             self._limits.drop(number)
         self.key_limits.settle(self._service.guard.limits)

@@ -209,11 +209,8 @@ class Admin:
 
     async def _add(self, body: bytes) -> Answer:
         change = self._change(body)
-        config = _engine(change.url)
-        if change.ca or change.server_name:
-            config = replace(config, ca=change.ca, server_name=change.server_name)
-        else:
-            config = self._roster.known(change.pool, change.role, config)
+        known = self._roster.known(change.pool, change.role, _engine(change.url))
+        config = replace(known, ca=change.ca or known.ca, server_name=change.server_name or known.server_name)
         if config.is_tls:
             client_context(config.ca)  # or it is refused here
         elif config.ca or config.server_name:

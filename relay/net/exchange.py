@@ -16,16 +16,26 @@ import time
 import trio
 
 from relay.config import StreamConfig
+from relay.core import headers
 from relay.core.conversion import convert
 from relay.core.cost import Cost, Prices
-from relay.core.dialect import Meter
+from relay.core.dialect import Meter, refusal_text
 from relay.core.editor import UsageEditor
 from relay.core.framing import Buffer
 from relay.core.histogram import Histogram
 from relay.core.request import may_stream, peek
 from relay.core.request_head import Request
 from relay.core.timeline import Record, make_record
-from relay.errors import NORMAL, ClientGone, Draining, ExchangeError, NoUpstream, Phase, UpstreamTimeout
+from relay.errors import (
+    NORMAL,
+    ClientGone,
+    Draining,
+    ExchangeError,
+    NoUpstream,
+    Phase,
+    UpstreamAnswered,
+    UpstreamTimeout,
+)
 from relay.net.downstream import ClientConnection
 from relay.net.fleet import Pool
 from relay.net.group import Ask
@@ -284,9 +294,12 @@ class Exchange:
 
     def _error(self) -> str | None:
         """What the record says went wrong, beyond the engine's own error."""
-        if self.failure is not None:
-            return self.failure.message
-        meter = self.meter
+        failure, meter = self.failure, self.meter
+        if isinstance(failure, UpstreamAnswered) and not headers.is_encoded(failure.fields):
+            said = refusal_text(failure.body)
+            return failure.message if said in failure.message else f"{failure.message}: {said}"
+        if failure is not None:
+            return failure.message
         if self.reply.is_stream and meter.expects_end_mark and not meter.saw_end and meter.error is None:
             return "the stream ended without its end mark"
         return None

@@ -273,6 +273,7 @@ class Fleet:
             pool.advance()
         self._by_model = ByName((model, pool) for pool in self.pools for model in pool.config.models)
         self._default = next((pool for pool in self.pools if not pool.config.models), None)
+        self._models_matter = self._default is None or len(self.pools) > 1 or bool(config.prices)
 
     def __repr__(self) -> str:
         return f"<Fleet {self.pools!r}>"
@@ -296,8 +297,8 @@ class Fleet:
         """The pool a request goes to; the first, where it names no model. Raises RequestRefused."""
         first = self.pools[0]
         if facts.model is None:
-            if route is not Route.OTHER and not facts.is_json and not (first is self._default and len(self.pools) == 1):
-                message = "the body is not JSON, so it names no model to choose an engine by"
+            if route is not Route.OTHER and not facts.is_json and self._models_matter:
+                message = "the body is not JSON, so it names no model to choose an engine, or a price, by"
                 raise RequestRefused(400, "invalid_json", message)
             return first
         pool = self.serving(facts.model)

@@ -62,9 +62,12 @@ class Group:
     def add(self, config: UpstreamConfig) -> Upstream:
         """Puts in an engine. Raises ValueError if it is there."""
         upstream = Upstream(config, self.role, Health(self._rules, self._rng))
+        same = (each for each in self._leaving if (each.role, each.config.url) == (self.role, config.url))
+        upstream.before = [each for each in same if each.outstanding]
         self.balancer.add(upstream.seat)
         self.upstreams[upstream.config.url] = upstream
         self._by_seat[upstream.seat] = upstream
+        self.refresh(upstream)  # those before it may have filled it
         return upstream
 
     def become(self, wanted: dict[str, UpstreamConfig], before: Group) -> None:
@@ -98,6 +101,15 @@ class Group:
             self._ejected.discard(upstream)
         is_available = health.is_available(time.monotonic()) and not upstream.is_full
         self.balancer.set_available(upstream.seat, is_available)
+
+    def departed(self, upstream: Upstream) -> None:
+        """An exchange has ended that held a load on an engine which is, or was, in this role."""
+        if upstream.is_leaving:
+            upstream = self.upstreams.get(upstream.config.url, upstream)
+            upstream.before = [each for each in upstream.before if each.outstanding]
+        upstream.show_load()
+        if upstream.config.max_in_flight:
+            self.refresh(upstream)
 
     def begin(self, upstream: Upstream) -> Attempt:
         """An attempt is about to be made: how it goes decides whether the engine is picked again."""

@@ -70,11 +70,13 @@ class Place:
         if held is not None:
             upstream, load, permits = held
             load.release()
-            upstream.show_load()
             if permits is not None:
                 permits.give_back()
-            if upstream.config.max_in_flight and not upstream.is_leaving:
-                self._pool.groups[role].refresh(upstream)
+            group = self._pool.groups.get(role)  # a reload may have taken it away
+            if group is None:
+                upstream.show_load()
+            else:
+                group.departed(upstream)
 
     def __enter__(self) -> Self:
         return self

@@ -90,6 +90,7 @@ class Upstream:
         self.added_at = time.monotonic()
         self.is_resolved = False  #: found by its name, and not configured itself
         self.is_leaving = False  #: taken out: what it has goes on, nothing more comes
+        self.before: list[Upstream] = []  #: those of its URL that were taken out, and still have something to do
         self.failures = 0  #: attempts that failed by its fault
         self.last_error: str | None = None
         self.last_error_at = 0.0  #: when that was (monotonic clock)
@@ -113,10 +114,11 @@ class Upstream:
 
     @property
     def is_full(self) -> bool:
-        """Whether it has as many exchanges as its configuration allows."""
+        """Whether it has as many exchanges as its configuration allows, with those of its predecessors."""
         if self.permits is not None:
             return self.permits.is_exhausted
-        return 0 < self.config.max_in_flight <= self.seat.streams
+        most = self.config.max_in_flight
+        return 0 < most <= self.seat.streams + sum(upstream.seat.streams for upstream in self.before)
 
     def note_error(self, message: str, at: float | None = None) -> None:
         """Keeps what went wrong there last; `at`: when, if not now (monotonic clock)."""
@@ -126,7 +128,7 @@ class Upstream:
     def show_load(self) -> None:
         """Lets other workers see what this one has there."""
         if self.shares is not None:
-            self.shares.set_load(self.number, self.seat.load)
+            self.shares.set_load(self.number, self.seat.load + sum(upstream.seat.load for upstream in self.before))
 
     @property
     def idle(self) -> int:

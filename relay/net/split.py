@@ -14,6 +14,7 @@ import httpx
 import trio
 
 from relay.config.endpoints import endpoint_of
+from relay.core import headers
 from relay.core.connectors.base import (
     Concurrent,
     DecodeFirst,
@@ -24,13 +25,22 @@ from relay.core.connectors.base import (
     Preflight,
     Sequential,
     SplitRequest,
+    as_it_is,
 )
 from relay.core.editor import UsageEditor
 from relay.core.request import Route
 from relay.core.usage import cached_tokens
-from relay.errors import ExchangeError, Phase, Side, UpstreamAnswered, UpstreamProtocolError, UpstreamTimeout
+from relay.errors import (
+    ExchangeError,
+    Phase,
+    RequestRefused,
+    Side,
+    UpstreamAnswered,
+    UpstreamProtocolError,
+    UpstreamTimeout,
+)
 from relay.net.delivery import Delivery
-from relay.net.fetch import fetch, transport_of
+from relay.net.fetch import fetch, reason_of, transport_of
 from relay.net.leg import Leg, note_failure
 from relay.net.second_frame import see_second_frame
 from relay.net.whole import WholeAnswer, ask_whole
@@ -101,12 +111,16 @@ class SplitAttempt:
     async def _plan(self) -> Plan:
         exchange, pool, place = self._exchange, self._pool, self._place
         prefiller, decoder = place.upstreams.get("prefill"), place.upstreams["decode"]
-        if prefiller is None or exchange.route is Route.OTHER:
-            return DecodeOnly(LegRequest(exchange.body, exchange.attempt_id))
         request = SplitRequest(exchange.route, exchange.body, exchange.id, exchange.attempts, pool.callback_url)
         if decoder.endpoint is None:
             decoder.endpoint = endpoint_of(decoder.config, pool.config.connector, "decode")
-        return pool.connector.plan(request, await self._ready(prefiller), decoder.endpoint, _rng)
+        endpoint = None if prefiller is None else await self._ready(prefiller)
+        try:
+            if endpoint is None:
+                return as_it_is(request)
+            return pool.connector.plan(request, endpoint, decoder.endpoint, _rng)
+        except ValueError as problem:
+            raise RequestRefused(400, "invalid_json", f"a split pool has to read the body: {problem}") from None
 
     async def _ready(self, prefiller: Upstream) -> Endpoint:
         """The prefiller's addresses, with what has to be asked for first."""
@@ -265,7 +279,8 @@ class SplitAttempt:
 
     async def _pass_on(self, refusal: WholeAnswer) -> None:
         """The prefiller's own refusal is the answer."""
-        self._exchange.meter.take_body(refusal.body, status=refusal.status)
+        if not headers.is_encoded(refusal.fields):
+            self._exchange.meter.take_body(refusal.body, status=refusal.status)
         await self._exchange.reply.pass_on(*refusal)
 
     # -- the legs
@@ -359,10 +374,10 @@ async def _ask_first(preflight: Preflight) -> Endpoint:
             raise ValueError(f"status {status}")
         return preflight.parse(body)
     except trio.TooSlowError:
-        message = f"{preflight.url} did not answer within {PREFLIGHT_S:g} s"
+        message = f"the prefiller's bootstrap server did not answer within {PREFLIGHT_S:g} s"
         raise UpstreamProtocolError(message, phase=Phase.PREFILL) from None
     except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as exc:
-        message = f"{preflight.url} was of no use: {str(exc) or type(exc).__name__}"
+        message = f"the prefiller's bootstrap server was of no use: {reason_of(exc)}"
         raise UpstreamProtocolError(message, phase=Phase.PREFILL) from None
     finally:
         await transport.aclose()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import ast
 import json
+from contextlib import suppress
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 import pytest
@@ -157,17 +158,38 @@ def test_brackets_around_a_bootstrap_host() -> None:
 
 
 @pytest.mark.parametrize("name", CONNECTORS)
-@pytest.mark.parametrize(
-    "body", [b"", b"[]", b"null", b"{", b'{"a":NaN}', b"\xff", b'{"a":' * 100_000], ids=lambda b: repr(b)[:20]
-)
-def test_a_body_the_relay_cannot_read_is_for_the_engine_to_refuse(name: str, body: bytes) -> None:
-    assert planned(name, SplitRequest(Route.CHAT, body, "req-1", 2)) == DecodeOnly(LegRequest(body, "req-1-2"))
+@pytest.mark.parametrize("route", [Route.CHAT, Route.OTHER])
+@pytest.mark.parametrize("body", [b"", b"[]", b"null", b"\xff", b"--boundary", b"\x89PNG{"])
+def test_a_body_that_is_no_object_is_for_the_engine_to_refuse(name: str, route: Route, body: bytes) -> None:
+    assert planned(name, SplitRequest(route, body, "req-1", 2)) == DecodeOnly(LegRequest(body, "req-1-2"))
+
+
+#: Objects that Python's parser reads, and the relay does not.
+UNREAD: Final = [
+    b"{",
+    b'{"a":NaN}',
+    b'{"a":"\\ud800"}',
+    b"\xef\xbb\xbf{}",
+    "{}".encode("utf-16"),
+    "\n{}".encode("utf-32-be"),
+    b"{%b}" % b",".join(b'"%d":0' % at for at in range(4097)),
+    b'{"a":' * 100_000,
+]
 
 
 @pytest.mark.parametrize("name", CONNECTORS)
-def test_other_routes_go_to_a_decoder_untouched(name: str) -> None:
-    body = b'{"n":2,"kv_transfer_params":{}}'
-    assert planned(name, SplitRequest(Route.OTHER, body, "req-1")) == DecodeOnly(LegRequest(body, "req-1"))
+@pytest.mark.parametrize("route", [Route.CHAT, Route.OTHER])
+@pytest.mark.parametrize("body", UNREAD, ids=lambda body: repr(body)[:20])
+def test_an_object_that_only_an_engine_may_read_is_refused(name: str, route: Route, body: bytes) -> None:
+    with pytest.raises(ValueError, match=r"object|nested"):
+        planned(name, SplitRequest(route, body, "req-1"))
+
+
+@pytest.mark.parametrize("name", CONNECTORS)
+def test_other_routes_go_to_a_decoder_without_a_handle(name: str) -> None:
+    body = b'{"n":2,"kv_transfer_params":{},"kv_transfer_param\\u0073":{}, "input":"a"}'
+    less = b'{"n":2, "input":"a"}'
+    assert planned(name, SplitRequest(Route.OTHER, body, "req-1")) == DecodeOnly(LegRequest(less, "req-1"))
 
 
 #: With which requests a connector does without a prefill. `n` and lists of prompts: one handle serves one sequence,
@@ -231,13 +253,14 @@ def test_the_client_s_own_bytes_reach_both_engines(
     client: dict[str, Any], name: str, route: Route, indent: int | None, ascii_only: bool
 ) -> None:
     body = json.dumps(client, indent=indent, ensure_ascii=ascii_only).encode("utf-8", "surrogatepass")
-    plan = planned(name, SplitRequest(route, body, "req-1", 1, "http://relay/v1/metaserver"))
-    prefill, decode = legs_of(plan)
+    request = SplitRequest(route, body, "req-1", 1, "http://relay/v1/metaserver")
     try:
         untouched = less(body, HANDED)
     except ValueError:  # a lone surrogate
-        assert plan == DecodeOnly(LegRequest(body, "req-1"))
+        with pytest.raises(ValueError, match="object"):
+            planned(name, request)
         return
+    prefill, decode = legs_of(planned(name, request))
     assert less(decode.body, HANDED) == untouched
     if not client.keys() & set(HANDED):
         handed = [member for member in HANDED if member in json.loads(bytes(decode.body))]
@@ -265,7 +288,8 @@ def test_a_client_s_own_handle_never_reaches_an_engine(client: dict[str, Any], n
 @given(st.binary(max_size=60) | st.text(max_size=60).map(str.encode), st.sampled_from(CONNECTORS))
 def test_nothing_a_peer_sends_raises(raw: bytes, name: str) -> None:
     for body in (raw, b'{"n":%b}' % raw, b'{"prompt":[%b]}' % raw, b'{"thinking":%b}' % raw):
-        planned(name, SplitRequest(Route.MESSAGES, body, "r"))
+        with suppress(ValueError):
+            planned(name, SplitRequest(Route.MESSAGES, body, "r"))
     connector_named(name).callback_key(raw)
     connector_named(name).callback_key(b'{"request_id":%b}' % raw)
     plan = planned(name, SplitRequest(Route.CHAT, b"{}", "r"))

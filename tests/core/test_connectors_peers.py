@@ -329,7 +329,7 @@ def test_mooncake_learns_nothing_from_such_a_bootstrap_server(answer: bytes) -> 
     connector = connector_named("mooncake")
     question = connector.preflight(connector.complete(PREFILL, "prefill"))
     assert question is not None
-    with pytest.raises(ValueError, match=r"http://10\.0\.0\.1:8998 .* http://10\.0\.0\.1:8000"):
+    with pytest.raises(ValueError, match=r"gave no list of engines|knows no engine"):
         question.parse(answer)
 
 

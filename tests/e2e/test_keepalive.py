@@ -357,8 +357,9 @@ async def test_an_engines_error_becomes_a_frame(path: str, status: int) -> None:
         (CHUNKED.replace(b"200 OK", b"400 -") + chunk(STREAM), "the engine answered 400"),
         (REFUSED + chunk(b'{"message":"a') + chunk(b'b"}') + b"0\r\n\r\n", "the engine answered 400: ab"),
         (REFUSED + b"nonsense\r\n", "the engine answered 400"),
+        (answer(400, b"\x1f\x8b", "content-encoding: gzip"), "the engine answered 400"),
     ],
-    ids=["flat", "detail", "html", "empty", "body", "nothing", "stream", "chunks", "malformed"],
+    ids=["flat", "detail", "html", "empty", "body", "nothing", "stream", "chunks", "malformed", "compressed"],
 )  # fmt: skip
 async def test_any_other_answer_becomes_a_frame(path: str, said: bytes, message: str) -> None:
     async with fakes("a", "b") as engines:
@@ -374,7 +375,8 @@ async def test_any_other_answer_becomes_a_frame(path: str, said: bytes, message:
                     each.gate.set()
                 got = await client.answer()
             assert_told(got, None if path == "/v1/messages" else "upstream_error", message)
-            assert outcome(await relay.record()) == ("UH", 200, 1)
+            record = await relay.record()
+            assert (outcome(record), record.error) == (("UH", 200, 1), message)
             assert sum(len(each.asked) for each in engines) == 1  # what is no failure to others fails over to nobody
 
 

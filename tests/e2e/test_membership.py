@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from contextlib import AsyncExitStack
+from typing import Any, Literal
 
 import msgspec
 import pytest
@@ -15,6 +16,7 @@ from relay_bench.engine import Engine
 from tests.e2e.fleet import (
     RunningFleet,
     assert_whole,
+    config_of,
     engines_of,
     fakes,
     pool_of,
@@ -145,6 +147,35 @@ async def test_one_that_comes_back_is_what_the_file_says(engine: Engine) -> None
             assert (await relay.admin("POST", "/-/upstreams", {"url": engine.url})).status == 200
         assert relay.upstreams[engine.url].config == configured
         assert (await ask(relay.port, CHAT)).status == 200
+
+
+@pytest.mark.parametrize("change", ["by hand", "another weight", "another policy"])
+async def test_what_goes_on_at_one_that_comes_back_counts(change: str) -> None:
+    def config(weight: int, balance: Literal["least_outstanding", "random"]) -> settings.Config:
+        engines = tuple(msgspec.structs.replace(each, weight=weight) for each in engines_of([engine.url], most=2))
+        return config_of(PoolConfig(upstreams=engines, max_queue=9, balance=balance))
+
+    async with fakes("a") as (engine,):
+        first = config(1, "least_outstanding")
+        loaded = config(3, "random" if change == "another policy" else "least_outstanding")
+        async with running_fleet(*first.pools, load_config=lambda: loaded) as relay, AsyncExitStack() as stack:
+            engine.hold()
+            clients = [await stack.enter_async_context(await Client.connect(relay.port)) for _ in range(5)]
+            for client in clients[:2]:
+                await client.send(CHAT)
+            await until(lambda: len(engine.asked) == 2)
+            for _ in range(2):
+                if change == "by hand":
+                    assert (await relay.admin("DELETE", "/-/upstreams", {"url": engine.url})).status == 200
+                    assert (await relay.admin("POST", "/-/upstreams", {"url": engine.url})).status == 200
+                else:
+                    assert (await relay.admin("POST", "/-/reload")).status == 200
+            for client in clients[2:]:
+                await client.send(CHAT)
+            await until(lambda: relay.queued == 3)
+            assert len(engine.asked) == 2
+            engine.gate.set()
+            assert [(await client.answer()).status for client in clients] == [200] * 5
 
 
 async def test_who_waits_when_the_last_is_removed_is_told() -> None:

@@ -21,7 +21,7 @@ from relay.core.rewrite import edit
 from relay.net.pool import UpstreamConnection
 from tests.core.test_connectors_peers import Refused, address_in, ids_of, need, one_token, parsed, raw_params
 from tests.e2e.fleet import answer
-from tests.e2e.harness import Answer, Client, ask, assert_cut_off, until
+from tests.e2e.harness import Answer, Client, ask, assert_cut_off, request, until
 from tests.e2e.pairs import (
     BODIES,
     CLIENT,
@@ -349,6 +349,31 @@ TRY_TWICE: Final = FailoverConfig(attempts=2)
 BAD_REQUEST: Final = answer(400, b'{"error":{"message":"too long"}}', "x-why: 1")
 
 
+@pytest.mark.parametrize(
+    ("path", "rest", "status"),
+    [
+        ("/v1/chat/completions", b"", 200),
+        ("/v1/chat/completion%73", b"", 200),
+        ("/v1/chat%2Fcompletions", b"", 200),
+        ("/invocations", b"", 200),
+        ("/v1/chat/completions", b',"a":NaN', 400),
+        ("/invocations", b',"a":"\\ud800"', 400),
+    ],
+)
+async def test_a_clients_own_handle_reaches_nobody(path: str, rest: bytes, status: int) -> None:
+    body = b'{"model":"tiny","messages":[],"kv_transfer_params":{"remote_host":"203.0.113.9"}%b}' % rest
+    async with split_pair() as pair:
+        got = await ask(pair.relay.port, request(path, body))
+        assert got.status == status
+        if status == 400:
+            assert got.error["code"] == "invalid_json"
+            assert got.error["message"].startswith("a split pool has to read the body: not a JSON object: ")
+        for asked in (*pair.prefill.asked, *pair.decode.asked):
+            assert b"203.0.113.9" not in asked.body
+        assert len(pair.decode.asked) == (status == 200)
+        assert (await pair.relay.record()).outcome == ("--" if status == 200 else "RR")
+
+
 async def test_a_preflight_is_the_decoders_and_takes_no_prefillers_place() -> None:
     async with split_pair(1, 2, engine={"max_in_flight": 1}) as pair:
         silence = Silence()
@@ -461,6 +486,7 @@ async def test_the_last_prefillers_failure_is_told(
     assert record.outcome == outcome
     if status in (500, 503):
         assert got.payload == b'{"error":"P"}'  # the engine's own words
+        assert record.error == f'the prefiller answered {status}: {{"error":"P"}}'
     else:
         assert got.error["code"] in ("upstream_disconnected", "upstream_error", "upstream_timeout")
 
@@ -712,7 +738,8 @@ async def test_a_useless_bootstrap_server_is_its_prefillers_failure(useless: Tur
         nursery.cancel_scope.cancel()
     assert (got.status, record.attempts) == (200, 2)
     assert last.status == 502
-    assert url in last.error["message"]
+    assert last.error["message"].startswith("the prefiller's bootstrap server was of no use: ")
+    assert "127.0.0.1" not in last.error["message"]
 
 
 async def test_only_the_pools_decoders_may_call_back() -> None:

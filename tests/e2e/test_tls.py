@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any, Final
 
 import httpx
+import msgspec
 import pytest
 import trio
 import trio.testing
 
 from relay import cli
-from relay.config import HealthConfig, LimitsConfig, ListenConfig, StreamConfig, TimeoutsConfig, TlsConfig
+from relay.address import parse_upstream
+from relay.config import HealthConfig, LimitsConfig, ListenConfig, PoolConfig, StreamConfig, TimeoutsConfig, TlsConfig
 from relay.net.tls import TlsError, server_context
 from relay_bench.engine import Engine, EngineConfig, serve_engine
 from tests.conftest import RunningRelay, running_relay
@@ -566,6 +568,17 @@ async def test_an_engine_behind_tls_is_put_in_by_hand(authority: Authority) -> N
         async with await Client.connect(relay.port) as client:
             assert (await client.ask(request())).payload == STREAM
         assert len(second.asked) == 1
+
+
+async def test_what_the_file_says_of_tls_may_be_repeated(authority: Authority) -> None:
+    configured = msgspec.structs.replace(
+        parse_upstream("https://127.0.0.1:9"), ca=authority.path, server_name="a.example", weight=3
+    )
+    async with running_fleet(PoolConfig(upstreams=(configured,))) as relay:
+        for said in ({}, {"ca": authority.path}, {"server_name": "a.example"}):
+            assert (await relay.admin("DELETE", "/-/upstreams", {"url": configured.url})).status == 200
+            assert (await relay.admin("POST", "/-/upstreams", {"url": configured.url, **said})).status == 200
+            assert relay.upstreams[configured.url].config == configured
 
 
 async def test_two_workers_with_systemds_sockets(engine: Engine, authority: Authority, tmp_path: Path) -> None:

@@ -196,6 +196,23 @@ async def test_limits_hold_over_both_and_survive_a_death(engine: Engine, tmp_pat
         await relay.becomes_idle()
 
 
+async def test_what_goes_on_at_one_that_comes_back_counts_over_both(engine: Engine, tmp_path: Path) -> None:
+    limited = f"upstreams = [{{ url = '{engine.url}', max_in_flight = {STREAMS} }}]"
+    async with two_workers("--config", configuration(tmp_path / "relay.toml", limited)) as relay:
+        first, second = relay.workers
+        for _ in range(2):
+            async with (
+                relay.streams(first, STREAMS - 1, sim_fault="stall-after:2"),
+                relay.streams(second, 1, sim_fault="stall-after:2"),
+            ):
+                await relay.admin("DELETE", "/-/upstreams", {"url": engine.url})
+                await relay.admin("POST", "/-/upstreams", {"url": engine.url})
+                for _ in range(4):
+                    assert (await ask(relay.port, request())).status == 429
+            await relay.becomes_idle()
+            await served_by_each(relay)
+
+
 async def test_what_an_operator_changes_has_reached_both_when_it_is_confirmed(
     engine: Engine, second_engine: Engine
 ) -> None:

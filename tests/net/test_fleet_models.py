@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from relay.config import PoolConfig
+from relay.config import PoolConfig, PriceConfig
 from relay.core.request import RequestFacts, Route
 from relay.errors import RequestRefused
 from relay.net.fleet import Fleet
@@ -73,6 +73,9 @@ def test_a_body_that_is_not_json_names_no_pool() -> None:
         assert fleet.pool_for(Route.OTHER, facts).name == "first"
     only = Fleet(config_of(PoolConfig()))
     assert only.pool_for(Route.CHAT, facts).name == "default"  # no choice to make: the engine is the judge
+    priced = Fleet(msgspec.structs.replace(config_of(PoolConfig()), prices={"tiny": PriceConfig(prompt=1.0)}))
+    with pytest.raises(RequestRefused, match="or a price"):
+        priced.pool_for(Route.CHAT, facts)
 
 
 def test_models_are_those_that_a_request_would_reach() -> None:

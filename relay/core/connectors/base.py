@@ -32,6 +32,8 @@ from relay.core.rewrite import Document, edit
 
 #: The member of a vLLM request that says what to do with keys and values, and of an answer that says where they are.
 KV_PARAMS: Final = "kv_transfer_params"
+#: What may stand before an object, for Python's parser: blanks, and what UTF-16 and byte order marks are made of.
+_BEFORE_OBJECTS: Final = b" \t\r\n\x00\xef\xbb\xbf\xfe\xff"
 
 #: Where decoders call the relay back.
 CALLBACK_PATH: Final = b"/v1/metaserver"
@@ -111,7 +113,7 @@ class DecodeOnly(msgspec.Struct, frozen=True):
     """The request goes to a decoder as it is."""
 
     decode: LegRequest
-    #: What it cannot be split for: a member of the body, or ``route``; empty where the relay could not read it.
+    #: What it cannot be split for: a member of the body, or ``route``; empty where nothing of it was looked at.
     because: str = ""
 
 
@@ -181,17 +183,19 @@ class Connector(ABC):
         return None
 
     def plan(self, request: SplitRequest, prefill: Endpoint, decode: Endpoint, rng: Random) -> Plan:
-        """One attempt with these two engines, whose endpoints are complete and have had their preflight. Never raises.
+        """One attempt with these two engines, whose endpoints are complete and have had their preflight.
+
+        Raises ValueError as `as_it_is` does.
 
         `rng` makes what has to be unique; seed it from the operating system, as ids shared by two requests can mix up
         their keys and values.
         """
         if request.route is Route.OTHER:
-            return DecodeOnly(LegRequest(request.body, request.attempt_id))
+            return as_it_is(request)
         try:
             return self._plan(request, prefill, decode, rng)
-        except ValueError:  # not a JSON object, or too many members: the engine says what is wrong with it
-            return DecodeOnly(LegRequest(request.body, request.attempt_id))
+        except ValueError:
+            return as_it_is(request)
 
     @abstractmethod
     def _plan(self, request: SplitRequest, prefill: Endpoint, decode: Endpoint, rng: Random) -> Plan:
@@ -214,6 +218,20 @@ def alone(request: SplitRequest, because: str = "") -> DecodeOnly:
     wherever they say. Raises ValueError where the body is not a JSON object.
     """
     return DecodeOnly(LegRequest(edit(request.body, {KV_PARAMS: None}), request.attempt_id), because)
+
+
+def as_it_is(request: SplitRequest) -> DecodeOnly:
+    """A request that does not generate, or has no JSON object for a body: the engine says what is wrong with it.
+
+    Less `KV_PARAMS`, as above. Raises ValueError where the relay cannot read an object that an engine may: Python's
+    parser also takes NaN, lone surrogates, a byte order mark, UTF-16, and any number of members.
+    """
+    try:
+        return alone(request)
+    except ValueError:
+        if bytes(request.body).lstrip(_BEFORE_OBJECTS).startswith(b"{"):
+            raise
+        return DecodeOnly(LegRequest(request.body, request.attempt_id))
 
 
 def unique(rng: Random) -> str:

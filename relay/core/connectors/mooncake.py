@@ -76,9 +76,9 @@ class Mooncake(Connector):
             try:
                 ranks = tuple((rank, entry.engine_id) for rank, entry in _decode_ranks(answer).items())
             except UNDECODABLE as error:
-                raise ValueError(f"{prefill.bootstrap} gave no list of the engines of {prefill.url}: {error}") from None
+                raise ValueError(f"it gave no list of engines: {error}") from None
             if not ranks:
-                raise ValueError(f"{prefill.bootstrap} knows no engine of {prefill.url} yet")
+                raise ValueError("it knows no engine yet")
             return msgspec.structs.replace(prefill, ranks=ranks)
 
         return Preflight(f"{prefill.bootstrap}/query", parse)
