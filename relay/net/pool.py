@@ -117,8 +117,10 @@ class Upstream:
         """Whether it has as many exchanges as its configuration allows, with those of its predecessors."""
         if self.permits is not None:
             return self.permits.is_exhausted
-        most = self.config.max_in_flight
-        return 0 < most <= self.seat.streams + sum(upstream.seat.streams for upstream in self.before)
+        streams = self.seat.streams
+        for upstream in self.before:
+            streams += upstream.seat.streams
+        return 0 < self.config.max_in_flight <= streams
 
     def note_error(self, message: str, at: float | None = None) -> None:
         """Keeps what went wrong there last; `at`: when, if not now (monotonic clock)."""
@@ -128,7 +130,10 @@ class Upstream:
     def show_load(self) -> None:
         """Lets other workers see what this one has there."""
         if self.shares is not None:
-            self.shares.set_load(self.number, self.seat.load + sum(upstream.seat.load for upstream in self.before))
+            load = self.seat.load
+            for upstream in self.before:
+                load += upstream.seat.load
+            self.shares.set_load(self.number, load)
 
     @property
     def idle(self) -> int:
