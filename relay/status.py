@@ -32,7 +32,7 @@ WATCH_S: Final = 1.0
 #: Keys in the table; all are in ``--json``.
 MOST_KEYS_SHOWN: Final = 20
 #: Characters a line needs for every column of the tables.
-WIDE: Final = 94
+WIDE: Final = 99
 _INDENT: Final = (0, 0, 0, 2)
 
 _STYLE_OF_STATE: Final = {
@@ -156,6 +156,7 @@ def render(status: Status) -> RenderableType:
             for upstream in pool.upstreams
             if upstream.last_error
         ]
+        errors += [Text(f"{_printable(url)}: {_printable(error)}") for url, error in pool.unresolved.items()]
         parts += ["", _pool_line(pool), Padding(Group(*_figures(pool), _Upstreams(pool), *errors), _INDENT)]
     if status.keys:
         parts += ["", Text("keys", style="bold"), Padding(_Keys(status.keys), _INDENT)]
@@ -254,6 +255,7 @@ _COLUMNS: Final[tuple[_Column[UpstreamStatus], ...]] = (
     _Column("weight", lambda upstream: f"{upstream.weight:,}", is_extra=True),
     _Column("in flight", lambda upstream: _of(upstream.in_flight, upstream.max_in_flight)),
     _Column("failures", lambda upstream: f"{upstream.failures:,}"),
+    _Column("5xx", lambda upstream: f"{upstream.server_errors:,}", is_extra=True),
     _Column("probe", lambda upstream: _ms(upstream.probe_ms), is_extra=True),
     _Column("age", lambda upstream: _duration(upstream.age_s), is_extra=True),
 )

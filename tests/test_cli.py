@@ -598,6 +598,7 @@ def test_check_warns_of_what_can_hardly_be_meant(
         "callback_address = '127.0.0.1:9'\nbalance = 'session_affinity'\nsession_header = 'X-Mine'\n"
         "[[pool]]\nname = 'c'\nmodels = ['c']\nupstreams = ['http://d:1']\nbalance = 'session_affinity'\n"
         "session_header = 'Content-Length'\n"
+        "[[pool]]\nname = 'all'\nmodels = ['x', '*']\nupstreams = ['http://e:1']\n"
     )
     assert main(["check", "--config", path]) == 0
     assert capsys.readouterr().err.splitlines() == [
@@ -609,6 +610,8 @@ def test_check_warns_of_what_can_hardly_be_meant(
         f"{path}:listen.addresses[1]: warning: 0.0.0.0:2 can be reached from other machines, and nobody is asked for a "
         "key (auth.keys_file)",
         f"{path}:timeouts.first_token_s: warning: 100 is never reached, as total_s is 100",
+        f"{path}:pool[0]: warning: is never reached: it is for the models that no other pool names, and pool all names "
+        'all of them ("*")',
         f'{path}:prices."m".cached_prompt: warning: is dearer than prompt',
     ]
 

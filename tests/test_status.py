@@ -145,7 +145,7 @@ def test_keys_are_added_up_over_boards_and_the_busiest_come_first() -> None:
 # -- the picture
 
 
-@pytest.mark.parametrize("width", [40, 60, 80, 95, 96, 120, 200])
+@pytest.mark.parametrize("width", [40, 60, 80, 100, 101, 120, 200])
 def test_nothing_is_cut_off_and_no_line_is_too_long(width: int) -> None:
     text = picture(WORKING, width)
     assert max(map(len, text.splitlines())) <= width
@@ -165,13 +165,37 @@ def lines_of(text: str, part: str) -> list[str]:
 
 
 def test_a_wide_terminal_has_all_columns_and_a_narrow_one_those_that_matter() -> None:
-    wide, narrow = picture(WORKING, 96), picture(WORKING, 95)
+    wide, narrow = picture(WORKING, 101), picture(WORKING, 100)
     (chat_head, long_head) = lines_of(wide, "upstream ")
-    assert chat_head.split() == ["upstream", "state", "weight", "in", "flight", "failures", "probe", "age"]
-    assert long_head.split() == ["upstream", "role", "state", "weight", "in", "flight", "failures", "probe", "age"]
+    assert chat_head.split() == ["upstream", "state", "weight", "in", "flight", "failures", "5xx", "probe", "age"]
+    assert long_head.split() == [
+        "upstream",
+        "role",
+        "state",
+        "weight",
+        "in",
+        "flight",
+        "failures",
+        "5xx",
+        "probe",
+        "age",
+    ]
     assert lines_of(narrow, "upstream ")[0].split() == ["upstream", "state", "in", "flight", "failures"]
     (row,) = lines_of(wide, "10.0.0.1")
-    assert row.split() == ["http://10.0.0.1:8000", "healthy", "2", "20/64", "0", "1.2", "ms", "2", "h", "13", "min"]
+    assert row.split() == [
+        "http://10.0.0.1:8000",
+        "healthy",
+        "2",
+        "20/64",
+        "0",
+        "0",
+        "1.2",
+        "ms",
+        "2",
+        "h",
+        "13",
+        "min",
+    ]
     assert lines_of(narrow, "10.0.0.1")[0].split() == ["http://10.0.0.1:8000", "healthy", "20/64", "0"]
 
 

@@ -51,6 +51,7 @@ class Point(msgspec.Struct, frozen=True, kw_only=True):
     attainment: float | None = None  #: share of the requests sent that met every objective
     failed: int = 0
     is_degraded: bool = False
+    is_short: bool = False  #: the run took hardly longer than one answer, so its throughput says nothing of the server
 
     def meets(self, wanted: float) -> bool:
         """Whether enough requests met the objectives, by a client that was not late itself."""
@@ -62,7 +63,7 @@ class Point(msgspec.Struct, frozen=True, kw_only=True):
 
 def knee_of(points: Sequence[Point]) -> Point | None:
     """The knee of throughput over load; None where it is a straight line, or there are too few points."""
-    points = sorted(points, key=lambda point: point.load)
+    points = sorted((point for point in points if not point.is_short), key=lambda point: point.load)
     if len(points) < 3:
         return None
     first, last = points[0], points[-1]
@@ -196,6 +197,8 @@ async def _points(
     load = _start(chosen, by_rate)
     while load <= chosen.most:
         points.append(await measure(load))
+        if points[-1].is_short:
+            break
         # one point more shows the plateau
         if len(points) > 2 and is_saturated(points, by_rate=by_rate) and is_saturated(points[:-1], by_rate=by_rate):
             break
@@ -245,21 +248,28 @@ async def _measured(chosen: argparse.Namespace, target: Target, title: str, perc
     plan = options.plan_of(chosen, model=chosen.model, is_detailed=chosen.save_detailed, variant=title)
     tally = await command.carried_out(plan, target, title)
     result = results.result_of(plan, tally, url=target.url, label=title, percentiles=percentiles)
-    progress.console.print(f"{title}: {_rate(result):,.2f} done/s, {result['failed']} failed", style="dim")
+    progress.console.print(f"{title}: {_rate(result)[0]:,.2f} done/s, {result['failed']} failed", style="dim")
     return result
 
 
-def _rate(result: Result) -> float:
-    """Requests completed a second, from the first to the last, which a run's beginning and end do not thin out."""
-    rate: float = result["completion_rate"] or result["request_throughput"]
-    return rate
+def _rate(result: Result) -> tuple[float, bool]:
+    """Requests completed a second, from the first to the last, which a run's beginning and end do not thin out.
+
+    Of a run whose first answer took longer than that, over all of it; True: it is one.
+    """
+    rate, completed = result["completion_rate"], result["completed"]
+    if rate and completed - 1 >= rate * result["duration"] / 2:
+        return rate, False
+    return result["request_throughput"], completed > 0
 
 
 def point_of(load: float, result: Result) -> Point:
     """The point a run makes."""
+    throughput, is_short = _rate(result)
     return Point(
         load=load,
-        throughput=_rate(result),
+        throughput=throughput,
+        is_short=is_short,
         attainment=result.get("slo_attainment"),
         failed=result["failed"],
         is_degraded=bool(result["harness"]["degraded"]),
@@ -311,6 +321,9 @@ def rendered(result: Result) -> RenderableType:
     for point in result["points"]:
         if point["is_degraded"]:
             lines.append(f"\n{point['load']:g} {unit}: DEGRADED, the client itself was late", style="bold white on red")
+        if point["is_short"]:
+            message = "the run took hardly longer than one answer; give more --num-prompts, or a longer --duration"
+            lines.append(f"\n{point['load']:g} {unit}: TOO SHORT, {message}", style="yellow")
     pairs = sorted(zip(result["points"], result["runs"], strict=True), key=lambda pair: float(pair[0]["load"]))
     return Group(Panel(lines, title=f"sweep {result['url']}", title_align="left"), _table(result, pairs, unit))
 

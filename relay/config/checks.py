@@ -59,6 +59,11 @@ def doubts(config: Config) -> Iterator[Problem]:
         is_own = (limit_s := getattr(timeouts, name)) != getattr(type(timeouts)(), name)
         if is_own and 0 < timeouts.total_s <= limit_s:
             yield Problem(f"timeouts.{name}", f"{limit_s:g} is never reached, as total_s is {timeouts.total_s:g}")
+    everything = next((pool.name for pool in config.pools if "*" in pool.models), None)
+    for at, pool in enumerate(config.pools):
+        if everything is not None and not pool.models:
+            message = f'is for the models that no other pool names, and pool {everything} names all of them ("*")'
+            yield Problem(f"pool[{at}]", f"is never reached: it {message}")
     for model, prices in config.prices.items():
         if prices.cached_prompt is not None and prices.cached_prompt > prices.prompt:
             yield Problem(f'prices."{model}".cached_prompt', "is dearer than prompt")

@@ -47,12 +47,15 @@ class Conversion(msgspec.Struct, frozen=True, gc=False):
     body: Buffer
     is_forced: bool = False  #: the client asked for one body, the engine is asked for a stream
     hides_usage: bool = False  #: the usage frame was not the client's wish
+    is_unread: bool = False  #: the relay cannot change it, be that wanted or not
 
 
 def convert(route: Route, facts: RequestFacts, body: Buffer, *, force_stream: bool, ask_usage: bool) -> Conversion:
     """What becomes of a request; `facts` are its body's. Never raises: what cannot be changed stays as it is."""
-    if route is Route.OTHER or not facts.is_json:
+    if route is Route.OTHER:
         return Conversion(body)
+    if not facts.is_json:
+        return Conversion(body, is_unread=True)
     try:
         if facts.wants_stream:
             is_asked = facts.include_usage or route not in (Route.CHAT, Route.COMPLETIONS)
@@ -62,7 +65,7 @@ def convert(route: Route, facts: RequestFacts, body: Buffer, *, force_stream: bo
         if force_stream and can_be_streamed(route, body):
             return Conversion(rewrite.force_stream(body, route), is_forced=True)
     except ValueError:  # no object, or one with thousands of members
-        pass
+        return Conversion(body, is_unread=True)
     return Conversion(body)
 
 

@@ -10,6 +10,9 @@ OpenAI's streaming references; the recordings of a real engine in ``tests/captur
 
 from __future__ import annotations
 
+import json
+import re
+from contextlib import suppress
 from typing import Any, Final
 
 import msgspec
@@ -90,6 +93,9 @@ _STOP: Final = msgspec.json.Decoder(_Stop)
 #: For frames with a key of an unexpected type: each key by itself.
 _FIELDS: Final = tuple((field.name, msgspec.json.Decoder(field.type)) for field in msgspec.structs.fields(_Event))
 _encode = msgspec.json.encode
+#: What a usage object begins behind, which is none in a string: there the quotes are escaped.
+_USAGE: Final = re.compile(rb'(?<!\\)"usage"[ \t\r\n]*:[ \t\r\n]*(?=\{)')
+_python_decoder: Final = json.JSONDecoder()  # reads a value that has something behind it, as msgspec does not
 
 
 class Meter:
@@ -187,6 +193,15 @@ class Meter:
         self.finish_reason = self.finish_reason or answer.stop_reason
         if answer.object == "response":
             self.finish_reason = _finish_of(answer.status, answer.incomplete_details)
+
+    def take_end(self, text: bytes) -> None:
+        """Takes note of the usage in the end of a whole answer whose beginning is not known. Never raises."""
+        for found in reversed([*_USAGE.finditer(text)]):
+            with suppress(ValueError, RecursionError):
+                usage, _ = _python_decoder.raw_decode(text[found.end() :].decode("utf-8", "replace"))
+                self.take_body(_encode({"usage": usage}))
+            if self.usage is not None:
+                return
 
     def _take_error(self, body: _Event, text: bytes, *, is_error: bool) -> None:
         has_error = body.error is not _NULL and bytes(body.error) not in _NO_ERROR

@@ -109,7 +109,8 @@ def find(headers: Headers, name: bytes) -> bytes | None:
 
 def is_encoded(headers: Headers) -> bool:
     """Whether a body is not what it says by itself, but compressed, say (RFC 9110 §8.4)."""
-    return find(headers, b"content-encoding") is not None
+    coding = find(headers, b"content-encoding")
+    return coding is not None and coding.lower() != b"identity"
 
 
 def find_all(headers: Headers, name: bytes) -> list[bytes]:

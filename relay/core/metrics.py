@@ -8,6 +8,7 @@ Names and labels are the interface: dashboards and alerts depend on them. Times 
 * ``phase``: the name of a `relay.errors.Phase` in lower case;
 * ``key``: the name of a client's key; beyond `relay.core.board.MOST_KEYS` of them, `OTHER`;
 * ``limit``: `KEY_LIMITS`;
+* ``class``: of an engine's answers, `RESPONSE_CLASSES`;
 * ``role``: `ROLES`; ``stage``: `STAGES`; ``kind``: `TOKEN_KINDS`; ``direction``: `DIRECTIONS`;
   ``result``: `DRAIN_RESULTS`.
 """
@@ -27,6 +28,8 @@ STAGES: Final = ("queue", "connect", "relay")
 TOKEN_KINDS: Final = ("prompt", "cached", "completion", "reasoning")
 #: What a key may be over: the names of its settings.
 KEY_LIMITS: Final = ("max_in_flight", "requests_per_minute")
+#: Of an attempt: what the engine answered, or that it failed by the engine's fault, be it in the middle of a stream.
+RESPONSE_CLASSES: Final = ("1xx", "2xx", "3xx", "4xx", "5xx", "failed")
 DRAIN_RESULTS: Final = ("done", "failed")
 #: Bytes of requests taken from clients, and of answers given to them.
 DIRECTIONS: Final = ("in", "out")
@@ -146,6 +149,14 @@ UPSTREAM_HEALTHY: Final = GaugeFamily(
 UPSTREAM_IN_FLIGHT: Final = GaugeFamily(
     "relay_upstream_in_flight", "Legs at the upstream now.", ("pool", "role", "upstream")
 )
+UPSTREAM_RESPONSES: Final = CounterFamily(
+    "relay_upstream_responses_total",
+    "Answers of the upstream by class; failed: attempts without one that could be used, and streams that broke off.",
+    ("pool", "role", "upstream", "class"),
+)
+UPSTREAMS_UP: Final = GaugeFamily(
+    "relay_upstreams_up", "Upstreams that may be picked, 0 where there is none.", ("pool", "role"), is_max=True
+)
 UPSTREAM_FAILURES: Final = CounterFamily(
     "relay_upstream_failures_total", "Attempts that failed by the upstream's fault.", ("phase",)
 )
@@ -180,6 +191,6 @@ METRICS_DROPPED: Final = CounterFamily(
 FAMILIES: Final[tuple[Family, ...]] = (
     REQUESTS, IN_FLIGHT, QUEUE_DEPTH, FIRST_TOKEN, INTER_FRAME, REQUEST_DURATION, ADDED, PREFILL, HANDOVER, TOKENS,
     COST, KEY_REQUESTS, KEY_IN_FLIGHT, KEY_REFUSALS, KEY_TOKENS, KEY_COST, UPSTREAM_HEALTHY, UPSTREAM_IN_FLIGHT,
-    UPSTREAM_FAILURES, FAILOVERS, CLIENT_DISCONNECTS, PREFILL_WITHOUT_KV, KV_DRAINS, RECOMPUTED, FRAMES, BYTES,
-    EVENT_LOOP_LAG, RECORDS_DROPPED, METRICS_DROPPED,
+    UPSTREAM_RESPONSES, UPSTREAMS_UP, UPSTREAM_FAILURES, FAILOVERS, CLIENT_DISCONNECTS, PREFILL_WITHOUT_KV, KV_DRAINS,
+    RECOMPUTED, FRAMES, BYTES, EVENT_LOOP_LAG, RECORDS_DROPPED, METRICS_DROPPED,
 )  # fmt: skip

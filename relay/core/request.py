@@ -39,10 +39,13 @@ _ROUTES = {
 def route_of(target: bytes) -> Route:
     """The route of an origin-form target; the query does not matter, everything else must be exact.
 
-    But escapes are read as engines do: by ``/v1/chat/completion%73`` and ``/v1/chat%2Fcompletions`` they generate, too.
+    But escapes are read as engines do: by ``/v1/chat/completion%73`` and ``/v1/chat%2Fcompletions`` they generate, too,
+    and with a line break at the end, where Starlette's patterns end before it.
     """
     path = target.partition(b"?")[0]
-    return _ROUTES.get(unquote_to_bytes(path) if b"%" in path else path, Route.OTHER)
+    if b"%" in path:
+        path = unquote_to_bytes(path).removesuffix(b"\n")
+    return _ROUTES.get(path, Route.OTHER)
 
 
 def may_stream(route: Route) -> bool:

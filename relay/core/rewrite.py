@@ -315,4 +315,5 @@ def _new(change: Change) -> bytes | None:
     """The value of a member that was not there; None: there is still none."""
     if change is None or isinstance(change, bytes):
         return change
-    return edit(b"{}", change)
+    made = edit(b"{}", change)
+    return None if made == b"{}" else made  # of nothing but removals

@@ -38,6 +38,7 @@ class UpstreamStatus(msgspec.Struct, frozen=True, kw_only=True):
     max_in_flight: int = 0  #: most it may have; 0: no limit
     idle: int = 0  #: connections kept for later requests
     failures: int = 0  #: attempts that failed by its fault, since it was added
+    server_errors: int = 0  #: its answers of 500 and more that were passed on, since then
     last_error: str | None = None
     last_error_age_s: float | None = None
     probe_ms: float | None = None  #: what its last probe took
@@ -65,6 +66,7 @@ class PoolStatus(msgspec.Struct, frozen=True, kw_only=True):
     max_in_flight: int = 0  #: most it may have; 0: no limit
     queued: int = 0
     rates: Rates = Rates()
+    unresolved: dict[str, str] = {}  #: names to be resolved that are not, by URL, and why
     upstreams: tuple[UpstreamStatus, ...] = ()
 
 
@@ -151,6 +153,7 @@ def _merged_upstream(whole: UpstreamStatus, parts: Sequence[UpstreamStatus]) -> 
         in_flight=sum(part.in_flight for part in parts),
         idle=sum(part.idle for part in parts),
         failures=sum(part.failures for part in parts),
+        server_errors=sum(part.server_errors for part in parts),
         last_error=latest.last_error,
         last_error_age_s=latest.last_error_age_s,
     )

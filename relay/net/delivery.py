@@ -21,7 +21,6 @@ from relay.errors import (
     UpstreamTimeout,
 )
 from relay.net import upstream as wire
-from relay.net.leg import note_failure
 from relay.net.pump import Stop
 from relay.net.reply import refusal
 
@@ -31,8 +30,10 @@ if TYPE_CHECKING:
     from relay.net.exchange import Exchange
     from relay.net.opening import Opening
 
-#: Of an answer that is no stream, at most this much is kept for its usage, or its error.
+#: Of an answer that is no stream, at most this much is kept for its usage, or its error; of a longer one its end, where
+#: engines tell the usage.
 MOST_METERED_BYTES: Final = 1_048_576
+END_METERED_BYTES: Final = 65536
 #: Of an error's answer that becomes a frame of a stream, at most about this much is read.
 MOST_ERROR_BYTES: Final = 1_048_576
 
@@ -55,7 +56,7 @@ class Delivery:
             is_reusable = await self._deliver()
         except ExchangeError as failure:
             if failure.side is Side.UPSTREAM and not isinstance(failure, UpstreamAnswered):  # which is an answer
-                note_failure(self.exchange, opening.leg.upstream, failure)
+                self.exchange.service.tally.upstream_failed(self.exchange, opening.leg.upstream, failure)
             raise
         finally:
             opening.leg.close(opening.connection, is_reusable=is_reusable)
@@ -154,7 +155,7 @@ class Delivery:
         reply, decoder = exchange.reply, answer.decoder
         framing = self._body_framing(answer)
         out = reply.head_from(answer.head.start, framing, headers.find(answer.fields, b"date"))
-        kept = bytearray()
+        kept, is_cut = bytearray(), False
         data = answer.rest
         is_told = exchange.route is not Route.OTHER or answer.status >= 400
         is_metered = is_told and not answer.head.is_encoded
@@ -162,8 +163,11 @@ class Delivery:
         while True:
             payload = bytearray()
             has_excess = decode_into(payload, decoder, data) < len(data)
-            if is_metered and len(kept) + len(payload) <= MOST_METERED_BYTES:
+            if is_metered:
                 kept += payload
+                if len(kept) > MOST_METERED_BYTES:
+                    is_cut = True
+                    del kept[:-END_METERED_BYTES]
             if payload:
                 out += b"%x\r\n%b\r\n" % (len(payload), bytes(payload)) if framing == "chunked" else payload
             if decoder.is_done and framing == "chunked":
@@ -179,7 +183,9 @@ class Delivery:
                 decoder.at_close()
                 if decoder.error is not None:
                     raise UpstreamDisconnected(f"the engine's answer is cut: {decoder.error}", phase=Phase.DATA)
-        if is_metered:
+        if is_cut:
+            exchange.meter.take_end(bytes(kept))
+        elif is_metered:
             exchange.meter.take_body(bytes(kept), status=answer.status)
         return answer.is_reusable and not has_excess
 

@@ -33,6 +33,7 @@ from relay.errors import (
     ExchangeError,
     NoUpstream,
     Phase,
+    RequestRefused,
     UpstreamAnswered,
     UpstreamTimeout,
 )
@@ -163,6 +164,9 @@ class Exchange:
         converted = convert(
             self.route, facts, self.request.body, force_stream=stream.force_stream, ask_usage=asks_usage
         )
+        if converted.is_unread and asks_usage and (self.request.key is not None or config.prices):
+            message = "the body is no JSON object of at most 4,096 members, so what it takes could not be counted"
+            raise RequestRefused(400, "invalid_json", message)
         self.body, self.is_forced = converted.body, converted.is_forced
         self.expects_stream = self.expects_stream or self.is_forced
         self.prices = self.service.prices.of(facts.model)

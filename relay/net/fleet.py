@@ -57,6 +57,7 @@ class Pool:
         self._leaving: WeakSet[Upstream] = WeakSet()  # until nothing holds them any more
         self.groups = {role: self._group(config, role, rules) for role in config.roles}
         self.connector = connector_named(config.connector)
+        self.unresolved: dict[str, str] = {}  #: names to be resolved that are not, by URL, and why
         self.callback_url = ""  #: where decoders call back, if the connector has them do so
         self.number = 0  #: its cell in what workers share
         self.shares: Shares | None = None  #: with other workers; None: there are none
@@ -93,7 +94,8 @@ class Pool:
         for group in before.values():
             group.become({}, group)
         self.config = config
-        self.advance()
+        if self.shares is None:  # else engines that are new have yet to be told their limits: see `Follower`
+            self.advance()
 
     def _group(self, config: PoolConfig, role: str, rules: HealthRules) -> Group:
         return Group(role, _policy(config, role), rules, self._rng, self._leaving)

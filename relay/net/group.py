@@ -11,6 +11,7 @@ from weakref import WeakSet
 from relay.address import UpstreamConfig
 from relay.core.balance import Seat, make_balancer
 from relay.core.health import Attempt, Health, HealthRules
+from relay.net.notices import Priority, say
 from relay.net.pool import Upstream
 from relay.net.shares import Shares
 
@@ -62,8 +63,7 @@ class Group:
     def add(self, config: UpstreamConfig) -> Upstream:
         """Puts in an engine. Raises ValueError if it is there."""
         upstream = Upstream(config, self.role, Health(self._rules, self._rng))
-        same = (each for each in self._leaving if (each.role, each.config.url) == (self.role, config.url))
-        upstream.before = [each for each in same if each.outstanding]
+        upstream.before = self._leaving_at(config.url)
         self.balancer.add(upstream.seat)
         self.upstreams[upstream.config.url] = upstream
         self._by_seat[upstream.seat] = upstream
@@ -87,6 +87,7 @@ class Group:
         self._by_seat.pop(upstream.seat)
         self._ejected.discard(upstream)
         upstream.is_leaving = True
+        upstream.before = []  # else each would keep the one before it, without end
         upstream.close_idle()
         self._leaving.add(upstream)
 
@@ -96,20 +97,33 @@ class Group:
             return
         health = upstream.health
         if health.is_open and health.is_up:
-            self._ejected.add(upstream)
-        else:
+            if upstream not in self._ejected:
+                self._ejected.add(upstream)
+                say(f"relay: {upstream.config.url} is ejected: {upstream.last_error}", Priority.WARNING)
+        elif upstream in self._ejected:
             self._ejected.discard(upstream)
+            if health.is_up:
+                say(f"relay: {upstream.config.url} is no longer ejected")
         is_available = health.is_available(time.monotonic()) and not upstream.is_full
         self.balancer.set_available(upstream.seat, is_available)
 
     def departed(self, upstream: Upstream) -> None:
         """An exchange has ended that held a load on an engine which is, or was, in this role."""
         if upstream.is_leaving:
-            upstream = self.upstreams.get(upstream.config.url, upstream)
-            upstream.before = [each for each in upstream.before if each.outstanding]
+            left = self._leaving_at(upstream.config.url)
+            current = self.upstreams.get(upstream.config.url)
+            if current is None:
+                if upstream.shares is not None:
+                    upstream.shares.set_load(upstream.number, sum(each.seat.load for each in left))
+                return
+            current.before, upstream = left, current
         upstream.show_load()
         if upstream.config.max_in_flight:
             self.refresh(upstream)
+
+    def _leaving_at(self, url: str) -> list[Upstream]:
+        """Those that were taken out at a URL, and still have something to do."""
+        return [up for up in self._leaving if up.config.url == url and up.role == self.role and up.outstanding]
 
     def begin(self, upstream: Upstream) -> Attempt:
         """An attempt is about to be made: how it goes decides whether the engine is picked again."""

@@ -61,11 +61,12 @@ class Leg:
             if opening is None:
                 opening = await self._over(await self._dial())
             attempt.answered(opening.answer.status, time.monotonic())
+            self.exchange.service.tally.upstream_answered(self.exchange, self.upstream, opening.answer.status)
             return opening
         except ExchangeError as failure:
             if failure.side is Side.UPSTREAM:
                 attempt.failed(time.monotonic())
-                note_failure(self.exchange, self.upstream, failure)
+                self.exchange.service.tally.upstream_failed(self.exchange, self.upstream, failure)
             raise
         finally:
             self.group.end(attempt, self.upstream)
@@ -166,13 +167,6 @@ class Leg:
             for event in interim:
                 fields = list(event.headers)
                 await reply.send(reply.head(event.status_code, event.reason, fields, "none"))
-
-
-def note_failure(exchange: Exchange, upstream: Upstream, failure: ExchangeError) -> None:
-    """Counts a failure as the engine's."""
-    upstream.failures += 1
-    upstream.note_error(failure.message)
-    exchange.service.tally.upstream_failed(failure.phase)
 
 
 def is_plain_json(answer: wire.Answer) -> bool:

@@ -92,6 +92,7 @@ class Upstream:
         self.is_leaving = False  #: taken out: what it has goes on, nothing more comes
         self.before: list[Upstream] = []  #: those of its URL that were taken out, and still have something to do
         self.failures = 0  #: attempts that failed by its fault
+        self.server_errors = 0  #: answers of 500 and more that were passed on
         self.last_error: str | None = None
         self.last_error_at = 0.0  #: when that was (monotonic clock)
         self.probe_s: float | None = None  #: what its last probe took
@@ -113,14 +114,19 @@ class Upstream:
         return self.seat.streams
 
     @property
+    def streams(self) -> int:
+        """The same, with those of its predecessors."""
+        streams = self.seat.streams
+        for upstream in self.before:
+            streams += upstream.seat.streams
+        return streams
+
+    @property
     def is_full(self) -> bool:
         """Whether it has as many exchanges as its configuration allows, with those of its predecessors."""
         if self.permits is not None:
             return self.permits.is_exhausted
-        streams = self.seat.streams
-        for upstream in self.before:
-            streams += upstream.seat.streams
-        return 0 < self.config.max_in_flight <= streams
+        return 0 < self.config.max_in_flight <= self.streams
 
     def note_error(self, message: str, at: float | None = None) -> None:
         """Keeps what went wrong there last; `at`: when, if not now (monotonic clock)."""

@@ -164,7 +164,8 @@ def refusal(status: int, fields: headers.Headers, body: bytes, *, phase: Phase) 
     """An engine's answer that would have gone to the client as it is, had that not been promised a stream."""
     if headers.is_encoded(fields):
         body = b""  # nothing that could be said in a frame
-    failure = UpstreamAnswered(f"the engine answered {status}", phase=phase, status=status, fields=fields, body=body)
+    who = "prefiller" if phase is Phase.PREFILL else "engine"
+    failure = UpstreamAnswered(f"the {who} answered {status}", phase=phase, status=status, fields=fields, body=body)
     failure.may_retry = False
     return failure
 

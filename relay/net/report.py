@@ -63,6 +63,7 @@ def _pool(pool: Pool, now: float) -> PoolStatus:
         in_flight=pool.in_flight,
         max_in_flight=pool.config.max_in_flight,
         queued=pool.queued,
+        unresolved=dict(pool.unresolved),
         upstreams=tuple(_upstream(upstream, now) for upstream in (*pool.upstreams, *pool.leaving)),
     )
 
@@ -77,6 +78,7 @@ def _upstream(upstream: Upstream, now: float) -> UpstreamStatus:
         max_in_flight=upstream.config.max_in_flight,
         idle=upstream.idle,
         failures=upstream.failures,
+        server_errors=upstream.server_errors,
         last_error=upstream.last_error,
         last_error_age_s=None if upstream.last_error is None else round(now - upstream.last_error_at, 3),
         probe_ms=None if upstream.probe_s is None else round(upstream.probe_s * 1000, 3),

@@ -6,6 +6,7 @@ probe that fails for that reason would be a lie.
 
 from __future__ import annotations
 
+import itertools
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -40,6 +41,8 @@ MODELS_S: Final = 30.0
 RESOLVE_S: Final = 5.0
 #: Longest answer to a probe, and list of models, that is read.
 _MOST_PROBE_BYTES: Final = 65536
+#: Engines that come or go at once, and are named.
+_MOST_TOLD: Final = 16
 _MOST_MODELS_BYTES: Final = 4_194_304
 
 
@@ -109,6 +112,7 @@ class Roster:
             group.add(config)
         except ValueError:
             raise RosterError(f"{config.url} is in pool {pool} already") from None
+        say(f"relay: pool {pool}: {config.url} put in")
         self._on_change()
         self._look_around()
         self._pool(pool).advance()
@@ -124,6 +128,9 @@ class Roster:
         except KeyError:
             known = ", ".join(self._group(pool, role).upstreams) or "none"
             raise RosterError(f"{url} is not in pool {pool}; in it: {known}") from None
+        left = len(self._group(pool, role).upstreams)
+        priority = Priority.NOTICE if left else Priority.WARNING
+        say(f"relay: pool {pool}: {url} taken out; {left or 'none'} left", priority)
         self._on_change()
         self._pool(pool).advance()  # who waits for the last one waits in vain
 
@@ -134,7 +141,11 @@ class Roster:
             self._other_rules = trio.Event()
         self._service.reconfigure(config, guard)
         self._transports = {}  # they keep no connections, but what they trusted
+        before = {(pool.name, upstream.config.url) for pool, _, upstream in self._members()}
         self._service.fleet.reconfigure(config)
+        after = {(pool.name, upstream.config.url) for pool, _, upstream in self._members()}
+        _tell("in", after - before)
+        _tell("out", before - after)
         self._on_change()
         self._look_around()
 
@@ -264,8 +275,12 @@ class Roster:
             try:
                 found = await trio.socket.getaddrinfo(config.host, config.port, type=trio.socket.SOCK_STREAM)
             except OSError as exc:
-                say(f"relay: {url} does not resolve: {exc.strerror}", Priority.WARNING)
+                reason = f"does not resolve: {exc.strerror}"
+                if pool.unresolved.get(url) != reason:
+                    pool.unresolved[url] = reason
+                    say(f"relay: {url} {reason}", Priority.WARNING)
             else:
+                pool.unresolved.pop(url, None)
                 wanted = [config.at(ip) for ip in {str(each[4][0]) for each in found}]
                 if role in pool.groups:  # a reload may have taken it away meanwhile
                     if pool.config is not seen:  # whatever the group has lost by then is found anew
@@ -273,12 +288,15 @@ class Roster:
                         seen = pool.config
                     before, mine = mine, _settle(pool.groups[role], mine, wanted)
                     if mine != before:
+                        _tell("in", {(pool.name, each) for each in mine.keys() - before.keys()})
+                        _tell("out", {(pool.name, each) for each in before.keys() - mine.keys()})
                         self._on_change()
             self._unresolved.discard((pool, role, url))
             self._look_around()
             pool.advance()
             await trio.sleep(next_probe_delay(RESOLVE_S, self._rng))
         self._names.discard((pool, role, url))
+        pool.unresolved.pop(url, None)
         if role in pool.groups:
             _settle(pool.groups[role], mine, [])
             self._on_change()
@@ -289,6 +307,14 @@ class Roster:
         if pool not in self._service.fleet.pools or role not in pool.groups:
             return None
         return next((each for each in pool.config.upstreams_of(role) if each.url == url), None)
+
+
+def _tell(where: str, engines: set[tuple[str, str]]) -> None:
+    """Which engines, by pool and URL, are `where` they were not."""
+    for pool, urls in itertools.groupby(sorted(engines), key=lambda engine: engine[0]):
+        names = [url for _, url in urls]
+        rest = f" and {len(names) - _MOST_TOLD} more" if len(names) > _MOST_TOLD else ""
+        say(f"relay: pool {pool}: {where}: {', '.join(names[:_MOST_TOLD])}{rest}")
 
 
 def _settle(group: Group, before: dict[str, UpstreamConfig], wanted: list[UpstreamConfig]) -> dict[str, UpstreamConfig]:

@@ -41,7 +41,7 @@ from relay.errors import (
 )
 from relay.net.delivery import Delivery
 from relay.net.fetch import fetch, reason_of, transport_of
-from relay.net.leg import Leg, note_failure
+from relay.net.leg import Leg
 from relay.net.second_frame import see_second_frame
 from relay.net.whole import WholeAnswer, ask_whole
 
@@ -300,6 +300,7 @@ class SplitAttempt:
                     raise UpstreamTimeout(message, phase=Phase.PREFILL) from None
                 exchange.timeline.prefilled = time.monotonic()
                 attempt.answered(answer.status, exchange.timeline.prefilled)
+                exchange.service.tally.upstream_answered(exchange, upstream, answer.status)
                 if answer.status >= 500:
                     message = f"the prefiller answered {answer.status}"
                     raise UpstreamAnswered(message, phase=Phase.PREFILL, **answer._asdict())
@@ -326,7 +327,7 @@ class SplitAttempt:
             leg.give_up(opening.connection)
             is_refusal = isinstance(exc, UpstreamAnswered) and exc.status < 500  # the request's own fault
             if isinstance(exc, ExchangeError) and exc.side is Side.UPSTREAM and not is_refusal:
-                note_failure(self._exchange, leg.upstream, exc)
+                self._exchange.service.tally.upstream_failed(self._exchange, leg.upstream, exc)
             raise
         return opening
 
@@ -359,7 +360,7 @@ class _Judged:
                 error.phase = Phase.PREFILL
                 if error.side is Side.UPSTREAM:  # and not the relay, out of descriptors
                     self._attempt.failed(time.monotonic())
-                    note_failure(self._exchange, self._upstream, error)
+                    self._exchange.service.tally.upstream_failed(self._exchange, self._upstream, error)
         finally:
             self._group.end(self._attempt, self._upstream)
 

@@ -12,11 +12,12 @@ from relay.core import metrics
 from relay.core.board import BOARD_BYTES, Board, Buckets
 from relay.core.cost import Sum
 from relay.core.metrics import GaugeFamily
-from relay.errors import ExchangeError, Phase, Side, UpstreamRecomputed
+from relay.errors import ExchangeError, Side, UpstreamRecomputed
 
 if TYPE_CHECKING:
     from relay.core.board import Block
     from relay.net.exchange import Exchange
+    from relay.net.pool import Upstream
     from relay.net.service import Service
 
 #: How often what is under way is looked at: gaps of running streams, gauges, and the event loop's lag.
@@ -43,9 +44,21 @@ class Tally:
     def __repr__(self) -> str:
         return f"<Tally {self.board!r}>"
 
-    def upstream_failed(self, phase: Phase) -> None:
+    def upstream_answered(self, exchange: Exchange, upstream: Upstream, status: int) -> None:
+        """An engine has answered."""
+        upstream.server_errors += status >= 500
+        self._response(exchange, upstream, metrics.RESPONSE_CLASSES[status // 100 - 1])
+
+    def upstream_failed(self, exchange: Exchange, upstream: Upstream, failure: ExchangeError) -> None:
         """An attempt failed by its engine's fault."""
-        self.board.counter(metrics.UPSTREAM_FAILURES, phase.name.lower()).add()
+        upstream.failures += 1
+        upstream.note_error(failure.message)
+        self.board.counter(metrics.UPSTREAM_FAILURES, failure.phase.name.lower()).add()
+        self._response(exchange, upstream, "failed")
+
+    def _response(self, exchange: Exchange, upstream: Upstream, class_: str) -> None:
+        pool = exchange.pool.name if exchange.pool else ""
+        self.board.counter(metrics.UPSTREAM_RESPONSES, pool, upstream.role, upstream.config.url, class_).add()
 
     def failed_over(self) -> None:
         """Another attempt is made because one has failed."""
@@ -168,7 +181,14 @@ def _gauges(service: Service) -> Iterator[tuple[tuple[GaugeFamily, tuple[str, ..
     for pool in service.fleet.pools:
         yield (metrics.IN_FLIGHT, (pool.name,)), pool.in_flight
         yield (metrics.QUEUE_DEPTH, (pool.name,)), pool.queued
-        for upstream in pool.upstreams:
-            labels = (pool.name, upstream.role, upstream.config.url)
-            yield (metrics.UPSTREAM_HEALTHY, labels), upstream.health.is_up and not upstream.health.is_open
-            yield (metrics.UPSTREAM_IN_FLIGHT, labels), upstream.outstanding
+        for upstream in pool.leaving:
+            yield (metrics.UPSTREAM_IN_FLIGHT, (pool.name, upstream.role, upstream.config.url)), upstream.outstanding
+        for role, group in pool.groups.items():
+            number_up = 0
+            for upstream in group.upstreams.values():
+                labels = (pool.name, role, upstream.config.url)
+                is_healthy = upstream.health.is_up and not upstream.health.is_open
+                number_up += is_healthy
+                yield (metrics.UPSTREAM_HEALTHY, labels), is_healthy
+                yield (metrics.UPSTREAM_IN_FLIGHT, labels), upstream.streams
+            yield (metrics.UPSTREAMS_UP, (pool.name, role)), number_up

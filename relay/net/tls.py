@@ -156,7 +156,8 @@ def server_context(config: TlsConfig) -> ssl.SSLContext:
     try:
         context.load_cert_chain(config.cert, config.key, password=refuse)
     except ssl.SSLError as error:
-        if error.reason == "KEY_VALUES_MISMATCH":
+        # Of another kind of key OpenSSL finds no certificate to compare it with.
+        if error.reason in ("KEY_VALUES_MISMATCH", "NO_CERTIFICATE_ASSIGNED", "KEY_TYPE_MISMATCH"):
             raise TlsError(f"listen.tls.key: {config.key} is not the key of {config.cert}") from None
         message = f"listen.tls: {config.cert} and {config.key} are no certificate chain and key in PEM"
         raise TlsError(f"{message}: {reason_of(error)}") from None

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from relay_bench import cli, sweep
 from relay_bench.load import progress
-from relay_bench.sweep import Point, best_of, is_saturated, knee_of, next_load
+from relay_bench.sweep import Point, best_of, is_saturated, knee_of, next_load, point_of
 from tests.bench.loading import engine_child
 
 if TYPE_CHECKING:
@@ -39,6 +39,18 @@ def test_a_straight_line_has_no_knee() -> None:
     assert knee_of([served(load, 1000) for load in (1, 2, 4, 8, 16)]) is None
     assert knee_of([served(1, 9), served(2, 9)]) is None
     assert knee_of([served(load, 1) for load in (1, 2, 3)]) is None
+
+
+def test_a_run_no_longer_than_an_answer_says_nothing_of_throughput() -> None:
+    whole = {"failed": 0, "harness": {"degraded": False}, "request_throughput": 9.0, "completed": 20}
+    steady = point_of(10, {**whole, "duration": 2.2, "completion_rate": 10.0})
+    assert (steady.throughput, steady.is_short) == (10.0, False)
+    burst = point_of(2048, {**whole, "duration": 2.2, "completion_rate": 12_000.0})
+    assert (burst.throughput, burst.is_short) == (9.0, True)
+    at_once = point_of(2048, {**whole, "duration": 2.2, "completion_rate": None})
+    assert (at_once.throughput, at_once.is_short) == (9.0, True)
+    points = [served(2.0**step, 16) for step in range(7)]
+    assert knee_of([*points, burst]) == knee_of(points)
 
 
 def test_saturation() -> None:

@@ -192,6 +192,23 @@ def test_other_routes_go_to_a_decoder_without_a_handle(name: str) -> None:
     assert planned(name, SplitRequest(Route.OTHER, body, "req-1")) == DecodeOnly(LegRequest(less, "req-1"))
 
 
+@pytest.mark.parametrize(
+    ("body", "less"),
+    [
+        ('{"vllm_xargs":{"kv_transfer_params":"E","a":1}}', '{"vllm_xargs":{"a":1}}'),
+        (
+            '{"sampling_params":{"extra_args":{"kv_transfer_params":{}}}}',
+            '{"sampling_params":{"extra_args":{}}}',
+        ),
+        ('{"sampling_params":{"n":1},"vllm_xargs":null}', '{"sampling_params":{"n":1},"vllm_xargs":null}'),
+        ('{"sampling_params":3,"vllm_xargs":[]}', '{"sampling_params":3,"vllm_xargs":[]}'),
+    ],
+)
+def test_a_handle_is_taken_out_wherever_vllm_would_look(body: str, less: str) -> None:
+    plan = planned("nixl", SplitRequest(Route.OTHER, body.encode(), "req-1"))
+    assert plan == DecodeOnly(LegRequest(less.encode(), "req-1"))
+
+
 #: With which requests a connector does without a prefill. `n` and lists of prompts: one handle serves one sequence,
 #: so only those whose protocol has a handle for each, or none, split them.
 ONE_HANDLE = {"nixl", "mooncake", "ascend_mooncake", "ascend_layerwise"}

@@ -65,7 +65,7 @@ def test_what_a_stream_can_answer_does_not(route: Route, members: dict[str, Any]
 @pytest.mark.parametrize("body", [b"", b"[]", b"3", b"not json", b'{"stream":', b'\xff{"a":1}', b'"text"'])
 @pytest.mark.parametrize("route", GENERATING)
 def test_what_is_no_request_stays(route: Route, body: bytes) -> None:
-    assert converted(route, body) == Conversion(body)
+    assert converted(route, body) == Conversion(body, is_unread=True)
 
 
 def test_other_routes_stay() -> None:
@@ -74,7 +74,7 @@ def test_other_routes_stay() -> None:
 
 def test_an_object_of_too_many_members_stays() -> None:
     body = json.dumps(dict.fromkeys(map(str, range(5000)))).encode()
-    assert converted(Route.CHAT, body) == Conversion(body)
+    assert converted(Route.CHAT, body) == Conversion(body, is_unread=True)
 
 
 @pytest.mark.parametrize("route", [Route.CHAT, Route.COMPLETIONS])

@@ -10,7 +10,8 @@ import pytest
 from relay.core import metrics
 from relay.core.metrics import FAMILIES, CounterFamily, GaugeFamily, HistogramFamily
 
-#: As the interface writes them; `relay_upstream_in_flight` shares the labels of the line's neighbour.
+#: As the interface writes them; `relay_upstream_in_flight` shares the labels of the line's neighbour. Those of the
+#: upstreams' answers, and of how many are up, have come later.
 INTERFACE = """
 relay_requests_total{pool,route,status,outcome} relay_in_flight{pool} relay_queue_depth{pool}
 relay_time_to_first_token_seconds{pool,model} relay_inter_frame_seconds{pool,model} relay_request_duration_seconds
@@ -19,6 +20,7 @@ relay_tokens_total{pool,model,kind} relay_cost_total
 relay_key_requests_total{key} relay_key_in_flight{key} relay_key_refusals_total{key,limit}
 relay_key_tokens_total{key,kind} relay_key_cost_total{key}
 relay_upstream_healthy{pool,role,upstream} relay_upstream_in_flight{pool,role,upstream}
+relay_upstream_responses_total{pool,role,upstream,class} relay_upstreams_up{pool,role}
 relay_upstream_failures_total{phase} relay_failovers_total relay_client_disconnects_total{phase}
 relay_prefill_without_kv_total relay_kv_drains_total{result} relay_recomputed_total
 relay_frames_total relay_bytes_total{direction} relay_event_loop_lag_seconds
@@ -53,7 +55,7 @@ def test_a_family_keeps_the_naming_rules(family: metrics.Family) -> None:
 
 def test_a_gauge_over_processes() -> None:
     greatest = {family.name for family in FAMILIES if isinstance(family, GaugeFamily) and family.is_max}
-    assert greatest == {"relay_upstream_healthy"}
+    assert greatest == {"relay_upstream_healthy", "relay_upstreams_up"}
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,8 @@ from relay.core.request import MAX_MODEL_CHARACTERS, RequestFacts, Route, may_st
         (b"/V1/chat/completions", Route.OTHER),
         (b"/v1/chat%2Fcompletions", Route.CHAT),  # engines read escapes before they look where a path leads
         (b"/v1/chat/completion%73?a=%2F", Route.CHAT),
+        (b"/v1/chat/completions%0a", Route.CHAT),  # Starlette's patterns end before a last line break, too
+        (b"/v1/chat/completions%0A%0A", Route.OTHER),
         (b"/v1/chat/completions%3F", Route.OTHER),
         (b"/v1/chat/completions%", Route.OTHER),
         (b"/v1/embeddings?x=/v1/completions", Route.OTHER),

@@ -116,7 +116,9 @@ async def test_a_reload_waits_for_the_start(
         await alone.obey(worker, signals(), nursery)
         await until(lambda: (tmp_path / "a").is_socket())
     await trio.testing.wait_all_tasks_blocked()
-    assert capsys.readouterr().err == f"relay: listening on unix:{tmp_path}/a\nrelay: reloaded\n"
+    gone, *said = capsys.readouterr().err.splitlines()
+    assert gone == "relay: pool default: out: http://decoder:9"
+    assert said == [f"relay: listening on unix:{tmp_path}/a", "relay: reloaded"]
     nursery.cancel_scope.cancel()
 
 

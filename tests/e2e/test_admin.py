@@ -312,3 +312,16 @@ async def test_failovers_and_probes_in_the_metrics() -> None:
         healthy = {url: scrape("relay_upstream_healthy", pool="default", role="serve", upstream=url)
                    for url in (bad.url, good.url)}  # fmt: skip
         assert healthy == {bad.url: 0, good.url: 1}
+        assert scrape("relay_upstreams_up", pool="default", role="serve") == 1
+        answers = {
+            (url, class_): scrape(
+                "relay_upstream_responses_total",
+                **{"pool": "default", "role": "serve", "upstream": url, "class": class_},
+            )
+            for url in (bad.url, good.url)
+            for class_ in ("2xx", "5xx", "failed")
+        }
+        assert answers == {
+            (bad.url, "2xx"): None, (bad.url, "5xx"): None, (bad.url, "failed"): 5,
+            (good.url, "2xx"): len(good.asked), (good.url, "5xx"): None, (good.url, "failed"): None,
+        }  # fmt: skip

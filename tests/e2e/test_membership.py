@@ -124,6 +124,21 @@ async def test_removal_drains(engine: Engine, second_engine: Engine) -> None:
         assert {record.outcome for record in relay.records} == {"--"}
 
 
+async def test_standard_error_tells_who_comes_and_goes(capsys: pytest.CaptureFixture[str]) -> None:
+    urls = [f"http://127.0.0.1:{port}" for port in range(9, 30)]
+    loaded = config_of(pool_of(*urls))
+    async with running_fleet(pool_of(urls[0]), load_config=lambda: loaded) as relay:
+        assert (await relay.admin("DELETE", "/-/upstreams", {"url": urls[0]})).status == 200
+        assert (await relay.admin("POST", "/-/upstreams", {"url": "http://127.0.0.1:1"})).status == 200
+        capsys_said = capsys.readouterr().err
+        assert f"relay: pool default: {urls[0]} taken out; none left\n" in capsys_said
+        assert "relay: pool default: http://127.0.0.1:1 put in\n" in capsys_said
+        assert (await relay.admin("POST", "/-/reload")).status == 200
+        said = capsys.readouterr().err
+    assert f"relay: pool default: in: {', '.join(sorted(urls)[:16])} and 5 more\n" in said
+    assert "relay: pool default: out: http://127.0.0.1:1\n" in said
+
+
 async def test_the_last_one_can_be_removed_and_come_back(engine: Engine) -> None:
     async with running_fleet(pool_of(engine.url, max_in_flight=9, max_queue=9)) as relay:
         assert (await ask(relay.port, CHAT)).status == 200

@@ -229,7 +229,12 @@ async def test_sighup_reads_the_file_again(engine: Engine, second_engine: Engine
             await client.frames(2)
             config_file.pools(("renamed", engine.url), ("other", second_engine.url))
             os.kill(relay.pid, signal.SIGHUP)
-            assert await line(relay) == "relay: reloaded\n"
+            assert [await line(relay) for _ in range(4)] == [
+                f"relay: pool other: in: {second_engine.url}\n",
+                f"relay: pool renamed: in: {engine.url}\n",
+                f"relay: pool chat: out: {engine.url}\n",
+                "relay: reloaded\n",
+            ]
             pools = (await admin("GET", "/-/status")).json()["pools"]
             assert [pool["name"] for pool in pools] == ["renamed", "other"]
             assert pools[1]["upstreams"][0]["url"] == second_engine.url

@@ -18,6 +18,7 @@ import msgspec
 import pytest
 import trio
 import trio.testing
+import trustme
 
 from relay import cli
 from relay.address import parse_upstream
@@ -549,9 +550,11 @@ def test_files_that_cannot_be_used(authority: Authority, tmp_path: Path) -> None
         with pytest.raises(TlsError, match=said):
             server_context(wrong)
     other()
-    Path(files.key).write_bytes(key)
-    with pytest.raises(TlsError, match="is not the key of"):
-        server_context(files)
+    rsa = trustme.CA(key_type=trustme.KeyType.RSA).issue_cert("localhost", key_type=trustme.KeyType.RSA)
+    for another in (key, rsa.private_key_pem.bytes()):
+        Path(files.key).write_bytes(another)
+        with pytest.raises(TlsError, match="is not the key of"):
+            server_context(files)
 
 
 async def test_an_engine_behind_tls_is_put_in_by_hand(authority: Authority) -> None:

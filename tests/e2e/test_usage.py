@@ -262,3 +262,26 @@ async def test_cocoon_streams(engine: Engine, rechunk: str) -> None:
             expected = [frame.rstrip(b"\n") + b"\n\n" for frame in direct.frames]
             assert [same(frame) for frame in answer.frames[:-2]] == [same(frame) for frame in expected[:-2]]
             assert usage_of(answer.frames[-2])["total_cost"] == (await relay.record(number)).cost
+
+
+async def test_usage_at_the_end_of_a_long_answer_counts() -> None:
+    usage = b'{"prompt_tokens":7,"completion_tokens":3,"total_tokens":10,"prompt_tokens_details":{"cached_tokens":2}}'
+    text = b'{"choices":[{"message":{"content":"%b \\"usage\\": {\\"completion_tokens\\": 9}"}}],"usage":%b,"kv":null}'
+    body = text % (b"x" * 1_200_000, usage)
+    head = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(body)
+    async with scripted((head + body, "keep")) as engine, running_relay(engine.urls[0], prices=PRICES) as relay:
+        assert (await ask(relay.port, request(CHAT_PATH, WHOLE_REQUEST))).payload == body
+        record = await relay.record()
+    assert (record.usage, record.prompt_tokens, record.cached_tokens, record.completion_tokens) == ("engine", 7, 2, 3)
+    assert record.cost == pytest.approx(306)
+
+
+async def test_what_cannot_be_counted_is_not_let_through_where_it_has_a_price(engine: Engine) -> None:
+    members = b",".join(b'"%d":0' % number for number in range(5000))
+    body = b'{"model":"tiny","stream":true,"messages":[],%b}' % members
+    async with running_relay(engine.url, stream=ALWAYS, prices=PRICES) as relay:
+        refused = await ask(relay.port, request(CHAT_PATH, body))
+        assert (refused.status, refused.error["code"]) == (400, "invalid_json")
+    async with running_relay(engine.url, stream=ALWAYS) as relay:
+        await ask(relay.port, request(CHAT_PATH, body))
+    assert len(engine.requests()) == 1

@@ -12,7 +12,7 @@ import re
 import signal
 import socket
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -211,6 +211,32 @@ async def test_what_goes_on_at_one_that_comes_back_counts_over_both(engine: Engi
                     assert (await ask(relay.port, request())).status == 429
             await relay.becomes_idle()
             await served_by_each(relay)
+
+
+async def test_a_reload_lets_nobody_past_a_limit(engine: Engine, tmp_path: Path) -> None:
+    path = tmp_path / "relay.toml"
+
+    def write(weight: int) -> str:
+        upstream = f"{{ url = '{engine.url}', max_in_flight = {STREAMS}, weight = {weight} }}"
+        return configuration(path, f"upstreams = [{upstream}]", "max_queue = 9")
+
+    async with two_workers("--config", write(1)) as relay, AsyncExitStack() as stack:
+        first, _ = relay.workers
+        with relay.stopped(first):
+            waiting = [await stack.enter_async_context(await Client.connect(relay.port)) for _ in range(4)]
+            for client in waiting:  # the other worker's from now on
+                assert (await client.ask(request("/-/live", method="GET"))).status == 200
+        async with relay.streams(first, STREAMS, sim_fault="stall-after:2"):
+            for client in waiting:
+                await client.send(request())
+            with trio.fail_after(START_S):
+                while (await relay.admin("GET", "/-/status"))["pools"][0]["queued"] < 4:
+                    pass
+            for weight in (2, 3):
+                write(weight)
+                await relay.admin("POST", "/-/reload")
+                assert len(engine.requests()) == STREAMS
+        assert [answer.status for answer in await answers_of(waiting)] == [200] * 4
 
 
 async def test_what_an_operator_changes_has_reached_both_when_it_is_confirmed(

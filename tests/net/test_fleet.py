@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, deque
+from weakref import WeakSet
 
 import msgspec
 import pytest
@@ -19,6 +20,7 @@ from relay.net.fleet import Fleet
 from relay.net.group import Ask
 from relay.net.place import Place
 from relay.net.pool import Upstream
+from relay.net.shares import Shares
 from tests.net.pools import (
     ASK,
     RULES,
@@ -372,3 +374,43 @@ def test_engines_found_by_name_stay_unless_the_name_goes() -> None:
     assert (own.config.authority, own.is_resolved) == ("10.0.0.9:8000", False)
     pool.reconfigure(PoolConfig(upstreams=upstreams(URLS[:1])), RULES)
     assert [up.config.url for up in pool.upstreams] == URLS[:1]
+
+
+def test_engines_that_come_back_under_load_leave_nothing_behind() -> None:
+    """Each generation's request ends when two more have come: what it holds on to must not grow."""
+    pool = pool_of(URLS[0], most=9)
+    group = group_of(pool)
+    (config,) = [upstream.config for upstream in pool.upstreams]
+    places = deque([enter(pool), enter(pool)])
+    seen: WeakSet[Upstream] = WeakSet()
+    for _ in range(20):
+        seen.add(group.upstreams[config.url])
+        group.remove(config.url)
+        group.add(config)
+        places.append(enter(pool))
+        leave(places.popleft())
+    current = group.upstreams[config.url]
+    assert (current.outstanding, current.streams) == (1, 2)
+    assert [upstream.outstanding for upstream in pool.leaving] == [1]
+    assert len(seen) == 1
+    for place in places:
+        leave(place)
+    assert (current.streams, pool.leaving) == (0, [])
+
+
+def test_what_goes_on_at_one_that_is_gone_is_shown_to_other_workers() -> None:
+    pool = pool_of(URLS[0])
+    group = group_of(pool)
+    shares = Shares(memoryview(bytearray(80)).cast("d"), memoryview(bytearray(80)).cast("d"))
+    places = []
+    for _ in range(2):
+        (upstream,) = pool.upstreams
+        upstream.number, upstream.shares = 3, shares
+        places.append(enter(pool))
+        group.remove(upstream.config.url)
+        group.add(upstream.config)
+    group.remove(URLS[0])
+    leave(places[0])
+    assert shares._loads[3] == pytest.approx(1, abs=0.1)
+    leave(places[1])
+    assert shares._loads[3] == 0

@@ -28,10 +28,16 @@ import msgspec
 from relay.core.framing import Buffer
 from relay.core.prefill import one_token
 from relay.core.request import Route
-from relay.core.rewrite import Document, edit
+from relay.core.rewrite import Change, Document
 
 #: The member of a vLLM request that says what to do with keys and values, and of an answer that says where they are.
 KV_PARAMS: Final = "kv_transfer_params"
+#: Where else vLLM takes them from: `vllm_xargs` of chat and completions, `sampling_params` of its own protocol. The
+#: relay's own, if there are some, take their place there.
+_OTHER_PLACES: Final[dict[str, Change]] = {
+    "vllm_xargs": {KV_PARAMS: None},
+    "sampling_params": {"extra_args": {KV_PARAMS: None}},
+}
 #: What may stand before an object, for Python's parser: blanks, and what UTF-16 and byte order marks are made of.
 _BEFORE_OBJECTS: Final = b" \t\r\n\x00\xef\xbb\xbf\xfe\xff"
 
@@ -217,7 +223,10 @@ def alone(request: SplitRequest, because: str = "") -> DecodeOnly:
     A client's own `KV_PARAMS` are removed: in a split pool they are the relay's, and would make the decoder read from
     wherever they say. Raises ValueError where the body is not a JSON object.
     """
-    return DecodeOnly(LegRequest(edit(request.body, {KV_PARAMS: None}), request.attempt_id), because)
+    document = Document(request.body)
+    changes: dict[str, Change] = {KV_PARAMS: None}
+    changes |= {name: inner for name, inner in _OTHER_PLACES.items() if not document.has_none_of({name})}
+    return DecodeOnly(LegRequest(document.edit(changes), request.attempt_id), because)
 
 
 def as_it_is(request: SplitRequest) -> DecodeOnly:
