@@ -45,9 +45,9 @@ if TYPE_CHECKING:
 #: A family's name and the values of its labels.
 Key = tuple[str, ...]
 
-#: Enough for 100 models in each of three pools (a kilobyte each), 1,000 upstreams and 500 keys (half one each); pages
-#: not used cost nothing.
-BOARD_BYTES: Final = 1 << 20
+#: Enough for 100 models in each of three pools (a kilobyte each), 1,500 upstreams (as much) and 500 keys (half of it);
+#: pages not used cost nothing.
+BOARD_BYTES: Final = 1 << 21
 #: Models are what clients write into requests. Beyond so many different ones, and for longer names, `metrics.OTHER`
 #: stands: first come, first counted.
 MOST_MODELS: Final = 100

@@ -95,6 +95,7 @@ _FIELDS: Final = tuple((field.name, msgspec.json.Decoder(field.type)) for field 
 _encode = msgspec.json.encode
 #: What a usage object begins behind, which is none in a string: there the quotes are escaped.
 _USAGE: Final = re.compile(rb'(?<!\\)"usage"[ \t\r\n]*:[ \t\r\n]*(?=\{)')
+_MOST_USAGES: Final = 4
 _python_decoder: Final = json.JSONDecoder()  # reads a value that has something behind it, as msgspec does not
 
 
@@ -196,7 +197,7 @@ class Meter:
 
     def take_end(self, text: bytes) -> None:
         """Takes note of the usage in the end of a whole answer whose beginning is not known. Never raises."""
-        for found in reversed([*_USAGE.finditer(text)]):
+        for found in [*_USAGE.finditer(text)][: -_MOST_USAGES - 1 : -1]:  # the last is the first to be tried
             with suppress(ValueError, RecursionError):
                 usage, _ = _python_decoder.raw_decode(text[found.end() :].decode("utf-8", "replace"))
                 self.take_body(_encode({"usage": usage}))

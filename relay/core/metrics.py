@@ -29,7 +29,7 @@ TOKEN_KINDS: Final = ("prompt", "cached", "completion", "reasoning")
 #: What a key may be over: the names of its settings.
 KEY_LIMITS: Final = ("max_in_flight", "requests_per_minute")
 #: Of an attempt: what the engine answered, or that it failed by the engine's fault, be it in the middle of a stream.
-RESPONSE_CLASSES: Final = ("1xx", "2xx", "3xx", "4xx", "5xx", "failed")
+RESPONSE_CLASSES: Final = ("1xx", "2xx", "3xx", "4xx", "5xx", "failed")  # 5xx: and what is above
 DRAIN_RESULTS: Final = ("done", "failed")
 #: Bytes of requests taken from clients, and of answers given to them.
 DIRECTIONS: Final = ("in", "out")

@@ -47,7 +47,7 @@ class Tally:
     def upstream_answered(self, exchange: Exchange, upstream: Upstream, status: int) -> None:
         """An engine has answered."""
         upstream.server_errors += status >= 500
-        self._response(exchange, upstream, metrics.RESPONSE_CLASSES[status // 100 - 1])
+        self._response(exchange, upstream, metrics.RESPONSE_CLASSES[min(status // 100, 5) - 1])
 
     def upstream_failed(self, exchange: Exchange, upstream: Upstream, failure: ExchangeError) -> None:
         """An attempt failed by its engine's fault."""

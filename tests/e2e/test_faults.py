@@ -620,3 +620,12 @@ async def test_out_of_descriptors_is_not_the_engines_fault(engine: Engine, monke
                 assert answer.headers["retry-after"] == "1"
         assert outcome(await relay.record(6)) == ("RC", 503, 1)
         assert (await ask(relay.port, request())).status == 200
+
+
+@pytest.mark.parametrize("status", [299, 599, 600, 777, 999])
+async def test_odd_statuses_pass(status: int) -> None:
+    answer = b"HTTP/1.1 %d -\r\ncontent-length: 2\r\n\r\nok" % status
+    async with scripted((answer, "keep")) as engine, running_relay(engine.urls[0]) as relay:
+        got = await ask(relay.port, request())
+        assert (got.status, got.payload) == (status, b"ok")
+        assert outcome(await relay.record()) == ("--", status, 1)
