@@ -17,8 +17,10 @@ import trio
 from relay.address import UpstreamConfig
 from relay.core.answer_head import KnownHeads
 from relay.core.balance import Seat
+from relay.core.board import Counter
 from relay.core.connectors.base import Endpoint
 from relay.core.health import Health
+from relay.core.metrics import RESPONSE_CLASSES
 from relay.errors import Phase, UpstreamTimeout, UpstreamUnreachable
 from relay.net import sockets, tls
 from relay.net.pump import Pump
@@ -93,6 +95,7 @@ class Upstream:
         self.before: list[Upstream] = []  #: those of its URL that were taken out, and still have something to do
         self.failures = 0  #: attempts that failed by its fault
         self.server_errors = 0  #: answers of 500 and more that were passed on
+        self.responses: list[Counter | None] = [None] * len(RESPONSE_CLASSES)  #: by class, where there have been some
         self.last_error: str | None = None
         self.last_error_at = 0.0  #: when that was (monotonic clock)
         self.probe_s: float | None = None  #: what its last probe took

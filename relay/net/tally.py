@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 #: How often what is under way is looked at: gaps of running streams, gauges, and the event loop's lag.
 BEAT_S: Final = 1.0
 
+_FAILED: Final = metrics.RESPONSE_CLASSES.index("failed")
+
 
 class Tally:
     """Counts exchanges as they end, and folds in the gaps of those that go on."""
@@ -47,18 +49,22 @@ class Tally:
     def upstream_answered(self, exchange: Exchange, upstream: Upstream, status: int) -> None:
         """An engine has answered."""
         upstream.server_errors += status >= 500
-        self._response(exchange, upstream, metrics.RESPONSE_CLASSES[min(status // 100, 5) - 1])
+        self._response(exchange, upstream, min(status // 100, 5) - 1)
 
     def upstream_failed(self, exchange: Exchange, upstream: Upstream, failure: ExchangeError) -> None:
         """An attempt failed by its engine's fault."""
         upstream.failures += 1
         upstream.note_error(failure.message)
         self.board.counter(metrics.UPSTREAM_FAILURES, failure.phase.name.lower()).add()
-        self._response(exchange, upstream, "failed")
+        self._response(exchange, upstream, _FAILED)
 
-    def _response(self, exchange: Exchange, upstream: Upstream, class_: str) -> None:
-        pool = exchange.pool.name if exchange.pool else ""
-        self.board.counter(metrics.UPSTREAM_RESPONSES, pool, upstream.role, upstream.config.url, class_).add()
+    def _response(self, exchange: Exchange, upstream: Upstream, at: int) -> None:
+        counter = upstream.responses[at]
+        if counter is None:
+            labels = (exchange.pool.name if exchange.pool else "", upstream.role, upstream.config.url)
+            counter = self.board.counter(metrics.UPSTREAM_RESPONSES, *labels, metrics.RESPONSE_CLASSES[at])
+            upstream.responses[at] = counter
+        counter.add()
 
     def failed_over(self) -> None:
         """Another attempt is made because one has failed."""
