@@ -242,8 +242,8 @@ class ClientConnection:
         try:
             self.sock.shutdown(socket.SHUT_WR)  # and TLS is over: what comes is dropped as it is
             left = LINGER_BYTES
-            while left > 0 and (data := await sockets.receive(self.sock)):
-                left -= len(data)
+            while left > 0 and (size := await sockets.skip(self.sock)):
+                left -= size
         except OSError:
             pass  # it is gone, and with it the need
 
@@ -265,15 +265,14 @@ class ClientConnection:
         while True:
             await source.wait_readable(limit_at_ns)
             try:
-                data = sockets.read(self.sock)
+                size = sockets.read_onto(self._buffer, self.sock)
             except BlockingIOError:
                 source.has_news = False
             except OSError:
                 return False
             else:
-                source.took(len(data), sockets.READ_BYTES)
-                self._buffer += data
-                return bool(data)
+                source.took(size, sockets.READ_BYTES)
+                return size > 0
 
     async def _head(self) -> bytes:
         """The next head, with its blank line."""

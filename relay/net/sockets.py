@@ -45,6 +45,21 @@ def read(sock: socket.socket) -> bytes:
     return bytes(_view[: sock.recv_into(_room)])
 
 
+def read_onto(buffer: bytearray, sock: socket.socket) -> int:
+    """The same, at the end of `buffer`; how many bytes. One copy less, which counts where clients flood."""
+    size = sock.recv_into(_room)
+    buffer += _view[:size]
+    return size
+
+
+async def skip(sock: socket.socket) -> int:
+    """Drops what comes next, as `receive` would read it; how many bytes, 0 at the peer's end."""
+    while True:
+        await trio.lowlevel.wait_readable(sock)
+        with suppress(BlockingIOError):
+            return sock.recv_into(_room)
+
+
 async def receive(sock: socket.socket) -> bytes:
     """The next bytes; empty at the peer's end. Raises OSError where the connection broke.
 
