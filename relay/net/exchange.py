@@ -25,6 +25,7 @@ from relay.core.framing import Buffer
 from relay.core.histogram import Histogram
 from relay.core.request import may_stream, peek
 from relay.core.request_head import Request
+from relay.core.rewrite import MAX_MEMBERS
 from relay.core.timeline import Record, make_record
 from relay.errors import (
     NORMAL,
@@ -165,7 +166,9 @@ class Exchange:
             self.route, facts, self.request.body, force_stream=stream.force_stream, ask_usage=asks_usage
         )
         if converted.is_unread and asks_usage and (self.request.key is not None or config.prices):
-            message = "the body is no JSON object of at most 4,096 members, so what it takes could not be counted"
+            message = (
+                f"the body is no JSON object of at most {MAX_MEMBERS:,} members, so its usage could not be counted"
+            )
             raise RequestRefused(400, "invalid_json", message)
         self.body, self.is_forced = converted.body, converted.is_forced
         self.expects_stream = self.expects_stream or self.is_forced

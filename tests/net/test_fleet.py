@@ -414,3 +414,19 @@ def test_what_goes_on_at_one_that_is_gone_is_shown_to_other_workers() -> None:
     assert shares._loads[3] == pytest.approx(1, abs=0.1)
     leave(places[1])
     assert shares._loads[3] == 0
+
+
+def test_standard_error_tells_once_of_who_is_ejected_and_once_of_its_return(capsys: pytest.CaptureFixture[str]) -> None:
+    pool = pool_of(*URLS[:2])
+    group = group_of(pool)
+    upstream = group.upstreams[URLS[0]]
+    upstream.note_error("the engine answered 503")
+    for _ in range(2 * CONSECUTIVE_FAILURES):  # those beyond are trials that fail as well
+        attempt = group.begin(upstream)
+        attempt.failed(time.monotonic())
+        group.end(attempt, upstream)
+    assert capsys.readouterr().err == f"relay: {URLS[0]} is ejected: the engine answered 503\n"
+    attempt = group.begin(upstream)
+    attempt.answered(200, time.monotonic())
+    group.end(attempt, upstream)
+    assert capsys.readouterr().err == f"relay: {URLS[0]} is no longer ejected\n"
