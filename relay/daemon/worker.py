@@ -28,6 +28,7 @@ from relay.net.admin import Admin
 from relay.net.budget import BodyBudget
 from relay.net.downstream import LINGER_S, ClientConnection, make_room
 from relay.net.exchange import Exchange
+from relay.net.fiber import Fiber
 from relay.net.guard import Guard
 from relay.net.notices import Priority, say, say_fault
 from relay.net.pump import Pump
@@ -286,7 +287,7 @@ class Worker:
             with client.scope:
                 try:
                     if await client.begin():
-                        await self._exchange(client)
+                        await Fiber(self._exchange(client), in_pump=self.service.pump.is_nested).run()
                 except ExchangeError as refusal:
                     failure = refusal.settled()
             if failure is not None:

@@ -23,6 +23,7 @@ from relay.core.request_head import HeadReader, Request, RequestHead
 from relay.errors import ClientGone, ExchangeError, Phase, RequestRefused, RequestTimeout
 from relay.net import sockets, tls
 from relay.net.budget import BodyBudget
+from relay.net.fiber import in_task
 from relay.net.source import Source
 
 if TYPE_CHECKING:
@@ -328,8 +329,9 @@ class ClientConnection:
         """Counts body bytes against the worker's budget; waits for room, up to ``client_body_s`` for all of a body."""
         if not self._budget.take_now(size):
             began_ns = time.monotonic_ns()
-            with trio.move_on_after(max(0.0, (self._limit_s or math.inf) - self._room_ns / 1e9)) as limit:
-                await self._wait_for_room(size)
+            async with in_task():
+                with trio.move_on_after(max(0.0, (self._limit_s or math.inf) - self._room_ns / 1e9)) as limit:
+                    await self._wait_for_room(size)
             waited_ns = time.monotonic_ns() - began_ns
             self._room_ns += waited_ns
             if self._limit_at_ns:
@@ -351,8 +353,9 @@ class ClientConnection:
 
     async def _send_continue(self) -> None:
         try:
-            with trio.fail_after(self.timeouts.client_stall_s or math.inf):
-                await sockets.send_all(self.sock, _CONTINUE)
+            async with in_task():
+                with trio.fail_after(self.timeouts.client_stall_s or math.inf):
+                    await sockets.send_all(self.sock, _CONTINUE)
         except OSError:
             raise ClientGone("the client left before it sent the request's body", phase=Phase.REQUEST) from None
 

@@ -39,6 +39,7 @@ from relay.errors import (
     UpstreamTimeout,
 )
 from relay.net.downstream import ClientConnection
+from relay.net.fiber import in_task
 from relay.net.fleet import Pool
 from relay.net.group import Ask
 from relay.net.notices import say_fault
@@ -93,6 +94,7 @@ class Exchange:
         self.pair = service.pump.open(self.client.source, self.client.scope.cancel)
         if self.config.timeouts.total_s:
             self.client.scope.deadline = trio.current_time() + self.config.timeouts.total_s
+            service.pump.yield_turn()  # so that trio hears of it
         try:
             await self._serve()
         except ExchangeError as failure:
@@ -107,8 +109,9 @@ class Exchange:
             try:
                 if self.failure is not None:
                     self.client.is_torn = self.reply.is_committed
-                    with trio.move_on_after(FAREWELL_S, shield=True):
-                        await self.reply.farewell(self.failure)
+                    async with in_task():  # noqa: ASYNC102 - not cancelled on entry
+                        with trio.move_on_after(FAREWELL_S, shield=True):
+                            await self.reply.farewell(self.failure)
             finally:
                 if self.config.timeouts.total_s:
                     self.client.scope.deadline = math.inf

@@ -22,6 +22,7 @@ from relay.core.connectors import connector_named
 from relay.core.health import HealthRules
 from relay.core.request import RequestFacts, Route
 from relay.errors import NoUpstream, Phase, QueueFull, QueueTimeout, RequestRefused
+from relay.net.fiber import in_task
 from relay.net.group import Ask, Group
 from relay.net.place import Place
 from relay.net.pool import Upstream
@@ -173,7 +174,8 @@ class Pool:
         elsewhere = 0.0 if self.shares is None else self.shares.load_of_others(self.number)
         if self._queue.count + elsewhere >= self.config.max_queue:
             raise self._full()
-        return await self._wait(_Waiter(ask), queue_s)
+        async with in_task():
+            return await self._wait(_Waiter(ask), queue_s)
 
     async def _wait(self, waiter: _Waiter, queue_s: float) -> Place:
         self._queue.push(waiter.ask.tenant, waiter)

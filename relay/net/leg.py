@@ -12,6 +12,7 @@ from relay.core.connectors.base import LegRequest
 from relay.core.request import Route
 from relay.errors import ExchangeError, Phase, Side, UpstreamRefused, UpstreamTimeout
 from relay.net import upstream as wire
+from relay.net.fiber import in_task
 from relay.net.opening import Opening
 
 if TYPE_CHECKING:
@@ -84,7 +85,8 @@ class Leg:
         exchange.phase = Phase.CONNECT
         began = time.monotonic()
         try:
-            return await self.upstream.dial(self._timeouts.connect_s)
+            async with in_task():
+                return await self.upstream.dial(self._timeouts.connect_s)
         finally:
             exchange.timeline.add_connect(time.monotonic() - began)
 

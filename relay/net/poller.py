@@ -13,7 +13,8 @@ recognise it changes nothing, and the worker runs the pump as a task (`Pump.run_
 from __future__ import annotations
 
 import select
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sized
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -42,27 +43,32 @@ class NestedPoller:
         return self.real.poll(0, maxevents) if self._turn(max(0, timeout)) else []
 
 
-def _io_manager() -> object | None:
-    """trio's epoll holder for the current run, if it looks as in trio 0.30 to 0.35."""
+def _insides() -> tuple[object, Sized] | None:
+    """trio's epoll holder for the current run, and its tasks that can run, if they look as in trio 0.30 to 0.35."""
     try:
-        manager: object = trio._core._run.GLOBAL_RUN_CONTEXT.runner.io_manager
+        runner = trio._core._run.GLOBAL_RUN_CONTEXT.runner
+        manager, runnable = runner.io_manager, runner.runq
     except AttributeError:
         return None
-    return manager if isinstance(getattr(manager, "_epoll", None), select.epoll) else None
+    is_known = isinstance(getattr(manager, "_epoll", None), select.epoll) and isinstance(runnable, deque)
+    return (manager, runnable) if is_known else None
 
 
 @contextmanager
 def install(pump: Pump) -> Iterator[bool]:
     """Makes the current trio run sleep in the pump; yields False, and does nothing, where that is not possible."""
-    manager = _io_manager()
-    if manager is None:
+    insides = _insides()
+    if insides is None:
         yield False
         return
+    manager, pump.runnable = insides
+    pump.is_nested = True
     real: select.epoll = manager._epoll  # type: ignore[attr-defined]
     pump.epoll.register(real.fileno(), select.EPOLLIN)
     manager._epoll = NestedPoller(real, pump)  # type: ignore[attr-defined]
     try:
         yield True
     finally:
+        pump.is_nested, pump.runnable = False, ()
         manager._epoll = real  # type: ignore[attr-defined]
         pump.epoll.unregister(real.fileno())

@@ -18,7 +18,7 @@ from __future__ import annotations
 import select
 import socket
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sized
 from enum import Enum
 from typing import Final
 
@@ -26,6 +26,7 @@ import trio
 
 from relay.core.frames import FrameRelay, Pieces
 from relay.core.histogram import Histogram
+from relay.net.fiber import Fiber
 from relay.net.notices import say_fault
 from relay.net.sockets import SHORTAGES
 from relay.net.source import ARRIVALS, ENDS, Source, TlsSource
@@ -164,7 +165,10 @@ class Pump:
         self._view = memoryview(self._buffer)
         self._out: Pieces = []
         self._sources: dict[int, Source] = {}
-        self._woken = False
+        self.woken: list[tuple[Fiber, Exception | None]] = []  #: in this turn; each to go on, perhaps with an error
+        self.is_nested = False  #: trio sleeps here (`poller.install`)
+        self.runnable: Sized = ()  #: those of trio's tasks that are: while there are none, it may sleep
+        self._is_trios_turn = False
         self._next_sweep_ns = 0
 
     def __repr__(self) -> str:
@@ -193,6 +197,12 @@ class Pump:
             del self._sources[source.fileno]
         self.limited.discard(source)
 
+    def limit(self, source: Source, limit_at_ns: int) -> None:
+        """Ends the present wait for `source` at that time of the monotonic clock, or at the next sweep behind it."""
+        source.limit_at_ns = limit_at_ns
+        self.limited.add(source)
+        self._next_sweep_ns = min(self._next_sweep_ns, limit_at_ns)
+
     def open(self, client: Source, on_gone: Callable[[], None]) -> Pair:
         """A pair for one exchange; `on_gone` is called, from the pump, when the client hangs up, perhaps again."""
         pair = client.of_client = Pair(self, client, on_gone)
@@ -209,11 +219,13 @@ class Pump:
         task was woken, or as the time is over.
         """
         poll, clock, sources = self.epoll.poll, time.monotonic_ns, self._sources
-        wait = timeout
-        wake_at = clock() + int(timeout * 1e9)
+        now = clock()
+        wake_at = now + int(timeout * 1e9)
         while True:
-            is_swept = self.limited or self.streaming or self.commented
-            events = poll(self.sweep_s if wait > self.sweep_s and is_swept else wait, EVENTS_PER_TURN)
+            until = wake_at
+            if self._next_sweep_ns < until and (self.limited or self.streaming or self.commented):
+                until = self._next_sweep_ns
+            events = poll((until - now) / 1e9 if until > now else 0, EVENTS_PER_TURN)
             now = clock()
             is_trios_turn = False
             for fd, flags in events:
@@ -233,12 +245,24 @@ class Pump:
             if now >= self._next_sweep_ns:
                 self._next_sweep_ns = now + int(self.sweep_s * 1e9)
                 self.sweep(now)
-            if is_trios_turn or self._woken:
-                self._woken = False
+            if self.woken:
+                self._resume()
+                now = clock()
+            if is_trios_turn or self.runnable or self._is_trios_turn:
+                self._is_trios_turn = False
                 return is_trios_turn
             if now >= wake_at:
                 return False
-            wait = (wake_at - now) / 1e9
+
+    def yield_turn(self) -> None:
+        """Ends the present turn: a deadline has changed, which trio looks at before it sleeps."""
+        self._is_trios_turn = True
+
+    def _resume(self) -> None:
+        """Goes on with the fibers that were woken; none of them wakes another before the next wait for events."""
+        woken, self.woken = self.woken, []
+        for fiber, error in woken:
+            fiber.resume(error)
 
     def _arrived(self, source: Source, flags: int) -> None:
         """Something came that the pump does not read itself, or there is room to write again."""
@@ -248,8 +272,7 @@ class Pump:
             source.is_ending = True
         if source.of_client is not None and (flags & ENDS or source.says_goodbye):
             self._look_at_client(source.of_client, flags)
-        if source.wake():
-            self._woken = True
+        source.wake()
 
     def sweep(self, now: int) -> None:
         """Ends every wait that has taken too long at `now` (ns of the monotonic clock), and every stream's silence.
@@ -258,7 +281,6 @@ class Pump:
         """
         for source in [source for source in self.limited if now > source.limit_at_ns]:
             source.wake(trio.TooSlowError())
-            self._woken = True
         for pair in list(self.streaming):
             if pair.idle_limit_ns and now - pair.last_read_ns > pair.idle_limit_ns:
                 self._give_back(pair, Stop.UPSTREAM_IDLE)
@@ -363,7 +385,6 @@ class Pump:
         if pair.upstream is not None:
             pair.upstream.streams = None
             pair.upstream.wake()
-            self._woken = True
 
     def _look_at_client(self, pair: Pair, flags: int) -> None:
         """Has it hung up? A FIN is that, as nginx takes it, whatever the client may have sent before."""
@@ -380,4 +401,3 @@ class Pump:
     def _client_left(self, pair: Pair) -> None:
         pair.is_gone = True
         pair.on_gone()
-        self._woken = True

@@ -19,6 +19,7 @@ from relay.core.timeline import Timeline, make_record, server_timing
 from relay.errors import ClientGone, ClientStalled, ExchangeError, OutOfResources, Phase, UpstreamAnswered
 from relay.net import sockets
 from relay.net.downstream import ClientConnection
+from relay.net.fiber import in_task
 from relay.net.service import Service
 
 #: How long a client may take for an error answer or frame before the connection is closed all the same.
@@ -93,8 +94,9 @@ class Reply:
             view = view[sent:]
             if view:
                 self._is_blocked = True
-                with trio.move_on_after(stall_s) as limit:
-                    await trio.lowlevel.wait_writable(self.client.sock)
+                async with in_task():
+                    with trio.move_on_after(stall_s) as limit:
+                        await trio.lowlevel.wait_writable(self.client.sock)
                 if limit.cancelled_caught:
                     message = f"the client read nothing for client_stall_s = {stall_s:g} s"
                     raise ClientStalled(message, phase=phase)

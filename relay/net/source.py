@@ -1,4 +1,4 @@
-"""A socket under the pump: what is known of it, and how a task waits for it.
+"""A socket under the pump: what is known of it, and how a task, or a fiber in one, waits for it.
 
 It is under the pump for as long as it is open, and is reported once for each arrival (EPOLLET), so neither a request
 nor a frame costs an `epoll_ctl`. In turn whoever reads must read until a read comes back short, or remember that there
@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Final, cast
 
 import outcome
 import trio
+
+from relay.net.fiber import Fiber, present
 
 if TYPE_CHECKING:
     from relay.net.pump import Pair, Pump
@@ -44,7 +46,7 @@ class Source:
     """A socket under the pump, until `close`."""
 
     __slots__ = (
-        "_pump", "_task", "fileno", "has_news", "is_ending", "limit_at_ns", "of_client", "sock", "streams",
+        "_fiber", "_pump", "_task", "fileno", "has_news", "is_ending", "limit_at_ns", "of_client", "sock", "streams",
     )  # fmt: skip
 
     #: Whether the peer may say that it goes before it does, in what arrives: see `TlsSource`.
@@ -53,6 +55,7 @@ class Source:
     def __init__(self, pump: Pump, sock: socket.socket) -> None:
         self._pump = pump
         self._task: trio.lowlevel.Task | None = None
+        self._fiber: Fiber | None = None
         self.sock = sock
         self.fileno = sock.fileno()
         self.has_news = False  #: there may be something to read, which will not be reported again
@@ -62,7 +65,8 @@ class Source:
         self.of_client: Pair | None = None  #: whose client it is, while there is an exchange
 
     def __repr__(self) -> str:
-        return f"<Source {self.fileno}{' news' if self.has_news else ''}{' waited for' if self._task else ''}>"
+        is_waited_for = self._task is not None or self._fiber is not None
+        return f"<Source {self.fileno}{' news' if self.has_news else ''}{' waited for' if is_waited_for else ''}>"
 
     def took(self, size: int, asked: int) -> None:
         """A read of `asked` bytes brought `size`: a short one has emptied the socket, up to what is reported later."""
@@ -94,29 +98,34 @@ class Source:
 
     def park(self, limit_at_ns: int = 0) -> Awaitable[None]:
         """Sleeps until woken, or until its limit: trio.TooSlowError. To be awaited at once."""
-        self._task = trio.lowlevel.current_task()
         if limit_at_ns:
-            self.limit_at_ns = limit_at_ns
-            self._pump.limited.add(self)
+            self._pump.limit(self, limit_at_ns)
+        self._fiber = fiber = present.fiber
+        if fiber is not None:
+            return fiber.sleep(self)
+        self._task = trio.lowlevel.current_task()
         return trio.lowlevel.wait_task_rescheduled(self._abort)  # noqa: ASYNC105 - the caller's
 
     def _abort(self, _raise_cancel: Callable[[], None]) -> trio.lowlevel.Abort:
-        self._task = None
-        self._pump.limited.discard(self)
-        self.streams = None  # the pump may have a turn before the task does
+        self.forget_waiter()
         return trio.lowlevel.Abort.SUCCEEDED
 
-    def wake(self, error: Exception | None = None) -> bool:
-        """Ends the wait of the task that waits for it, with `error` if there is one; True if there was a task."""
-        task, self._task = self._task, None
+    def forget_waiter(self) -> None:
+        """Nobody waits for it any longer."""
+        self._task = self._fiber = None
         self._pump.limited.discard(self)
-        if task is None:
-            return False
-        if error is None:
-            trio.lowlevel.reschedule(task, _AWAKE)
-        else:
-            trio.lowlevel.reschedule(task, outcome.Error(error))
-        return True
+        self.streams = None  # the pump may have a turn before the task does
+
+    def wake(self, error: Exception | None = None) -> None:
+        """Ends the wait of who waits for it, if anybody does; with `error`, if there is one."""
+        fiber, task = self._fiber, self._task
+        self._fiber = self._task = None
+        self._pump.limited.discard(self)
+        if fiber is not None:
+            fiber.woken()
+            self._pump.woken.append((fiber, error))
+        elif task is not None:
+            trio.lowlevel.reschedule(task, _AWAKE if error is None else outcome.Error(error))
 
     def close(self) -> None:
         """Closes the socket, which takes it out of the pump."""

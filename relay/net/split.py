@@ -41,6 +41,7 @@ from relay.errors import (
 )
 from relay.net.delivery import Delivery
 from relay.net.fetch import fetch, reason_of, transport_of
+from relay.net.fiber import checkpoint_if_cancelled, in_task
 from relay.net.leg import Leg
 from relay.net.second_frame import see_second_frame
 from relay.net.whole import WholeAnswer, ask_whole
@@ -130,7 +131,8 @@ class SplitAttempt:
         if preflight is not None:
             self._exchange.phase = Phase.PREFILL
             with _Judged(self._exchange, self._groups["prefill"], prefiller):
-                prefiller.endpoint = await _ask_first(preflight)
+                async with in_task():
+                    prefiller.endpoint = await _ask_first(preflight)
         return prefiller.endpoint
 
     def _forget_endpoint(self) -> None:
@@ -159,7 +161,7 @@ class SplitAttempt:
                 self._editor.cached_tokens = cached
         leg = self._decode_leg(hand_over.decode)
         try:
-            await trio.lowlevel.checkpoint_if_cancelled()
+            await checkpoint_if_cancelled()
             opening = await self._open(leg)
         except BaseException:
             if hand_over.holds_kv and not leg.is_sent and pool.config.drain_kv:
@@ -187,7 +189,8 @@ class SplitAttempt:
             await self._deliver(opening)
 
         leg = self._decode_leg(plan.decode)
-        await self._side_by_side(prefill, lambda: decode(leg))
+        async with in_task():
+            await self._side_by_side(prefill, lambda: decode(leg))
 
     async def _decode_first(self, plan: DecodeFirst) -> None:
         callbacks = self._exchange.service.callbacks
@@ -210,7 +213,8 @@ class SplitAttempt:
         leg = self._decode_leg(plan.decode)
         callbacks[plan.key] = call
         try:
-            await self._side_by_side(prefill, lambda: decode(leg))
+            async with in_task():
+                await self._side_by_side(prefill, lambda: decode(leg))
         finally:
             del callbacks[plan.key]
 
@@ -241,7 +245,7 @@ class SplitAttempt:
         except* trio.Cancelled:  # noqa: ASYNC103 - a nursery makes a group of them; below, one is made of it
             pass
         if not is_delivered:
-            await trio.lowlevel.checkpoint_if_cancelled()
+            await checkpoint_if_cancelled()
             await self._conclude()
 
     async def _is_prefilled_by(self, prefill: Callable[[], Awaitable[WholeAnswer]]) -> bool:

@@ -14,6 +14,7 @@ from relay.core.connectors.base import LegRequest
 from relay.core.framing import decode_into
 from relay.errors import ExchangeError, Phase, UpstreamDisconnected, UpstreamProtocolError
 from relay.net import upstream as wire
+from relay.net.fiber import checkpoint_if_cancelled, in_task
 from relay.net.leg import head_of
 
 if TYPE_CHECKING:
@@ -59,8 +60,9 @@ class _LegWaits:
             if not self._last_word_s:
                 raise
             self._hang_up()
-            with trio.CancelScope(shield=True, deadline=self._until) as patience:
-                await self._source.wait_readable()
+            async with in_task():  # noqa: ASYNC102 - not cancelled on entry
+                with trio.CancelScope(shield=True, deadline=self._until) as patience:
+                    await self._source.wait_readable()
             if patience.cancelled_caught:
                 raise
 
@@ -90,8 +92,9 @@ async def ask_whole(
         except wire.ConnectionDied:
             pass  # the engine closed it just then
     left_s = max(0.0, limit_at_ns / 1e9 - time.monotonic()) if limit_at_ns else math.inf
-    with trio.fail_after(left_s):
-        connection = await upstream.dial(timeouts.connect_s)
+    async with in_task():
+        with trio.fail_after(left_s):
+            connection = await upstream.dial(timeouts.connect_s)
     return await _over(exchange, connection, sends, limit_at_ns, last_word_s)
 
 
@@ -106,7 +109,7 @@ async def _over(
         failure = exc
     try:
         if waits.has_hung_up:
-            await trio.lowlevel.checkpoint_if_cancelled()  # there was no last word, which is no fault of the engine's
+            await checkpoint_if_cancelled()  # there was no last word, which is no fault of the engine's
             raise trio.TooSlowError
         raise failure
     finally:

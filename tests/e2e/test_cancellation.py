@@ -1,7 +1,8 @@
 """An exchange interrupted at each place where it waits: nothing is left behind, and the next one is served.
 
-An instrument counts how often the exchange's task waits, and interrupts it at the k-th time; k goes up from 1 until an
-exchange ends before its turn comes. So every wait of every kind of exchange is met, also those nobody thought of.
+How often the exchange waits is counted, whether its task steps it or the pump, and it is interrupted at the k-th time;
+k goes up from 1 until an exchange ends before its turn comes. So every wait of every kind of exchange is met, also
+those nobody thought of.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import trio
 from relay.config import StreamConfig
 from relay.net import poller
 from relay.net.exchange import Exchange
+from relay.net.fiber import Fiber, present
 from relay.net.pump import Pump
 from relay_bench.engine import Engine
 from tests.conftest import RunningRelay, running_relay
@@ -39,6 +41,8 @@ from tests.e2e.harness import (
 How: TypeAlias = Literal["cut", "close", "rst"]
 #: While the task waits; or once it has been woken and before it runs, so that both reasons meet.
 When: TypeAlias = Literal["waiting", "woken"]
+really_resume: Final = Fiber.resume
+
 #: No exchange here waits so often.
 MOST_WAITS: Final = 60
 
@@ -57,7 +61,8 @@ class Interruption(trio.abc.Instrument):
 
     @contextmanager
     def around(self, exchange: Exchange) -> Iterator[None]:
-        task = trio.lowlevel.current_task()
+        fiber = present.fiber
+        task = (fiber and fiber.task) or trio.lowlevel.current_task()
         self.begun += 1
         self._running[task] = exchange
         try:
@@ -74,6 +79,16 @@ class Interruption(trio.abc.Instrument):
         if task in self._running:
             self._reach(task, "woken")
 
+    def resume(self, fiber: Fiber, error: Exception | None) -> None:
+        """In the place of the fiber's own."""
+        task = None if fiber.pins else fiber.task  # else its task goes on, as seen above
+        if task is not None and task in self._running:
+            self._reach(task, "woken")
+        really_resume(fiber, error)
+        if task is not None and task in self._running:
+            self.waits += 1
+            self._reach(task, "waiting")
+
     def _reach(self, task: trio.lowlevel.Task, when: When) -> None:
         if when == self._when and self.waits == self._at and not self.has_struck:
             self.has_struck = True
@@ -84,7 +99,7 @@ class Interruption(trio.abc.Instrument):
 def pump_form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both ways in which the pump is driven."""
     if request.param == "as a task":
-        monkeypatch.setattr(poller, "_io_manager", lambda: None)
+        monkeypatch.setattr(poller, "_insides", lambda: None)
 
 
 @asynccontextmanager
@@ -106,6 +121,7 @@ async def interrupting(at: int, how: How, when: When, client: Client) -> AsyncIt
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Exchange, "run", watched)
+        patch.setattr(Fiber, "resume", lambda fiber, error: interruption.resume(fiber, error))
         trio.lowlevel.add_instrument(interruption)
         try:
             yield interruption

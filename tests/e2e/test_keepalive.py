@@ -98,7 +98,7 @@ def assert_told(got: Answer, code: str | None, message: str) -> None:
 @pytest.mark.parametrize("form", ["in trio's poller", "as a task"])
 async def test_a_silent_stream_gets_comments(engine: Engine, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if form == "as a task":
-        monkeypatch.setattr(poller, "_io_manager", lambda: None)
+        monkeypatch.setattr(poller, "_insides", lambda: None)
     async with running_relay(engine.url, stream=COMMENTED) as relay:
         async with await Client.connect(relay.port) as client:
             await client.send(request(sim_fault="stall-after:2"))

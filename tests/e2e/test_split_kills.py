@@ -16,6 +16,7 @@ import trio
 from relay.address import parse_upstream
 from relay.config import PoolConfig
 from relay.core.timeline import Record
+from relay.net.fiber import in_task
 from relay.net.leg import Leg
 from relay.net.opening import Opening
 from relay_bench.engine import Engine, EngineConfig, serve_engine
@@ -150,7 +151,8 @@ def between_the_legs(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[Leg], No
     async def open_later(leg: Leg) -> Opening:
         if deeds:
             deeds.pop()(leg)
-            await trio.sleep(0.01)  # the engine's task has to end
+            async with in_task():
+                await trio.sleep(0.01)  # the engine's task has to end
         return await really_open(leg)
 
     monkeypatch.setattr(Leg, "open", open_later)
