@@ -31,10 +31,10 @@ from typing import Final
 
 import msgspec
 
+from relay.core.document import Change, Document
 from relay.core.framing import Buffer
 from relay.core.loose import UNDECODABLE
 from relay.core.request import Route
-from relay.core.rewrite import Change, Document
 
 #: Makes an answer come in one piece.
 WHOLE: Final[Mapping[str, Change]] = {"stream": b"false", "stream_options": None}

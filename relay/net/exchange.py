@@ -20,12 +20,12 @@ from relay.core import headers
 from relay.core.conversion import convert
 from relay.core.cost import Cost, Prices
 from relay.core.dialect import Meter, refusal_text
+from relay.core.document import MAX_MEMBERS
 from relay.core.editor import UsageEditor
 from relay.core.framing import Buffer
 from relay.core.histogram import Histogram
 from relay.core.request import may_stream, peek
 from relay.core.request_head import Request
-from relay.core.rewrite import MAX_MEMBERS
 from relay.core.timeline import Record, make_record
 from relay.errors import (
     NORMAL,

@@ -31,8 +31,8 @@ from relay.core.connectors.base import (
     drain,
 )
 from relay.core.connectors.recompute import is_recomputed
+from relay.core.document import Change, edit
 from relay.core.request import Route
-from relay.core.rewrite import Change, edit
 
 ROUTES = [Route.CHAT, Route.COMPLETIONS, Route.RESPONSES, Route.MESSAGES]
 PREFILL = Endpoint("http://p:8000", "p")

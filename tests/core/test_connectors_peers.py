@@ -32,8 +32,8 @@ from relay.core.connectors.base import (
     SplitRequest,
     drain,
 )
+from relay.core.document import edit
 from relay.core.request import Route
-from relay.core.rewrite import edit
 from tests.core.captured import CAPTURES
 
 PREFILL = Endpoint("http://10.0.0.1:8000", "10.0.0.1")

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from relay.core.document import Document, edit
 from relay.core.prefill import obstacle, one_token, prompts
 from relay.core.request import Route
-from relay.core.rewrite import Document, edit
 from tests.core.captured import CAPTURES
 
 ROUTES = [Route.CHAT, Route.COMPLETIONS, Route.RESPONSES, Route.MESSAGES]

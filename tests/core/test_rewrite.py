@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from relay.core.document import MAX_MEMBERS, edit
 from relay.core.request import Route, peek
-from relay.core.rewrite import MAX_MEMBERS, add_cost, ask_usage, edit, force_stream
+from relay.core.rewrite import add_cost, ask_usage, force_stream
 from relay.core.sse import split_frames
 from tests.core.captured import CAPTURES, captured, frames_of
 

@@ -16,8 +16,8 @@ import trio.testing
 from relay.address import parse_upstream
 from relay.config import FailoverConfig, TimeoutsConfig
 from relay.core.connectors import CONNECTORS
+from relay.core.document import edit
 from relay.core.request import Route
-from relay.core.rewrite import edit
 from relay.net.pool import UpstreamConnection
 from tests.core.test_connectors_peers import Refused, address_in, ids_of, need, one_token, parsed, raw_params
 from tests.e2e.fleet import answer

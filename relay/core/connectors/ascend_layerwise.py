@@ -31,10 +31,10 @@ from relay.core.connectors.base import (
     alone,
     unique,
 )
+from relay.core.document import Document
 from relay.core.loose import UNDECODABLE
 from relay.core.prefill import obstacle, one_token
 from relay.core.request import Route
-from relay.core.rewrite import Document
 
 _KEY: Final = re.compile(r"(?<![0-9a-f])[0-9a-f]{32}(?![0-9a-f])")
 _encode = msgspec.json.Encoder().encode

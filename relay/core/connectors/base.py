@@ -25,10 +25,10 @@ from typing import ClassVar, Final, Literal, TypeAlias
 
 import msgspec
 
+from relay.core.document import Change, Document
 from relay.core.framing import Buffer
 from relay.core.prefill import one_token
 from relay.core.request import Route
-from relay.core.rewrite import Change, Document
 
 #: The member of a vLLM request that says what to do with keys and values, and of an answer that says where they are.
 KV_PARAMS: Final = "kv_transfer_params"

@@ -32,9 +32,9 @@ from relay.core.connectors.base import (
     unique,
 )
 from relay.core.connectors.nixl import Nixl
+from relay.core.document import Document
 from relay.core.loose import UNDECODABLE
 from relay.core.prefill import obstacle, one_token
-from relay.core.rewrite import Document
 
 #: vLLM's VLLM_MOONCAKE_BOOTSTRAP_PORT.
 DEFAULT_BOOTSTRAP_PORT: Final = 8998

@@ -27,9 +27,9 @@ from relay.core.connectors.base import (
     SplitRequest,
     alone,
 )
+from relay.core.document import Document
 from relay.core.loose import UNDECODABLE
 from relay.core.prefill import obstacle, one_token
-from relay.core.rewrite import Document
 
 #: As vLLM's and vllm-ascend's own proxies write it: versions differ in which of the nulls they insist on.
 _ASK_FOR_HANDLE: Final = (

@@ -9,8 +9,8 @@ from __future__ import annotations
 from random import Random
 
 from relay.core.connectors.base import Connector, Endpoint, HandOver, LegRequest, Plan, Sequential, SplitRequest
+from relay.core.document import Document
 from relay.core.prefill import one_token
-from relay.core.rewrite import Document
 
 
 class NoConnector(Connector):

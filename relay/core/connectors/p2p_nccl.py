@@ -29,9 +29,9 @@ from relay.core.connectors.base import (
     host_and_port,
     unique,
 )
+from relay.core.document import Change, Document
 from relay.core.prefill import one_token
 from relay.core.request import Route
-from relay.core.rewrite import Change, Document
 
 #: vLLM's ``kv_port``; a further rank listens one higher.
 DEFAULT_KV_PORT: Final = 14579

@@ -16,9 +16,9 @@ from typing import Final
 import msgspec
 
 from relay.core.connectors.base import Concurrent, Connector, DecodeOnly, Endpoint, LegRequest, Plan, Role, SplitRequest
+from relay.core.document import Document
 from relay.core.prefill import WHOLE, prompts
 from relay.core.request import peek
-from relay.core.rewrite import Document
 
 #: SGLang's ``--disaggregation-bootstrap-port``.
 DEFAULT_BOOTSTRAP_PORT: Final = 8998
