@@ -54,6 +54,7 @@ class FrameRelay:
 
     __slots__ = (
         "_chunks",
+        "_is_opening",
         "_last_bytes",
         "_match_ordinary",
         "decoder",
@@ -86,6 +87,7 @@ class FrameRelay:
         self.has_excess = False  #: bytes came behind the end of the body: the connection is of no further use
         self.is_unaligned = False  #: the frame being read outgrew the limit; its beginning has gone out
         self._last_bytes = b""  # of what has gone out of that frame: of a blank line a part, perhaps
+        self._is_opening = ordinary.OPENING.fullmatch
         self._match_ordinary = ordinary.CHUNKS[meter.route].match
         self._chunks = decoder if is_chunked and isinstance(decoder, ChunkDecoder) else None
 
@@ -180,7 +182,8 @@ class FrameRelay:
             data = found[2]
             if self.editor is not None and self.editor.concerns(data):
                 return position
-            self.meter.inspect_data(data)
+            if self.finder.frames or self._is_opening(data) is None:
+                self.meter.inspect_data(data)
             return found.end()
         header = _CHUNK_SIZE.match(buffer, position, stop)
         if header is None:

@@ -23,15 +23,16 @@ from relay.core.request import Route
 _TEXT: Final = rb'(?!")[^"\\]*+(?:\\.[^"\\]*+)*+"'
 _NOTHING: Final = rb"(?:null|\[[\d,]*+\])"  # or token ids
 #: Up to the first choice, which is all there is: what comes before holds no object.
-_HEAD: Final = rb'data: \{"[^{]*+\{(?:"finish_reason":null,)?+"index":\d++,'
-_TAIL: Final = rb'(?:,"[^"]++":%b)*+\}\](?:,"(?!error")[^"]++":(?:%b|\d++|"[^"\\]*+"))*+\}\n\n' % (_NOTHING, _NOTHING)
+_HEAD: Final = rb'\{"[^{]*+\{(?:"finish_reason":null,)?+"index":\d++,'
+_TAIL: Final = rb'(?:,"[^"]++":%b)*+\}\](?:,"(?!error")[^"]++":(?:%b|\d++|"[^"\\]*+"))*+\}' % (_NOTHING, _NOTHING)
 _CALL: Final = rb'tool_calls":\[\{"index":\d++,"function":\{"arguments":"%b\}\}\]' % _TEXT
 _DELTA: Final = rb'"delta":\{"(?:[^"]++":null,"){0,16}(?:(?!role"|tool_calls")[^"]++":"%b|%b)(?:,"[^"]++":null)*+\}' % (
     _TEXT,
     _CALL,
 )
-_CHAT: Final = _HEAD + _DELTA + _TAIL
-_COMPLETION: Final = _HEAD + rb'"text":"' + _TEXT + _TAIL
+_CHAT: Final = b"data: " + _HEAD + _DELTA + _TAIL + rb"\n\n"
+_COMPLETION: Final = b"data: " + _HEAD + rb'"text":"' + _TEXT + _TAIL + rb"\n\n"
+_ROLE: Final = rb'"delta":\{"role":"[^"\\]*+"(?:,"[^"]++":(?:null|""))*+\}'
 #: The event's type says that nothing but content is inside.
 _TYPE: Final = rb"(?:content_block_delta|response\.[a-z_.]++(?<=\.delta))"
 _TYPED: Final = rb'(?:event: %b\ndata: |data: \{"type":"%b")[^\r\n]++\n\n' % (_TYPE, _TYPE)
@@ -44,6 +45,8 @@ _FORMS: Final = {
     Route.OTHER: _CHAT,
 }
 
+#: The data of a chat stream's first frame that says who speaks and nothing else, of which there is nothing to note.
+OPENING: Final = re.compile(_HEAD + _ROLE + _TAIL)
 #: An ordinary frame, by route.
 FRAMES: Final = {route: re.compile(form) for route, form in _FORMS.items()}
 #: A whole chunk that holds one ordinary frame, if group 1, its size, says so too.

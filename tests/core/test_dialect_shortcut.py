@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Any
+from typing import Any, Final
 
 import pytest
 from hypothesis import given
@@ -41,17 +41,19 @@ def inspected(route: Route, frames: list[bytes]) -> Meter:
 
 
 class Watched(Meter):
-    """A meter that counts the content frames it had to inspect."""
+    """A meter that counts the frames it had to inspect, and those with content."""
 
+    inspections = 0
     inspected = 0
 
     def inspect_data(self, data: bytes, event: bytes = b"") -> None:
+        self.inspections += 1
         before = self.content_frames
         super().inspect_data(data, event)
         self.inspected += self.content_frames - before
 
 
-def short_cut(route: Route, frames: list[bytes], *, per_read: int = 1) -> tuple[Meter, int]:
+def short_cut(route: Route, frames: list[bytes], *, per_read: int = 1) -> tuple[Watched, int]:
     """As the pump does it, `per_read` chunks of a frame to a read; also how many content frames were not inspected."""
     meter = Watched(route)
     relay = FrameRelay(ChunkDecoder(), meter, is_chunked=True, max_frame_bytes=1 << 20)
@@ -105,6 +107,56 @@ def test_most_frames_of_a_stream_are_not_parsed(name: str) -> None:
     meter, counted = short_cut(captured.route, frames)
     assert meter.content_frames >= 10
     assert counted >= meter.content_frames - 1  # the last may come with the finish reason
+
+
+SPOKEN: Final = {"role": "assistant", "content": ""}
+
+
+@pytest.mark.parametrize(
+    "opening",
+    [
+        chunk(SPOKEN, usage=None),
+        chunk({"role": "assistant", "content": None, "tool_calls": None}, model="m", created=17),
+        b'data: {"choices":[{"finish_reason":null,"index":0,"delta":{"role":"assistant","content":null}}],'
+        b'"created":17,"id":"chatcmpl-1","model":"m","system_fingerprint":"b1","object":"chat.completion.chunk"}\n\n',
+        b'data: {"id":"chatcmpl-1","object":"chat.completion.chunk","created":17,"model":"m","choices":[{"index":0,'
+        b'"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}],"prompt_token_ids":null}\n\n',
+    ],
+)
+def test_a_role_alone_is_not_parsed_where_a_stream_begins(opening: bytes) -> None:
+    begun, _ = short_cut(Route.CHAT, [opening])
+    assert begun.inspections == 0
+    assert results(begun) == results(inspected(Route.CHAT, [opening]))
+    later, _ = short_cut(Route.CHAT, [chunk(A), opening])
+    assert later.inspections == 1
+
+
+@pytest.mark.parametrize(
+    "opening",
+    [
+        chunk({"role": "assistant", "content": "a\n"}),
+        chunk({"role": "assistant", "content": "", "reasoning": "a"}),
+        chunk({"role": "assistant", "tool_calls": [{"index": 0}]}),
+        chunk(SPOKEN, usage={"prompt_tokens": 3}),
+        chunk(SPOKEN, error={"message": "m"}),
+        chunk(SPOKEN, error="m"),
+        chunk(SPOKEN, finish="length"),
+        chunk(SPOKEN)[:-4] + b"\n\n",
+        data({"error": {"message": "m"}}),
+        data({"choices": [{"index": 0, "delta": SPOKEN}, {"index": 1, "delta": A}]}),
+    ],
+)
+def test_a_first_frame_that_says_more_is_parsed(opening: bytes) -> None:
+    begun, _ = short_cut(Route.CHAT, [opening])
+    assert begun.inspections == 1
+    assert results(begun) == results(inspected(Route.CHAT, [opening]))
+
+
+@pytest.mark.parametrize("name", ["chat_long_1500.stream_usage", "chat_200.stream_usage"])
+def test_recorded_chats_begin_without_parsing(name: str) -> None:
+    first, *_ = frames_of(stream(name).body)
+    begun, _ = short_cut(Route.CHAT, [first])
+    assert begun.inspections == 0
 
 
 @pytest.mark.parametrize("captured", streams(), ids=repr)
