@@ -1,4 +1,4 @@
-"""What `pip install` runs: where there is a C compiler, the modules a frame passes through are compiled by mypyc.
+"""What `pip install` runs: where there is a C compiler, the modules that pyproject.toml lists are compiled by mypyc.
 
 They are ordinary modules, listed in pyproject.toml, and stay beside their compiled form, which Python prefers; where
 nothing can be compiled they are what runs, with the same behaviour for more CPU. An editable install is not compiled,

@@ -1,8 +1,9 @@
 """What the frames of a stream mean, in the dialect of each route: content, usage, finish reason, error, end.
 
-Most frames of a stream are alike, one more piece of content, and are merely counted (`relay.core.ordinary`). All
-others are inspected: decoded by narrow structs that skip over the content, and never fatal. A frame that is not JSON is
-counted and passed on, since a relay that dies of `data:` serves nobody.
+Most frames of a stream are alike, one more piece of content, and are merely counted; a chat's opening role is known by
+its form as well (`relay.core.ordinary`). All others are inspected: decoded by narrow structs that skip over the
+content, and never fatal. A frame that is not JSON is counted and passed on, since a relay that dies of `data:` serves
+nobody.
 
 Which field means what is in vLLM's ``entrypoints/openai`` (each route's ``protocol.py``), and in Anthropic's and
 OpenAI's streaming references; the recordings of a real engine in ``tests/captures`` are the judge.

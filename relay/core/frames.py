@@ -27,6 +27,7 @@ COMMENT_CHUNK: Final = b"%x\r\n%b\r\n" % (len(COMMENT), COMMENT)
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})\r\n")
 #: A whole chunk that holds one frame of one line of data (group 2), if group 1, its size, says so too.
 _ONE_LINE = re.compile(rb"([0-9A-Fa-f]{1,8}+)\r\ndata: ([^\r\n]*+)\n\n\r\n")
+_match_opening: Final = ordinary.OPENING.fullmatch
 #: Bytes of a blank line, at most, with the end of the line before it: CR LF CR LF.
 _LONGEST_BLANK: Final = 4
 
@@ -54,7 +55,6 @@ class FrameRelay:
 
     __slots__ = (
         "_chunks",
-        "_is_opening",
         "_last_bytes",
         "_match_ordinary",
         "decoder",
@@ -87,7 +87,6 @@ class FrameRelay:
         self.has_excess = False  #: bytes came behind the end of the body: the connection is of no further use
         self.is_unaligned = False  #: the frame being read outgrew the limit; its beginning has gone out
         self._last_bytes = b""  # of what has gone out of that frame: of a blank line a part, perhaps
-        self._is_opening = ordinary.OPENING.fullmatch
         self._match_ordinary = ordinary.CHUNKS[meter.route].match
         self._chunks = decoder if is_chunked and isinstance(decoder, ChunkDecoder) else None
 
@@ -182,7 +181,7 @@ class FrameRelay:
             data = found[2]
             if self.editor is not None and self.editor.concerns(data):
                 return position
-            if self.finder.frames or self._is_opening(data) is None:
+            if self.finder.frames or _match_opening(data) is None:  # looked for in a stream's first read alone
                 self.meter.inspect_data(data)
             return found.end()
         header = _CHUNK_SIZE.match(buffer, position, stop)

@@ -1,6 +1,7 @@
-"""The short cut past parsing: frames that hold one more piece of content and nothing else, known by their form.
+"""The short cut past parsing: frames known by their form.
 
-Nearly all frames of a stream are such, and all that is to be known of them is their number. So one pattern per dialect,
+Nearly all frames of a stream hold one more piece of content and nothing else, and all that is to be known of them is
+their number; a chat's first says who speaks (`OPENING`), of which there is nothing to note. So one pattern per dialect,
 run once over a frame, takes the place of JSON parsing: it spells out the whole frame, with the few values that vary. A
 frame with anything more (usage, a finish reason, an error, log probabilities, another key order, blanks behind colons)
 does not match and is parsed; so a pattern can miss an ordinary frame, at the price of some time, but not take another
@@ -46,7 +47,7 @@ _FORMS: Final = {
 }
 
 #: The data of a chat stream's first frame that says who speaks and nothing else, of which there is nothing to note.
-OPENING: Final = re.compile(_HEAD + _ROLE + _TAIL)
+OPENING: Final = re.compile(rb'(?!\{[^{]*"error":)' + _HEAD + _ROLE + _TAIL)
 #: An ordinary frame, by route.
 FRAMES: Final = {route: re.compile(form) for route, form in _FORMS.items()}
 #: A whole chunk that holds one ordinary frame, if group 1, its size, says so too.

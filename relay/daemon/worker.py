@@ -287,7 +287,7 @@ class Worker:
             with client.scope:
                 try:
                     if await client.begin():
-                        await Fiber(self._exchange(client), in_pump=self.service.pump.is_nested).run()
+                        await Fiber(self._exchange(client), in_pump=self.pump.is_nested).run()
                 except ExchangeError as refusal:
                     failure = refusal.settled()
             if failure is not None:

@@ -1,6 +1,6 @@
 """One request through all its phases: what its attempts, legs and delivery work on, and what is left of it.
 
-An exchange runs in its client connection's task and cancel scope, and has one `Pair` in the pump. The scope is how it
+An exchange runs in its client connection's fiber and cancel scope, and has one `Pair` in the pump. The scope is how it
 is interrupted, in whatever it waits for: the pump cancels it when the client hangs up, draining when its time is over,
 and its deadline is ``total_s``. Up to the commit point, the first byte of an engine's answer, a failure leads to the
 next attempt or to an error answer with its true status; after it, to an error frame and a closed connection, never to a
@@ -93,8 +93,8 @@ class Exchange:
         service.active.add(self)
         self.pair = service.pump.open(self.client.source, self.client.scope.cancel)
         if self.config.timeouts.total_s:
-            self.client.scope.deadline = trio.current_time() + self.config.timeouts.total_s
-            service.pump.yield_turn()  # so that trio hears of it
+            async with in_task():  # else trio, asleep, would not hear of it
+                self.client.scope.deadline = trio.current_time() + self.config.timeouts.total_s
         try:
             await self._serve()
         except ExchangeError as failure:

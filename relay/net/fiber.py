@@ -26,35 +26,41 @@ import trio
 if TYPE_CHECKING:
     from relay.net.source import Source
 
-#: What a coroutine yields that goes to sleep in the pump.
+#: What a coroutine yields that goes to sleep in the pump, and one that is to be its task's.
 _ASLEEP: Final = object()
-_ONCE: Final = (_ASLEEP,)
+_HANDED_BACK: Final = object()
 
 
-class _Sleep:
-    """Yields once. One serves all: a generator for each wait would cost more than the rest of it."""
+class _Yield:
+    """Yields one thing, once. One serves all: a generator for each wait would cost more than the rest of it."""
+
+    def __init__(self, trap: object) -> None:
+        self._traps = (trap,)
 
     def __await__(self) -> Iterator[object]:
-        return iter(_ONCE)
+        return iter(self._traps)
 
 
-_SLEEP: Final = cast("Awaitable[None]", _Sleep())
+_SLEEP: Final = cast("Awaitable[None]", _Yield(_ASLEEP))
+_HAND_BACK: Final = cast("Awaitable[None]", _Yield(_HANDED_BACK))
 
 
-class _Word:
-    """What the pump wakes a task with; any number of times, unlike `outcome.Value`."""
+class _Awake:
+    """An outcome without a value, for any number of times.
 
-    def unwrap(self) -> _Word:
+    `outcome.Value` can be unwrapped only once: to make one for each wake-up would be a sixth of what that costs.
+    """
+
+    def unwrap(self) -> None:
         """All that `trio.lowlevel.wait_task_rescheduled` asks of an outcome."""
-        return self
 
 
-_AWAKE: Final = _Word()  #: go on with the coroutine
-_OVER: Final = _Word()  #: it has come to its end
+#: What a task is woken with.
+AWAKE: Final = cast("outcome.Outcome[None]", _Awake())
 
 
-class Present:
-    """Whose coroutine is being stepped at this moment."""
+class Current:
+    """Whose coroutine is being stepped."""
 
     __slots__ = ("fiber",)
 
@@ -62,7 +68,7 @@ class Present:
         self.fiber: Fiber | None = None
 
 
-present: Final = Present()
+current: Final = Current()
 
 
 class Fiber:
@@ -76,7 +82,8 @@ class Fiber:
         self._source: Source | None = None  # where the coroutine sleeps; None also once that has woken it
         self._raise_cancel: Callable[[], None] | None = None  # the task was cancelled when the coroutine did not sleep
         self._is_over = False
-        self.task: trio.lowlevel.Task | None = None  #: its task, while that sleeps and the coroutine is the pump's
+        #: its task while that sleeps, so that the pump steps the coroutine; None while the task steps it
+        self.task: trio.lowlevel.Task | None = None
         self.pins = 0 if in_pump else 1  #: reasons to have the task step it
 
     def __repr__(self) -> str:
@@ -102,14 +109,14 @@ class Fiber:
                         raise  # it is the coroutine's own
                     error = exc
                     continue  # noqa: ASYNC104
-                if trap is _OVER:
+                if self._is_over:
                     return
-                if trap is _AWAKE:
+                if trap is None:  # woken by `AWAKE`
                     continue
             reply = await _ask_trio(trap)
 
     def sleep(self, source: Source) -> Awaitable[None]:
-        """Sleeps until `source` wakes it. For the coroutine, which awaits it at once."""
+        """Sleeps until `source` wakes it; raises what that wakes it with. For the coroutine, to be awaited at once."""
         self._source = source
         return _SLEEP
 
@@ -120,19 +127,21 @@ class Fiber:
     def resume(self, error: Exception | None) -> None:
         """Goes on with the coroutine behind its sleep, which ended, or ended with `error`. Called by the pump alone."""
         if self.pins:
-            self._wake_task(_AWAKE if error is None else outcome.Error(error))
+            self._wake_task(AWAKE if error is None else outcome.Error(error))
             return
         try:
             trap = self._step(None, error)
         except StopIteration:
             self._is_over = True
-            self._wake_task(_OVER)
+            self._wake_task(AWAKE)
         except BaseException as exc:  # noqa: ASYNC103 - the task gets it
             self._is_over = True
             self._wake_task(outcome.Error(exc))
             del error  # as in `run`
         else:
-            if trap is not _ASLEEP:
+            if trap is _HANDED_BACK:
+                self._wake_task(AWAKE)
+            elif trap is not _ASLEEP:
                 self._wake_task(outcome.Value(trap))
             elif self._raise_cancel is not None:
                 raise_cancel = self._raise_cancel
@@ -140,19 +149,19 @@ class Fiber:
                 self._wake_task(outcome.capture(raise_cancel))
 
     def _step(self, reply: object, error: BaseException | None) -> object:
-        """Runs the coroutine up to where it waits: for the pump (`_ASLEEP`), or for something of trio's."""
-        present.fiber = self
+        """Runs the coroutine up to where it waits: in the pump, for its task, or for something of trio's."""
+        current.fiber = self
         try:
             return self._coroutine.send(reply) if error is None else self._coroutine.throw(error)
         finally:
-            present.fiber = None
+            current.fiber = None
             del reply, error
 
-    def _wake_task(self, what: outcome.Outcome[object] | _Word) -> None:
+    def _wake_task(self, what: outcome.Outcome[Any]) -> None:
         task, self.task = self.task, None
-        self._raise_cancel = None  # trio cancels its next wait as well
+        self._raise_cancel = None  # trio cancels its next wait as well, if the scope is still there
         assert task is not None
-        trio.lowlevel.reschedule(task, cast("outcome.Outcome[object]", what))
+        trio.lowlevel.reschedule(task, what)
 
     def _leave_source(self) -> None:
         assert self._source is not None
@@ -183,11 +192,11 @@ class InTask:
         self._fiber: Fiber | None = None
 
     async def __aenter__(self) -> None:
-        self._fiber = fiber = present.fiber
+        self._fiber = fiber = current.fiber
         if fiber is not None:
             fiber.pins += 1
             if fiber.task is not None:
-                await trio.lowlevel.cancel_shielded_checkpoint()  # where the task takes over
+                await _HAND_BACK
 
     async def __aexit__(self, *_: object) -> None:
         if self._fiber is not None:
@@ -204,7 +213,7 @@ def in_task() -> InTask:
 
 async def checkpoint_if_cancelled() -> None:
     """`trio.lowlevel.checkpoint_if_cancelled`, also where the pump steps the caller."""
-    fiber = present.fiber
+    fiber = current.fiber
     if fiber is None or fiber.task is None or fiber.is_cancelled:
         async with in_task():
             await trio.lowlevel.checkpoint_if_cancelled()

@@ -1,10 +1,11 @@
 """Where a worker sleeps: trio's poller and the pump's, in one wait.
 
 trio sleeps in ``poll(timeout, maxevents)`` of its epoll object. `NestedPoller` stands in that object's place: it sleeps
-in the pump's epoll instead, in which trio's own descriptor is registered, serves frames until trio has something to do,
-and then answers with trio's real ``poll(0)``, if that has anything to tell. No frame passes through trio's scheduler,
-and trio's deadlines and wake-ups work as ever. Measured beside the alternatives (a task on a nested epoll, an
-instrument hook): half the CPU of the first at low load, the same as the second without its traps.
+in the pump's epoll instead, in which trio's own descriptor is registered, serves frames, and goes on with the exchanges
+that what comes wakes (`relay.net.fiber`), until trio has something to do. Then it answers with trio's real ``poll(0)``,
+if that has anything to tell. Nothing of this passes through trio's scheduler, and trio's deadlines and wake-ups work as
+ever. Measured beside the alternatives (a task on a nested epoll, an instrument hook): half the CPU of the first at low
+load, the same as the second without its traps.
 
 trio has no public way to its epoll object, so `install` looks before it leaps: on a trio whose insides it does not
 recognise it changes nothing, and the worker runs the pump as a task (`Pump.run_as_task`), with the same code serving.
@@ -44,7 +45,7 @@ class NestedPoller:
 
 
 def _insides() -> tuple[object, Sized] | None:
-    """trio's epoll holder for the current run, and its tasks that can run, if they look as in trio 0.30 to 0.35."""
+    """trio's epoll holder for this run, and its queue of tasks that can run, if they look as in trio 0.30 to 0.35."""
     try:
         runner = trio._core._run.GLOBAL_RUN_CONTEXT.runner
         manager, runnable = runner.io_manager, runner.runq
@@ -61,14 +62,13 @@ def install(pump: Pump) -> Iterator[bool]:
     if insides is None:
         yield False
         return
-    manager, pump.runnable = insides
-    pump.is_nested = True
+    manager, pump.run_queue = insides
     real: select.epoll = manager._epoll  # type: ignore[attr-defined]
     pump.epoll.register(real.fileno(), select.EPOLLIN)
     manager._epoll = NestedPoller(real, pump)  # type: ignore[attr-defined]
     try:
         yield True
     finally:
-        pump.is_nested, pump.runnable = False, ()
+        pump.run_queue = None
         manager._epoll = real  # type: ignore[attr-defined]
         pump.epoll.unregister(real.fileno())

@@ -2,15 +2,16 @@
 
 Per frame a proxy cannot save the kernel's part: readiness, receive, send. Everything around it is here kept to one
 dictionary look-up, one receive into a buffer shared by all pairs, one pass of `FrameRelay`, one send. A pair of sockets
-(engine, client) belongs to the task of its exchange; the task attaches the engine's socket, waits for it through the
-pump, then hands the streaming to the pump and sleeps until `Pair.stream` says why it came back. What is decided per
-request stays in that task; what passes per frame never leaves this module.
+(engine, client) belongs to an exchange; that attaches the engine's socket, waits for it through the pump, then hands
+the streaming to the pump and sleeps until `Pair.stream` says why it came back. What is decided per request stays in the
+exchange, whose coroutine the pump steps when what it waits for has come (`relay.net.fiber`); what passes per frame
+never leaves this module.
 
 The client's side is watched for hang-up during an exchange, so a client that leaves ends it in every phase: the pump
-calls `on_gone`, which cancels the task's scope.
+calls `on_gone`, which cancels the scope of the client's connection.
 
 While nothing flows to a client, the sweep sends it comments (`Pair.comment_every`): between two frames by itself, and
-before there is a stream by asking the exchange, whose task sleeps and cannot be in the middle of a write.
+before there is a stream by asking the exchange, which may send but not wait.
 """
 
 from __future__ import annotations
@@ -37,14 +38,16 @@ RECEIVE_BYTES: Final = 65536
 #: Events served before the pump looks at trio again: bounds how late accepts and cancellations can be. Room for so many
 #: is what CPython's `epoll.poll` still takes from its own pools (512 bytes), and not from malloc, each time.
 EVENTS_PER_TURN: Final = 42
-#: How often idle streams are looked for, seconds; limits and comments can be late by up to twice as much.
+#: How often idle streams, and clients that are due a comment, are looked for, seconds.
 SWEEP_S: Final = 0.25
+#: And at the least between two looks: so late can limits of waits be. Each look goes through all that is waited for.
+SWEEPS_APART_S: Final = 0.05
 #: Pieces beyond which one write is joined rather than gathered (the kernel's limit is 1,024).
 _MOST_PIECES: Final = 64
 
 
 class Stop(Enum):
-    """Why the pump gave a pair back to its task."""
+    """Why the pump gave a pair back to its exchange."""
 
     DONE = "the engine's body ended as its framing says, and everything has been sent"
     CLIENT_BLOCKED = "the client's socket is full; `Pair.unsent` holds what is left of the last read"
@@ -166,14 +169,17 @@ class Pump:
         self._out: Pieces = []
         self._sources: dict[int, Source] = {}
         self.woken: list[tuple[Fiber, Exception | None]] = []  #: in this turn; each to go on, perhaps with an error
-        self.is_nested = False  #: trio sleeps here (`poller.install`)
-        self.runnable: Sized = ()  #: those of trio's tasks that are: while there are none, it may sleep
-        self._is_trios_turn = False
+        self.run_queue: Sized | None = None  #: trio's, while trio sleeps here (`poller.install`)
         self._next_sweep_ns = 0
 
     def __repr__(self) -> str:
         pairs = sum(source.of_client is not None for source in self._sources.values())
         return f"<Pump pairs={pairs} streaming={len(self.streaming)} frames={self.frames}>"
+
+    @property
+    def is_nested(self) -> bool:
+        """Whether trio sleeps here, so that the pump may step fibers."""
+        return self.run_queue is not None
 
     # -- which sockets are under the pump
 
@@ -198,7 +204,7 @@ class Pump:
         self.limited.discard(source)
 
     def limit(self, source: Source, limit_at_ns: int) -> None:
-        """Ends the present wait for `source` at that time of the monotonic clock, or at the next sweep behind it."""
+        """Has the present wait for `source` end at that time of the monotonic clock, or a little later."""
         source.limit_at_ns = limit_at_ns
         self.limited.add(source)
         self._next_sweep_ns = min(self._next_sweep_ns, limit_at_ns)
@@ -215,8 +221,8 @@ class Pump:
     def turn(self, timeout: float) -> bool:
         """Serves what comes until trio has to run, or for `timeout` seconds; 0: what is ready, once.
 
-        Answers whether trio's own descriptor may be ready, so that asking it pays; False also where it came back as a
-        task was woken, or as the time is over.
+        Then goes on with the fibers that were woken by it. Answers whether trio's own descriptor may be ready, so that
+        asking it pays; False also where it came back as one of trio's tasks can run, or as the time is over.
         """
         poll, clock, sources = self.epoll.poll, time.monotonic_ns, self._sources
         now = clock()
@@ -243,26 +249,22 @@ class Pump:
                         if source.streams is not None:
                             self._give_back(source.streams, Stop.FAULT)
             if now >= self._next_sweep_ns:
-                self._next_sweep_ns = now + int(self.sweep_s * 1e9)
                 self.sweep(now)
             if self.woken:
                 self._resume()
                 now = clock()
-            if is_trios_turn or self.runnable or self._is_trios_turn:
-                self._is_trios_turn = False
+            if is_trios_turn or self.run_queue:
                 return is_trios_turn
             if now >= wake_at:
                 return False
-
-    def yield_turn(self) -> None:
-        """Ends the present turn: a deadline has changed, which trio looks at before it sleeps."""
-        self._is_trios_turn = True
 
     def _resume(self) -> None:
         """Goes on with the fibers that were woken; none of them wakes another before the next wait for events."""
         woken, self.woken = self.woken, []
         for fiber, error in woken:
             fiber.resume(error)
+        woken.clear()
+        del fiber, error  # whose traceback may hold this frame
 
     def _arrived(self, source: Source, flags: int) -> None:
         """Something came that the pump does not read itself, or there is room to write again."""
@@ -279,7 +281,15 @@ class Pump:
 
         Then comments to every client that has heard nothing for too long.
         """
-        for source in [source for source in self.limited if now > source.limit_at_ns]:
+        late = []
+        until = now + int(self.sweep_s * 1e9)
+        for source in self.limited:
+            if now > source.limit_at_ns:
+                late.append(source)
+            elif source.limit_at_ns < until:
+                until = source.limit_at_ns
+        self._next_sweep_ns = max(until, now + int(min(SWEEPS_APART_S, self.sweep_s) * 1e9))
+        for source in late:
             source.wake(trio.TooSlowError())
         for pair in list(self.streaming):
             if pair.idle_limit_ns and now - pair.last_read_ns > pair.idle_limit_ns:
@@ -379,7 +389,7 @@ class Pump:
         return Stop.CLIENT_BLOCKED
 
     def _give_back(self, pair: Pair, stop: Stop) -> None:
-        """Ends a stream, and lets the pair's task run."""
+        """Ends a stream, and wakes its exchange."""
         pair.relay = None
         pair.stop = stop
         if pair.upstream is not None:

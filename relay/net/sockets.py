@@ -2,7 +2,8 @@
 
 trio's own sockets checkpoint after every operation that succeeds at once: a turn of the scheduler for each send of a
 request that fits the kernel's buffer. What sends here only enters trio when it has to wait, so callers must wait
-somewhere on every path (they do: for the next request, and for the engine's answer).
+somewhere on every path (they do: for the next request, and for the engine's answer). What is waited for here is waited
+for in trio: in a task, or within `relay.net.fiber.in_task`.
 """
 
 from __future__ import annotations

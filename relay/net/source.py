@@ -12,12 +12,12 @@ import select
 import socket
 import time
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Final, cast
+from typing import TYPE_CHECKING, Final
 
 import outcome
 import trio
 
-from relay.net.fiber import Fiber, present
+from relay.net.fiber import AWAKE, Fiber, current
 
 if TYPE_CHECKING:
     from relay.net.pump import Pair, Pump
@@ -29,24 +29,11 @@ ARRIVALS: Final = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET
 ENDS: Final = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
 
 
-class _Awake:
-    """What a wait that was woken answers: nothing.
-
-    Any number of times, unlike `outcome.Value`, of which each wake-up would have to make one: a sixth of what it costs.
-    """
-
-    def unwrap(self) -> None:
-        """All that `trio.lowlevel.wait_task_rescheduled` asks of an outcome."""
-
-
-_AWAKE: Final = cast("outcome.Outcome[None]", _Awake())
-
-
 class Source:
     """A socket under the pump, until `close`."""
 
     __slots__ = (
-        "_fiber", "_pump", "_task", "fileno", "has_news", "is_ending", "limit_at_ns", "of_client", "sock", "streams",
+        "_pump", "_waiter", "fileno", "has_news", "is_ending", "limit_at_ns", "of_client", "sock", "streams",
     )  # fmt: skip
 
     #: Whether the peer may say that it goes before it does, in what arrives: see `TlsSource`.
@@ -54,8 +41,7 @@ class Source:
 
     def __init__(self, pump: Pump, sock: socket.socket) -> None:
         self._pump = pump
-        self._task: trio.lowlevel.Task | None = None
-        self._fiber: Fiber | None = None
+        self._waiter: Fiber | trio.lowlevel.Task | None = None
         self.sock = sock
         self.fileno = sock.fileno()
         self.has_news = False  #: there may be something to read, which will not be reported again
@@ -65,8 +51,7 @@ class Source:
         self.of_client: Pair | None = None  #: whose client it is, while there is an exchange
 
     def __repr__(self) -> str:
-        is_waited_for = self._task is not None or self._fiber is not None
-        return f"<Source {self.fileno}{' news' if self.has_news else ''}{' waited for' if is_waited_for else ''}>"
+        return f"<Source {self.fileno}{' news' if self.has_news else ''}{' waited for' if self._waiter else ''}>"
 
     def took(self, size: int, asked: int) -> None:
         """A read of `asked` bytes brought `size`: a short one has emptied the socket, up to what is reported later."""
@@ -100,10 +85,11 @@ class Source:
         """Sleeps until woken, or until its limit: trio.TooSlowError. To be awaited at once."""
         if limit_at_ns:
             self._pump.limit(self, limit_at_ns)
-        self._fiber = fiber = present.fiber
+        fiber = current.fiber
         if fiber is not None:
+            self._waiter = fiber
             return fiber.sleep(self)
-        self._task = trio.lowlevel.current_task()
+        self._waiter = trio.lowlevel.current_task()
         return trio.lowlevel.wait_task_rescheduled(self._abort)  # noqa: ASYNC105 - the caller's
 
     def _abort(self, _raise_cancel: Callable[[], None]) -> trio.lowlevel.Abort:
@@ -112,20 +98,19 @@ class Source:
 
     def forget_waiter(self) -> None:
         """Nobody waits for it any longer."""
-        self._task = self._fiber = None
+        self._waiter = None
         self._pump.limited.discard(self)
         self.streams = None  # the pump may have a turn before the task does
 
     def wake(self, error: Exception | None = None) -> None:
         """Ends the wait of who waits for it, if anybody does; with `error`, if there is one."""
-        fiber, task = self._fiber, self._task
-        self._fiber = self._task = None
+        waiter, self._waiter = self._waiter, None
         self._pump.limited.discard(self)
-        if fiber is not None:
-            fiber.woken()
-            self._pump.woken.append((fiber, error))
-        elif task is not None:
-            trio.lowlevel.reschedule(task, _AWAKE if error is None else outcome.Error(error))
+        if isinstance(waiter, Fiber):
+            waiter.woken()
+            self._pump.woken.append((waiter, error))
+        elif waiter is not None:
+            trio.lowlevel.reschedule(waiter, AWAKE if error is None else outcome.Error(error))
 
     def close(self) -> None:
         """Closes the socket, which takes it out of the pump."""

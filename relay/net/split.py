@@ -189,8 +189,7 @@ class SplitAttempt:
             await self._deliver(opening)
 
         leg = self._decode_leg(plan.decode)
-        async with in_task():
-            await self._side_by_side(prefill, lambda: decode(leg))
+        await self._side_by_side(prefill, lambda: decode(leg))
 
     async def _decode_first(self, plan: DecodeFirst) -> None:
         callbacks = self._exchange.service.callbacks
@@ -213,8 +212,7 @@ class SplitAttempt:
         leg = self._decode_leg(plan.decode)
         callbacks[plan.key] = call
         try:
-            async with in_task():
-                await self._side_by_side(prefill, lambda: decode(leg))
+            await self._side_by_side(prefill, lambda: decode(leg))
         finally:
             del callbacks[plan.key]
 
@@ -234,7 +232,7 @@ class SplitAttempt:
 
         is_delivered = False
         try:
-            async with trio.open_nursery() as nursery:
+            async with in_task(), trio.open_nursery() as nursery:
                 nursery.start_soon(beside, nursery.cancel_scope)
                 try:
                     await decode()

@@ -140,6 +140,7 @@ def test_a_role_alone_is_not_parsed_where_a_stream_begins(opening: bytes) -> Non
         chunk(SPOKEN, usage={"prompt_tokens": 3}),
         chunk(SPOKEN, error={"message": "m"}),
         chunk(SPOKEN, error="m"),
+        data({"error": "m", "choices": [{"index": 0, "delta": SPOKEN, "finish_reason": None}]}),
         chunk(SPOKEN, finish="length"),
         chunk(SPOKEN)[:-4] + b"\n\n",
         data({"error": {"message": "m"}}),

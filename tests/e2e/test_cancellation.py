@@ -11,7 +11,7 @@ import os
 import re
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Final, Literal, TypeAlias, get_args
 
@@ -21,10 +21,10 @@ import trio
 from relay.config import StreamConfig
 from relay.net import poller
 from relay.net.exchange import Exchange
-from relay.net.fiber import Fiber, present
+from relay.net.fiber import Fiber, current
 from relay.net.pump import Pump
 from relay_bench.engine import Engine
-from tests.conftest import RunningRelay, running_relay
+from tests.conftest import RunningRelay, changes_pump, running_relay
 from tests.e2e.harness import (
     GOOD_ANSWER,
     UNAVAILABLE,
@@ -41,10 +41,12 @@ from tests.e2e.harness import (
 How: TypeAlias = Literal["cut", "close", "rst"]
 #: While the task waits; or once it has been woken and before it runs, so that both reasons meet.
 When: TypeAlias = Literal["waiting", "woken"]
-really_resume: Final = Fiber.resume
-
 #: No exchange here waits so often.
 MOST_WAITS: Final = 60
+
+really_resume: Final = Fiber.resume
+
+pytestmark = changes_pump
 
 
 class Interruption(trio.abc.Instrument):
@@ -61,7 +63,7 @@ class Interruption(trio.abc.Instrument):
 
     @contextmanager
     def around(self, exchange: Exchange) -> Iterator[None]:
-        fiber = present.fiber
+        fiber = current.fiber
         task = (fiber and fiber.task) or trio.lowlevel.current_task()
         self.begun += 1
         self._running[task] = exchange
@@ -99,7 +101,7 @@ class Interruption(trio.abc.Instrument):
 def pump_form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both ways in which the pump is driven."""
     if request.param == "as a task":
-        monkeypatch.setattr(poller, "_insides", lambda: None)
+        monkeypatch.setattr(poller, "install", lambda pump: nullcontext(False))
 
 
 @asynccontextmanager

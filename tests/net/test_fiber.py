@@ -13,9 +13,9 @@ import trio
 import trio.testing
 
 from relay.net import poller
-from relay.net.fiber import Fiber, checkpoint_if_cancelled, in_task, present
+from relay.net.fiber import Fiber, checkpoint_if_cancelled, current, in_task
 from relay.net.pump import Pump
-from tests.e2e.harness import until
+from tests.e2e.harness import nothing_unreachable, until
 
 #: Whose step it is, where it is asked.
 PUMP: Final = "pump"
@@ -66,7 +66,7 @@ def others(pump: Pump) -> Iterator[Ends]:
 
 def who() -> str:
     """Who steps the caller."""
-    fiber = present.fiber
+    fiber = current.fiber
     assert fiber is not None
     if fiber.task is None:
         trio.lowlevel.current_task()
@@ -120,7 +120,7 @@ async def test_the_pump_steps_it_behind_each_sleep(pump: Pump, ends: Ends) -> No
     trio.lowlevel.remove_instrument(counted)
     assert (steps, read) == ([TASK, PUMP, PUMP, PUMP], [b"1", b"2", b"3"])
     assert counted.count == 1  # to end
-    assert present.fiber is None
+    assert current.fiber is None
 
 
 async def test_where_the_pump_is_a_task_so_is_the_coroutine(pump: Pump, ends: Ends) -> None:
@@ -152,7 +152,7 @@ async def test_its_error_is_the_tasks(pump: Pump, ends: Ends) -> None:
     ends.far.send(b"1")
     with driven(pump), pytest.raises(KeyError, match="own"):
         await run(pump, fail())
-    assert present.fiber is None
+    assert current.fiber is None
 
 
 async def checkpoint() -> None:
@@ -222,7 +222,7 @@ async def test_a_sleep_within_a_scope_is_the_tasks(pump: Pump, ends: Ends) -> No
     assert steps == [TASK]
 
 
-async def test_in_task_changes_nothing_in_a_task(ends: Ends) -> None:
+async def test_in_task_changes_nothing_in_a_task() -> None:
     async with in_task():
         await trio.lowlevel.checkpoint()
     await checkpoint_if_cancelled()
@@ -240,29 +240,36 @@ async def test_who_is_made_runnable_by_the_pumps_step_runs_at_once(pump: Pump, e
         await ends.read()
         assert who() == PUMP
         event.set()
+        await ends.read()
 
-    with driven(pump), trio.fail_after(5):
+    with driven(pump):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(run, pump, serve())
             await trio.testing.wait_all_tasks_blocked()
+            began = trio.current_time()
             ends.far.send(b"1")
             await event.wait()
+            waited = trio.current_time() - began
+            ends.far.send(b"2")
+    assert waited < 5
 
 
-async def test_a_deadline_that_the_pumps_step_sets_is_kept(pump: Pump, ends: Ends) -> None:
+async def test_a_deadline_that_is_set_behind_a_step_of_the_pumps_is_kept(pump: Pump, ends: Ends) -> None:
+    began = trio.current_time()
     with trio.CancelScope() as scope:
 
         async def serve() -> None:
             await ends.read()
             assert who() == PUMP
-            scope.deadline = trio.current_time() + 0.01
-            pump.yield_turn()
+            async with in_task():
+                scope.deadline = trio.current_time() + 0.01
             await ends.read()
 
         with driven(pump):
             ends.far.send(b"1")
             await run(pump, serve())
     assert scope.cancelled_caught
+    assert trio.current_time() - began < 5  # and not when trio's own next deadline woke it
     assert "waited for" not in repr(ends.source)
 
 
@@ -280,6 +287,36 @@ async def test_a_limit_ends_a_sleep_in_the_pump(pump: Pump, ends: Ends) -> None:
         await run(pump, serve())
     assert steps == [PUMP]
     assert not pump.limited
+
+
+async def test_an_error_that_ends_it_leaves_nothing_to_collect(pump: Pump, ends: Ends) -> None:
+    async def serve() -> None:
+        await ends.read()
+        await ends.source.wait_readable(time.monotonic_ns() + 1_000_000)
+
+    with nothing_unreachable(), driven(pump):
+        ends.far.send(b"1")
+        with pytest.raises(trio.TooSlowError):
+            await run(pump, serve())
+
+
+async def test_limits_end_soon_also_where_sweeps_come_in_between(pump: Pump, ends: Ends, others: Ends) -> None:
+    """A sweep for one limit does not put off the next one."""
+    pump.sweep_s = 10.0
+    late: list[float] = []
+
+    async def wait(end: Ends, limit_s: float) -> None:
+        limit_ns = time.monotonic_ns() + int(limit_s * 1e9)
+        with pytest.raises(trio.TooSlowError):
+            await end.source.wait_readable(limit_ns)
+        late.append((time.monotonic_ns() - limit_ns) / 1e9)
+
+    with driven(pump):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(run, pump, wait(ends, 0.02))
+            nursery.start_soon(run, pump, wait(others, 0.1))
+    assert len(late) == 2
+    assert max(late) < 5
 
 
 # -- cancellation
@@ -436,6 +473,38 @@ async def test_a_cancelled_one_may_still_sleep_behind_a_shield(pump: Pump, ends:
             ends.far.send(b"last")
     assert read == [b"last"]
     assert cancelling.scope.cancelled_caught
+
+
+async def test_a_cancellation_that_came_too_late_is_forgotten_with_its_scope(
+    pump: Pump, ends: Ends, others: Ends
+) -> None:
+    """A scope within is cancelled once its sleep is over, and left: no later sleep is cancelled for it."""
+    steps: list[str] = []
+    scope = trio.CancelScope()
+
+    async def serve() -> None:
+        async with in_task():
+            with scope:
+                await ends.read()
+        for _ in range(2):
+            await ends.read()
+            steps.append(who())
+
+    async def strike() -> None:
+        await others.read()
+        scope.cancel()
+
+    with driven(pump):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(run, pump, strike())
+            nursery.start_soon(run, pump, serve())
+            await trio.testing.wait_all_tasks_blocked()
+            others.far.send(b"x")  # reported in this order
+            for data in (b"1", b"2", b"3"):
+                ends.far.send(data)
+                await trio.testing.wait_all_tasks_blocked()
+    assert scope.cancel_called
+    assert steps == [PUMP, PUMP]
 
 
 async def test_checkpoint_if_cancelled_leaves_it_to_the_pump(pump: Pump, ends: Ends) -> None:
