@@ -165,16 +165,19 @@ class Pool:
         return place
 
     async def enter(self, ask: Ask, queue_s: float) -> Place:
-        """A place after waiting for it, up to `queue_s` seconds (0: no limit).
+        """A place, where there was none at once, after waiting for it up to `queue_s` seconds (0: no limit).
 
         Raises NoUpstream where no engine is up, QueueFull, or QueueTimeout.
         """
-        if (refusal := self._no_upstream(ask)) is not None:
-            raise refusal
-        elsewhere = 0.0 if self.shares is None else self.shares.load_of_others(self.number)
-        if self._queue.count + elsewhere >= self.config.max_queue:
-            raise self._full()
-        async with in_task():
+        async with in_task():  # before anything is looked at: others may have a turn here
+            place = self.enter_now(ask)
+            if place is not None:
+                return place
+            if (refusal := self._no_upstream(ask)) is not None:
+                raise refusal
+            elsewhere = 0.0 if self.shares is None else self.shares.load_of_others(self.number)
+            if self._queue.count + elsewhere >= self.config.max_queue:
+                raise self._full()
             return await self._wait(_Waiter(ask), queue_s)
 
     async def _wait(self, waiter: _Waiter, queue_s: float) -> Place:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import random
+import socket
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import msgspec
@@ -14,9 +17,13 @@ import trio
 from relay.address import parse_upstream
 from relay.config import Config, PoolConfig
 from relay.errors import NoUpstream, QueueFull, QueueTimeout
+from relay.net import poller
+from relay.net.fiber import Fiber
 from relay.net.fleet import Fleet, Pool
 from relay.net.group import Ask
 from relay.net.place import Place
+from relay.net.pump import Pump
+from relay.net.source import Source
 from tests.net.pools import (
     ASK,
     PATIENCE_S,
@@ -318,4 +325,84 @@ async def test_many_come_wait_and_leave_at_random() -> None:
     assert sum(outcomes.values()) == 1000
     assert min(outcomes[each] for each in ("served", "left", "full")) > 20, outcomes
     assert greatest == 3
+    assert_empty(pool)
+
+
+# -- where exchanges are stepped by the pump
+
+
+@pytest.fixture
+def pump() -> Iterator[Pump]:
+    pump = Pump()
+    yield pump
+    pump.epoll.close()
+
+
+@contextmanager
+def sources(pump: Pump, number: int) -> Iterator[tuple[list[Source], Callable[[], None]]]:
+    """Sockets under a pump, and what has all of them reported in one turn, in their order."""
+    pairs = [socket.socketpair() for _ in range(number)]
+    for near, _ in pairs:
+        near.setblocking(False)
+    made = [pump.add(near) for near, _ in pairs]
+
+    def strike() -> None:
+        for _, far in pairs:
+            far.send(b"x")
+
+    try:
+        yield made, strike
+    finally:
+        for source, (_, far) in zip(made, pairs, strict=True):
+            source.close()
+            far.close()
+
+
+async def test_a_place_that_is_left_as_one_goes_to_wait_is_found(pump: Pump) -> None:
+    """One finds no place, another leaves its own in the same turn of the pump: nobody would tell the first later."""
+    pool = pool_of(URLS[0], max_in_flight=1, max_queue=5)
+    held = enter(pool)
+
+    async def come(source: Source) -> None:
+        await source.wait_readable()
+        assert pool.enter_now(ASK) is None
+        leave(await pool.enter(ASK, PATIENCE_S))
+
+    async def go(source: Source) -> None:
+        await source.wait_readable()
+        leave(held)
+
+    with sources(pump, 2) as ((one, two), strike), poller.install(pump):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(Fiber(come(one), in_pump=True).run)
+            nursery.start_soon(Fiber(go(two), in_pump=True).run)
+            await trio.testing.wait_all_tasks_blocked()
+            strike()
+    assert_empty(pool)
+
+
+async def test_those_who_come_in_one_turn_are_not_more_than_the_queue_holds(pump: Pump) -> None:
+    pool = pool_of(URLS[0], max_in_flight=1, max_queue=2)
+    held = enter(pool)
+    told: list[str] = []
+
+    async def come(source: Source) -> None:
+        await source.wait_readable()
+        assert pool.enter_now(ASK) is None
+        try:
+            leave(await pool.enter(ASK, PATIENCE_S))
+            told.append("served")
+        except QueueFull:
+            told.append("full")
+
+    with sources(pump, 5) as (all_of_them, strike), poller.install(pump):
+        async with trio.open_nursery() as nursery:
+            for source in all_of_them:
+                nursery.start_soon(Fiber(come(source), in_pump=True).run)
+            await trio.testing.wait_all_tasks_blocked()
+            strike()
+            await trio.testing.wait_all_tasks_blocked()
+            assert told == ["full"] * 3
+            leave(held)
+    assert sorted(told) == ["full"] * 3 + ["served"] * 2
     assert_empty(pool)
