@@ -21,7 +21,7 @@ from relay.errors import (
     UpstreamTimeout,
 )
 from relay.net import upstream as wire
-from relay.net.pump import Stop
+from relay.net.pair import Stop
 from relay.net.reply import refusal
 
 if TYPE_CHECKING:

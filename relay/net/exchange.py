@@ -43,10 +43,10 @@ from relay.net.fiber import in_task
 from relay.net.fleet import Pool
 from relay.net.group import Ask
 from relay.net.notices import say_fault
+from relay.net.pair import Pair
 from relay.net.place import Place
 from relay.net.plain import PlainAttempt
 from relay.net.pool import Upstream
-from relay.net.pump import Pair
 from relay.net.reply import FAREWELL_S, Reply, new_id
 from relay.net.service import Service, local_answer
 from relay.net.split import SplitAttempt

@@ -17,8 +17,8 @@ from relay.core.request import Route
 from relay.core.sse import looks_like_event_stream
 from relay.errors import AnswerTooLarge, Phase, UpstreamDisconnected, UpstreamProtocolError, UpstreamTimeout
 from relay.net import upstream
+from relay.net.pair import Pair
 from relay.net.pool import UpstreamConnection
-from relay.net.pump import Pair
 
 if TYPE_CHECKING:
     from relay.core.framing import Buffer

@@ -19,16 +19,15 @@ from __future__ import annotations
 import select
 import socket
 import time
-from collections.abc import Awaitable, Callable, Sized
-from enum import Enum
+from collections.abc import Callable, Sized
 from typing import Final
 
 import trio
 
-from relay.core.frames import FrameRelay, Pieces
-from relay.core.histogram import Histogram
+from relay.core.frames import Pieces
 from relay.net.fiber import Fiber
 from relay.net.notices import say_fault
+from relay.net.pair import Pair, Stop
 from relay.net.sockets import SHORTAGES
 from relay.net.source import ARRIVALS, ENDS, Source, TlsSource
 from relay.net.tls import TlsSocket
@@ -44,114 +43,6 @@ SWEEP_S: Final = 0.25
 SWEEPS_APART_S: Final = 0.05
 #: Pieces beyond which one write is joined rather than gathered (the kernel's limit is 1,024).
 _MOST_PIECES: Final = 64
-
-
-class Stop(Enum):
-    """Why the pump gave a pair back to its exchange."""
-
-    DONE = "the engine's body ended as its framing says, and everything has been sent"
-    CLIENT_BLOCKED = "the client's socket is full; `Pair.unsent` holds what is left of the last read"
-    CLIENT_GONE = "sending failed: the client has closed its connection"
-    UPSTREAM_CLOSED = "the engine closed its connection before the end of its body"
-    UPSTREAM_RESET = "the engine's connection broke"
-    UPSTREAM_MALFORMED = "the engine's body breaks its framing (`FrameRelay.decoder.error`)"
-    SHORTAGE = "the kernel has no memory for what was to be sent or received; the last read is lost"
-    FAULT = "the relay itself failed; what of the last read went out is not known"
-    UPSTREAM_IDLE = "nothing came from the engine for `between_tokens_s`"
-
-
-class Pair:
-    """The two sockets of one exchange, as the pump sees them. Made by `Pump.open`; always `close` it."""
-
-    __slots__ = (
-        "_pump", "bytes_out", "client", "comment_every_ns", "content_read_ns", "content_sent_ns", "gaps",
-        "idle_limit_ns", "is_gone", "last_comment_ns", "last_frame_ns", "last_read_ns", "limit_at_ns", "on_gone",
-        "on_quiet", "relay", "send", "sendmsg", "stop", "unsent", "upstream",
-    )  # fmt: skip
-
-    def __init__(self, pump: Pump, client: Source, on_gone: Callable[[], None]) -> None:
-        self._pump = pump
-        self.client = client
-        self.on_gone = on_gone
-        self.is_gone = False  #: the client has hung up
-        self.upstream: Source | None = None
-        self.relay: FrameRelay | None = None
-        self.gaps: Histogram  #: of the stream, while there is one
-        self.last_read_ns = 0  #: when bytes last came from the engine (monotonic clock)
-        self.last_frame_ns = 0  #: when a frame last became whole
-        self.idle_limit_ns = 0  #: longest silence while streaming
-        self.limit_at_ns = 0  #: when waiting for the engine ends, while the pump does not stream
-        self.comment_every_ns = 0  #: longest silence towards the client
-        self.last_comment_ns = 0  #: when it last got a comment, or asked
-        self.on_quiet: Callable[[], bool] | None = None  #: speaks in the pump's place, while that is not streaming
-        self.content_read_ns = 0  #: when the first content frame came, and
-        self.content_sent_ns = 0  #: when it had been handed to the kernel (monotonic clock)
-        self.bytes_out = 0
-        self.unsent = b""  #: of the last read, what the client's socket did not take
-        self.stop = Stop.DONE  #: why the pump last gave the pair back
-        self.send = client.sock.send
-        self.sendmsg = client.sock.sendmsg
-
-    def __repr__(self) -> str:
-        return f"<Pair client={self.client} upstream={self.upstream} {'streaming' if self.relay else 'idle'}>"
-
-    def attach(self, upstream: Source) -> None:
-        """Makes an engine's socket the one this pair waits for."""
-        self.upstream = upstream
-
-    def detach(self) -> None:
-        """Lets go of the engine's socket."""
-        self.upstream = None
-
-    def close(self) -> None:
-        """The exchange is over."""
-        self._pump.commented.discard(self)
-        self.on_quiet = None  # which the exchange holds, and it the pair
-        self.upstream = self.client.of_client = None
-
-    def limit(self, limit_s: float) -> None:
-        """Waits for the engine, from now on, end `limit_s` seconds from now; 0: no limit."""
-        self.limit_at_ns = time.monotonic_ns() + int(limit_s * 1e9) if limit_s else 0
-
-    def comment_every(self, interval_s: float, since_s: float, on_quiet: Callable[[], bool]) -> None:
-        """Has the client hear something every `interval_s` seconds, counted from `since_s` (monotonic clock).
-
-        While frames are streamed, comments go between them; at other times `on_quiet` is called, from the pump, and may
-        send what it sees fit but not wait. False: it found that the client is gone.
-        """
-        self.comment_every_ns = int(interval_s * 1e9)
-        self.last_comment_ns = int(since_s * 1e9)
-        self.on_quiet = on_quiet
-        self._pump.commented.add(self)
-
-    def wait_upstream(self, *, or_writable: bool = False) -> Awaitable[None]:
-        """Sleeps until the engine's socket can be read (or also: written). Raises trio.TooSlowError past the limit."""
-        assert self.upstream is not None
-        if or_writable:
-            return self.upstream.wait_writable(self.limit_at_ns)
-        return self.upstream.wait_readable(self.limit_at_ns)
-
-    async def stream(self, relay: FrameRelay, gaps: Histogram, *, idle_limit_s: float) -> Stop:
-        """Hands the streaming to the pump; answers why it stopped. Call again to go on after `CLIENT_BLOCKED`.
-
-        `idle_limit_s`: longest silence of the engine, 0 for none. Cancelling ends the streaming between two frames'
-        writes: the client has got everything it was sent whole, unless `unsent` is not empty.
-        """
-        upstream = self.upstream
-        assert upstream is not None
-        self.relay = relay
-        self.gaps = gaps
-        self.idle_limit_ns = int(idle_limit_s * 1e9)
-        upstream.streams = self
-        self._pump.streaming.add(self)
-        if upstream.has_news:
-            upstream.report_anew()
-        try:
-            await upstream.park()
-        finally:
-            self.relay = upstream.streams = None
-            self._pump.streaming.discard(self)
-        return self.stop
 
 
 class Pump:

@@ -20,7 +20,7 @@ from relay.net import upstream as wire
 if TYPE_CHECKING:
     from relay.core.frames import FrameRelay, Pieces
     from relay.net.opening import Opening
-    from relay.net.pump import Pair
+    from relay.net.pair import Pair
 
 #: How long a first frame without content waits for the one behind it; both come of the same step of the engine.
 SECOND_FRAME_S: Final = 0.1

@@ -20,7 +20,8 @@ import trio
 from relay.net.fiber import AWAKE, Fiber, current
 
 if TYPE_CHECKING:
-    from relay.net.pump import Pair, Pump
+    from relay.net.pair import Pair
+    from relay.net.pump import Pump
     from relay.net.tls import TlsSocket
 
 #: What is reported of a socket; writing only where it is waited for (`Source.wait_writable`).

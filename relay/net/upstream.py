@@ -24,7 +24,7 @@ from relay.net.sockets import READ_BYTES
 if TYPE_CHECKING:
     from collections.abc import Awaitable
 
-    from relay.net.pump import Pair
+    from relay.net.pair import Pair
 
 #: Largest head of an answer, with the interim ones before it, and most fields of one: what `strict` allows requests.
 MAX_ANSWER_HEAD_BYTES: Final = 65536

@@ -22,7 +22,8 @@ from relay.core.frames import FrameRelay
 from relay.core.framing import CloseDecoder
 from relay.core.histogram import Histogram
 from relay.core.request import Route
-from relay.net.pump import Pair, Pump, Stop
+from relay.net.pair import Pair, Stop
+from relay.net.pump import Pump
 from relay.net.sockets import READ_BYTES
 from relay.net.upstream import MOST_INTERIM
 from relay_bench.engine import Engine

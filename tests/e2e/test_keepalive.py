@@ -16,6 +16,8 @@ from relay.config import FailoverConfig, StreamConfig, TimeoutsConfig
 from relay.core.frames import COMMENT
 from relay.core.timeline import Record
 from relay.net import poller, pump
+from relay.net.pair import Pair as PumpPair
+from relay.net.pair import Stop
 from relay_bench.engine import Engine
 from tests.conftest import changes_pump, running_relay
 from tests.e2e.fleet import FakeEngine, RunningFleet, answer, fakes, pool_of, running_fleet
@@ -184,14 +186,14 @@ async def test_nothing_is_said_behind_the_end_mark() -> None:
 async def test_a_comment_that_the_client_takes_in_parts_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     flush, is_cut = pump.Pump._flush, False
 
-    def cut(self: pump.Pump, pair: pump.Pair, out: list[bytes | memoryview]) -> pump.Stop | None:
+    def cut(self: pump.Pump, pair: PumpPair, out: list[bytes | memoryview]) -> Stop | None:
         nonlocal is_cut
         if is_cut or out != [chunk(COMMENT)]:
             return flush(self, pair, out)
         is_cut = True
         pair.send(out[0][:5])
         pair.unsent = bytes(out[0][5:])
-        return pump.Stop.CLIENT_BLOCKED
+        return Stop.CLIENT_BLOCKED
 
     monkeypatch.setattr(pump.Pump, "_flush", cut)
     timeouts = TimeoutsConfig(between_tokens_s=SHORT_S)

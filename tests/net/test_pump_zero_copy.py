@@ -18,7 +18,8 @@ from relay.core.frames import LAST_CHUNK, FrameRelay
 from relay.core.framing import BodyDecoder, ChunkDecoder, CloseDecoder
 from relay.core.histogram import Histogram
 from relay.core.request import Route
-from relay.net.pump import Pump, Stop
+from relay.net.pair import Stop
+from relay.net.pump import Pump
 from tests.core.captured import frames_of, stream
 
 S = TypeVar("S", bound=socket.socket)
