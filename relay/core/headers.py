@@ -151,6 +151,11 @@ def good_request_id(given: bytes) -> str | None:
     return text if text.isprintable() and " " not in text else None
 
 
+def visible_request_id(given: bytes) -> str | None:
+    """The same, where it is known to be of visible ASCII characters."""
+    return given.decode("ascii") if 1 <= len(given) <= _MOST_ID_CHARACTERS else None
+
+
 def passed_fields(
     headers: Headers,
     *,
@@ -218,9 +223,10 @@ def request_head(
     `target` is in origin form (`relay.core.strict.check_request` gives it), `host` the engine's authority, and `passed`
     made by `passed_fields`.
     """
-    length = b"" if body == "none" else b"\r\ncontent-length: %d" % body
-    values = (method, target, host, passed, request_id.encode("ascii"), length)
-    return b"%b %b HTTP/1.1\r\nhost: %b%b\r\nx-request-id: %b%b\r\n\r\n" % values
+    own = f"\r\nx-request-id: {request_id}\r\n\r\n"
+    if body != "none":
+        own = f"\r\nx-request-id: {request_id}\r\ncontent-length: {body}\r\n\r\n"
+    return b"".join((method, b" ", target, b" HTTP/1.1\r\nhost: ", host, passed, own.encode("ascii")))
 
 
 class HeadStart(NamedTuple):

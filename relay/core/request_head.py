@@ -16,6 +16,7 @@ import h11
 
 from relay.core import headers, strict
 from relay.core.request import Route, route_of
+from relay.core.shape import Shape
 
 #: Longer heads, and those of more fields, are not kept: a small field takes thirty times its bytes once it is parsed.
 REMEMBERED_BYTES: Final = 4096
@@ -47,8 +48,8 @@ class RequestHead:
     """What a head says, but for what is its request's own: the length of the body, the id, and traces."""
 
     __slots__ = (
-        "expects_continue", "fields", "host", "is_chunked", "is_keep_alive", "method", "path", "route", "target",
-        "version",
+        "authorization", "expects_continue", "fields", "host", "is_chunked", "is_keep_alive", "method", "path", "route",
+        "target", "version",
     )  # fmt: skip
 
     def __init__(self, event: h11.Request, fields: headers.Headers, *, expects_continue: bool) -> None:
@@ -60,6 +61,7 @@ class RequestHead:
         #: only a POST generates, and names a model: a browser that asks whether it may (OPTIONS) names none
         self.route = route_of(self.target) if self.method == b"POST" else Route.OTHER
         self.fields = [field for field in fields if field[0] not in _TOLD]  #: traces as the first such head had them
+        self.authorization = headers.find(fields, b"authorization")
         self.expects_continue = expects_continue
         self.is_keep_alive = self.version >= b"1.1" and not headers.wants_close(self.version, fields)
         self.is_chunked = headers.find(fields, b"transfer-encoding") is not None
@@ -96,51 +98,55 @@ class Request:
         return f"<Request {self.head!r} body={len(self.body)}>"
 
 
+class KnownHead:
+    """A head that is known by its bytes, but for the values found by `_OWN`."""
+
+    __slots__ = ("id_at", "length_at", "parsed", "shape", "size", "traces")
+
+    def __init__(
+        self,
+        parsed: RequestHead,
+        shape: Shape | None,
+        size: int,
+        length_at: int | None,
+        id_at: int | None,
+        traces: tuple[tuple[int, int], ...],
+    ) -> None:
+        self.parsed = parsed
+        self.shape = shape
+        self.size = size  #: in bytes
+        self.length_at = length_at  #: the place of the length among the values, and
+        self.id_at = id_at  #: that of the id; None: there is none
+        self.traces = traces  #: of each trace its place there, and that of its field
+
+
 #: A head, perhaps shared with other requests, also of other connections; its fields, a list of this request's own where
-#: it has traces; the length of the body, if it tells one; the client's own id, if it has a good one. No named tuple: to
-#: make one is a call of Python's.
-ReadHead: TypeAlias = tuple[RequestHead, headers.Headers, int | None, str | None]
-#: A head, and at which place among the values found by `_OWN` its length and its id are; None: it has none. Then of
-#: each trace its place there, and that of its field; and how many bytes it has.
-_Known: TypeAlias = tuple[RequestHead, int | None, int | None, tuple[tuple[int, int], ...], int]
+#: it has traces; the length of the body, if it tells one; the client's own id, if it has a good one; and what the
+#: connection's next head may be like. No named tuple: to make one is a call of Python's.
+ReadHead: TypeAlias = tuple[RequestHead, headers.Headers, int | None, str | None, KnownHead | None]
 
 
 class HeadReader:
     """Reads the heads of a worker's connections."""
 
     def __init__(self) -> None:
-        self._known: dict[tuple[bytes, ...], _Known] = {}  # by what is around the values of `_OWN`
+        self._known: dict[tuple[bytes, ...], KnownHead] = {}  # by what is around the values of `_OWN`
         self._known_bytes = 0
 
     def __repr__(self) -> str:
         return f"<HeadReader known={len(self._known)}>"
 
-    def read(self, head: bytes, max_head_bytes: int) -> ReadHead:
-        """What a whole head says. Raises RequestRefused."""
+    def read(self, head: bytes, max_head_bytes: int, like: KnownHead | None = None) -> ReadHead:
+        """What a whole head says, which may be `like` the one before it. Raises RequestRefused."""
+        if like is not None and like.shape is not None and (values := like.shape.values(head)) is not None:
+            return _read_known(like, values) or self._read_anew(head, max_head_bytes)
         around = _OWN.split(head)  # a text, then each field's name and value, and the text behind it
         values = around[2::3]
         del around[2::3]
-        shape = tuple(around)
-        known = self._known.get(shape)
-        if known is None:
-            return self._read_anew(head, shape, values, max_head_bytes)
-        parsed, length_at, id_at, traces, _ = known
-        length = request_id = None
-        if length_at is not None:
-            digits = values[length_at]
-            if not digits.isdigit() or len(digits) > _MOST_DIGITS:
-                return self._read_anew(head, shape, values, max_head_bytes)  # which says what is wrong
-            length = int(digits)
-        if id_at is not None:
-            request_id = headers.good_request_id(values[id_at])
-        fields = parsed.fields
-        if traces:
-            fields = fields.copy()
-            for at, place in traces:
-                fields[place] = fields[place][0], values[at]
-        return parsed, fields, length, request_id
+        known = self._known.get(tuple(around))
+        return (known and _read_known(known, values)) or self._read_anew(head, max_head_bytes)
 
-    def _read_anew(self, head: bytes, shape: tuple[bytes, ...], values: list[bytes], max_head_bytes: int) -> ReadHead:
+    def _read_anew(self, head: bytes, max_head_bytes: int) -> ReadHead:
         strict.check_raw_head(head)
         connection = h11.Connection(h11.SERVER, max_incomplete_event_size=max_head_bytes)
         try:
@@ -151,8 +157,11 @@ class HeadReader:
         assert isinstance(event, h11.Request)
         fields: headers.Headers = list(event.headers)
         parsed = RequestHead(event, fields, expects_continue=connection.they_are_waiting_for_100_continue)
+        around = _OWN.split(head)
+        values = around[2::3]
+        del around[2::3]
         length, ids = headers.find(fields, b"content-length"), headers.find_all(fields, b"x-request-id")
-        own = [name.lower() for name in shape[1::2]]
+        own = [name.lower() for name in around[1::2]]
         length_at = own.index(b"content-length") if length is not None else None
         id_at = own.index(b"x-request-id") if b"x-request-id" in own else None
         # An id that is not among the values, of two words, say, makes each head a new one; of two ids the first counts.
@@ -161,15 +170,37 @@ class HeadReader:
         places = [place for place, (name, _) in enumerate(parsed.fields) if name in _TRACES]
         are_traces_at_hand = [(own[at], values[at]) for at in traced] == [parsed.fields[place] for place in places]
         is_small = len(fields) <= REMEMBERED_FIELDS and len(head) <= REMEMBERED_BYTES
+        known = None
         if is_id_at_hand and are_traces_at_hand and is_small:
             traces = tuple(zip(traced, places, strict=True))
-            self._remember(shape, (parsed, length_at, id_at, traces, len(head)))
+            known = KnownHead(parsed, Shape.of(head, _OWN), len(head), length_at, id_at, traces)
+            self._remember(tuple(around), known)
         request_id = headers.good_request_id(ids[0]) if ids else None
-        return parsed, parsed.fields, None if length is None else int(length), request_id
+        return parsed, parsed.fields, None if length is None else int(length), request_id, known
 
-    def _remember(self, shape: tuple[bytes, ...], known: _Known) -> None:
-        self._known_bytes += known[-1]
+    def _remember(self, around: tuple[bytes, ...], known: KnownHead) -> None:
+        if around in self._known:
+            self._known_bytes -= self._known.pop(around).size
+        self._known_bytes += known.size
         while self._known_bytes > ALL_REMEMBERED_BYTES:
             oldest = next(iter(self._known))
-            self._known_bytes -= self._known.pop(oldest)[-1]
-        self._known[shape] = known
+            self._known_bytes -= self._known.pop(oldest).size
+        self._known[around] = known
+
+
+def _read_known(known: KnownHead, values: list[bytes]) -> ReadHead | None:
+    """What a head says that is known but for these values; None where its length is wrong, which parsing is to say."""
+    length = request_id = None
+    if known.length_at is not None:
+        digits = values[known.length_at]
+        if not digits.isdigit() or len(digits) > _MOST_DIGITS:
+            return None
+        length = int(digits)
+    if known.id_at is not None:
+        request_id = headers.visible_request_id(values[known.id_at])
+    fields = known.parsed.fields
+    if known.traces:
+        fields = fields.copy()
+        for at, place in known.traces:
+            fields[place] = fields[place][0], values[at]
+    return known.parsed, fields, length, request_id, known

@@ -125,7 +125,7 @@ def head_end(data: bytes | bytearray, searched: int = 0, *, max_head_bytes: int 
         if data[0] == 0x16:
             raise _bad_request("this looks like TLS, but this address speaks plain HTTP; use an http:// URL")
         raise _bad_request("a request must begin with a method (RFC 9112 §3)")
-    start = max(0, searched - 3)
+    start = searched - 3 if searched > 3 else 0
     end = data.find(b"\r\n\r\n", start) + 4
     if end > 3 and end <= max_head_bytes:
         return end

@@ -19,7 +19,7 @@ import trio
 from relay.config import LimitsConfig, TimeoutsConfig
 from relay.core import strict
 from relay.core.framing import ChunkDecoder, decode_into
-from relay.core.request_head import HeadReader, Request, RequestHead
+from relay.core.request_head import HeadReader, KnownHead, Request, RequestHead
 from relay.errors import ClientGone, ExchangeError, Phase, RequestRefused, RequestTimeout
 from relay.net import sockets, tls
 from relay.net.budget import BodyBudget
@@ -71,6 +71,7 @@ class ClientConnection:
         admit: Admit = lambda request: None,
     ) -> None:
         self._heads = heads
+        self._last_head: KnownHead | None = None
         self._admit = admit
         self.source = source
         self.sock = source.sock
@@ -192,7 +193,8 @@ class ClientConnection:
         self.request_started = time.monotonic()
         try:
             self._limit_waits(timeouts.client_head_s)
-            head, fields, length, request_id = self._heads.read(await self._head(), self.limits.max_head_bytes)
+            read = self._heads.read(await self._head(), self.limits.max_head_bytes, self._last_head)
+            head, fields, length, request_id, self._last_head = read
             request = Request(head, fields, request_id, has_body=head.is_chunked or length is not None)
             self.refused = request  # until it is read whole
             self._visit = self._admit(request)

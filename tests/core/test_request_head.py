@@ -9,11 +9,13 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from relay.core.headers import Headers
 from relay.core.request_head import (
     ALL_REMEMBERED_BYTES,
     REMEMBERED_BYTES,
     REMEMBERED_FIELDS,
     HeadReader,
+    KnownHead,
     RequestHead,
 )
 from relay.errors import RequestRefused
@@ -24,10 +26,25 @@ HEAD: Final = (
 )
 
 
-def said(reader: HeadReader, head: bytes) -> Any:
-    """Everything a reader says of a head, or how it refuses it."""
+class Connection:
+    """Has heads read one behind the other, each perhaps with a hint at the one before it."""
+
+    def __init__(self, *, hints: bool = True) -> None:
+        self.reader = HeadReader()
+        self._hints = hints
+        self._last: KnownHead | None = None
+
+    def read(self, head: bytes) -> tuple[RequestHead, Headers, int | None, str | None]:
+        parsed, fields, length, request_id, last = self.reader.read(head, 65536, self._last)
+        if self._hints:
+            self._last = last
+        return parsed, fields, length, request_id
+
+
+def said(connection: Connection, head: bytes) -> Any:
+    """Everything that is read of a head, or how it is refused."""
     try:
-        read, fields, length, request_id = reader.read(head, 65536)
+        read, fields, length, request_id = connection.read(head)
     except RequestRefused as refusal:
         return refusal.status, refusal.code, refusal.message
     same = {name: getattr(read, name) for name in RequestHead.__slots__ if name != "fields"}
@@ -35,7 +52,7 @@ def said(reader: HeadReader, head: bytes) -> Any:
 
 
 def fresh(head: bytes) -> Any:
-    return said(HeadReader(), head)
+    return said(Connection(), head)
 
 
 SECONDS: Final = {
@@ -97,9 +114,10 @@ SECONDS: Final = {
 @pytest.mark.parametrize("first", SECONDS.values(), ids=SECONDS)
 def test_any_head_behind_any_other(first: bytes) -> None:
     for name, second in SECONDS.items():
-        reader = HeadReader()
-        for head in (first, second, first):
-            assert said(reader, head) == fresh(head), name
+        for hints in (False, True):
+            connection = Connection(hints=hints)
+            for head in (first, first, second, second, first):
+                assert said(connection, head) == fresh(head), (name, hints)
 
 
 PIECES: Final = st.sampled_from(
@@ -133,19 +151,19 @@ PIECES: Final = st.sampled_from(
 @given(st.lists(st.tuples(st.lists(PIECES, max_size=3), st.lists(PIECES, max_size=3)), min_size=2, max_size=4))
 @example([([b"7"], []), ([b"7", b"7"], [])])
 def test_any_heads_after_each_other(parts: list[tuple[list[bytes], list[bytes]]]) -> None:
-    reader = HeadReader()
+    connections = [Connection(), Connection(hints=False)]
     for length, others in parts:
         head = b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: %b%b\r\n\r\n" % (b"".join(length), b"".join(others))
-        assert said(reader, head) == fresh(head)
+        for connection in connections:
+            assert said(connection, head) == fresh(head)
 
 
 def test_a_head_that_repeats_is_the_same_but_for_what_is_its_requests_own() -> None:
-    reader = HeadReader()
-    first, first_fields, *its_own = reader.read(HEAD, 65536)
+    connection = Connection()
+    first, first_fields, *its_own = connection.read(HEAD)
     assert its_own == [77, "a-1"]
-    second, fields, *its_own = reader.read(
-        HEAD.replace(b"77", b"8").replace(b"a-1", b"other").replace(b"ab", b"ef"), 65536
-    )
+    other = HEAD.replace(b"77", b"8").replace(b"a-1", b"other").replace(b"ab", b"ef")
+    second, fields, *its_own = connection.read(other)
     assert its_own == [8, "other"]
     assert first is second
     assert not {b"content-length", b"x-request-id"} & {name for name, _ in fields}
@@ -153,11 +171,11 @@ def test_a_head_that_repeats_is_the_same_but_for_what_is_its_requests_own() -> N
 
 
 def test_a_head_without_length_or_id_is_known_too() -> None:
-    reader = HeadReader()
+    connection = Connection()
     head = b"GET /v1/models HTTP/1.1\r\nHost: a\r\n\r\n"
-    first = reader.read(head, 65536)
+    first = connection.read(head)
     assert first[2:] == (None, None)
-    again = reader.read(head, 65536)
+    again = connection.read(head)
     assert again[0] is first[0]
     assert again[1] is first[0].fields  # by which it is known that nothing in them is another's
 
@@ -174,8 +192,8 @@ def test_no_value_is_looked_at_twice(value: bytes) -> None:
 
 
 def is_known(head: bytes) -> bool:
-    reader = HeadReader()
-    return reader.read(head, 65536)[0] is reader.read(head, 65536)[0]
+    connection = Connection()
+    return connection.read(head)[0] is connection.read(head)[0]
 
 
 def test_only_heads_of_ordinary_size_are_remembered() -> None:
