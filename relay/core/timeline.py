@@ -14,6 +14,7 @@ import msgspec
 
 from relay.core.dialect import Meter
 from relay.core.histogram import Histogram
+from relay.core.preface import Preface
 
 _encode = msgspec.json.Encoder(decimal_format="number").encode
 
@@ -221,17 +222,31 @@ def _times(timeline: Timeline) -> dict[str, float | None]:
 
 def server_timing(timeline: Timeline, now: float) -> bytes:
     """The ``Server-Timing`` field of an answer whose head goes out at `now`: what the time before it went into."""
-    before = b""
-    if timeline.queue_s:
-        before = b"queue;dur=%.3f, " % (timeline.queue_s * _MS)
-    if timeline.prefill_s is not None:
-        before += b"prefill;dur=%.3f, " % (timeline.prefill_s * _MS)
+    before = _waits_before(timeline)
     answered = timeline.answered or timeline.head
     last_s = 0.0 if answered is None or timeline.request_sent is None else answered - timeline.request_sent
     if engine_s := timeline.lost_s + last_s:
         before += b"engine;dur=%.3f, " % (engine_s * _MS)
     own = now - timeline.request_read - timeline.waited_s - last_s
     return before + b"relay;dur=%.3f" % (max(0.0, own) * _MS)
+
+
+def preface(timeline: Timeline, before: bytes, after: bytes) -> Preface:
+    """The head of an answer that is waited for; its ``Server-Timing`` goes between `before` and `after`."""
+    assert timeline.request_sent is not None
+    since_s = timeline.request_sent - timeline.lost_s
+    own_s = timeline.request_sent - timeline.request_read - timeline.waited_s
+    return Preface(before + _waits_before(timeline), after, since_ns=int(since_s * 1e9), own_ns=int(own_s * 1e9))
+
+
+def _waits_before(timeline: Timeline) -> bytes:
+    """The members of ``Server-Timing`` that are known before any answer of an engine."""
+    text = b""
+    if timeline.queue_s:
+        text = b"queue;dur=%.3f, " % (timeline.queue_s * _MS)
+    if timeline.prefill_s is not None:
+        text += b"prefill;dur=%.3f, " % (timeline.prefill_s * _MS)
+    return text
 
 
 def record_text(record: Record) -> str:

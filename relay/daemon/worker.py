@@ -317,7 +317,7 @@ class Worker:
 
     async def _drain(self, handlers: trio.Nursery) -> None:
         """Waits for the open exchanges, within ``drain_s``; then ends them with an error frame."""
-        self.service.is_draining = True
+        self.service.drain()
         self.listeners.close()
         for client in self.connections:
             client.stop_waiting()

@@ -6,21 +6,19 @@ import time
 from typing import TYPE_CHECKING, Final
 
 from relay.core import headers
-from relay.core.frames import LAST_CHUNK, FrameRelay, without_mark
+from relay.core.frames import LAST_CHUNK, FrameRelay
 from relay.core.framing import BodyKind, decode_into
 from relay.core.request import Route
 from relay.errors import (
-    ClientGone,
     ExchangeError,
-    OutOfResources,
     Phase,
     Side,
     UpstreamAnswered,
     UpstreamDisconnected,
     UpstreamProtocolError,
-    UpstreamTimeout,
 )
 from relay.net import upstream as wire
+from relay.net.opening import failure_of
 from relay.net.pair import Stop
 from relay.net.reply import refusal
 
@@ -73,22 +71,9 @@ class Delivery:
     async def _relay_stream(self, relay: FrameRelay) -> bool:
         """Head and first frame in one write, then the pump; True if the engine's connection can be used again."""
         exchange, opening = self.exchange, self.opening
-        answer, reply, pair = opening.answer, exchange.reply, exchange.pair
-        now_ns = time.monotonic_ns()
-        framing: headers.Framing = "chunked" if relay.is_chunked else "close"
-        reply.keep_alive = reply.keep_alive and relay.is_chunked
-        if reply.is_early:
-            head, opening.first = b"", without_mark(opening.first, is_chunked=relay.is_chunked)
-        else:
-            head = reply.head_from(answer.head.stream_start, framing, headers.find(answer.fields, b"date"))
-        exchange.commit(answer.status)
-        reply.is_stream = reply.is_torn = True
-        await reply.send(head + opening.first)
-        reply.is_torn = False
-        exchange.service.pump.frames += relay.finder.frames
-        pair.last_read_ns = pair.last_frame_ns = now_ns
-        if exchange.meter.saw_content:
-            pair.content_read_ns, pair.content_sent_ns = now_ns, time.monotonic_ns()
+        reply, pair = exchange.reply, exchange.pair
+        if not opening.has_begun:
+            await self._begin(relay)
         try:
             await self._pump(relay)
         finally:
@@ -96,17 +81,34 @@ class Delivery:
             reply.is_torn = relay.is_unaligned or bool(pair.unsent) or pair.stop in (Stop.FAULT, Stop.SHORTAGE)
         if relay.editor is not None and relay.editor.failure is not None:
             raise relay.editor.failure
-        return answer.is_reusable and not relay.has_excess
+        return opening.answer.is_reusable and not relay.has_excess
+
+    async def _begin(self, relay: FrameRelay) -> None:
+        """What the pump does of its own where nothing speaks against it."""
+        exchange, pair = self.exchange, self.exchange.pair
+        now_ns = time.monotonic_ns()
+        head = self.opening.commit()
+        await exchange.reply.send(head + self.opening.first)
+        exchange.reply.is_torn = False
+        exchange.service.pump.frames += relay.finder.frames
+        pair.last_read_ns = pair.last_frame_ns = now_ns
+        if exchange.meter.saw_content:
+            pair.content_read_ns, pair.content_sent_ns = now_ns, time.monotonic_ns()
 
     async def _pump(self, relay: FrameRelay) -> None:
         """Lets the pump stream until the engine's body has ended, waiting for a full client in between."""
         exchange = self.exchange
         pair = exchange.pair
         idle_s = self._timeouts.between_tokens_s
-        while not relay.decoder.is_done:
-            if relay.decoder.error is not None:
-                raise _failure_of(Stop.UPSTREAM_MALFORMED, relay, idle_s)
-            stop = await pair.stream(relay, exchange.gaps, idle_limit_s=idle_s)
+        is_running = self.opening.has_begun
+        while is_running or not relay.decoder.is_done:
+            if is_running:
+                stop = await pair.stopped()
+                is_running = False
+            elif relay.decoder.error is not None:
+                stop = Stop.UPSTREAM_MALFORMED
+            else:
+                stop = await pair.stream(relay, exchange.gaps, idle_limit_s=idle_s)
             exchange.frames = relay.finder.frames
             if stop is Stop.CLIENT_BLOCKED:
                 began_ns = time.monotonic_ns()
@@ -117,7 +119,7 @@ class Delivery:
                 pair.last_read_ns += delay_ns
                 pair.last_frame_ns += delay_ns
             elif stop is not Stop.DONE:
-                raise _failure_of(stop, relay, idle_s)
+                raise failure_of(stop, relay, idle_s, phase=Phase.DATA)
 
     async def _refusal(self) -> ExchangeError:
         """What a client with the head of a stream is told where the engine's answer is none, or an error's."""
@@ -205,19 +207,3 @@ class Delivery:
         """The next bytes of the answer; empty at the end."""
         exchange, limit_s = self.exchange, self._timeouts.between_tokens_s
         return await wire.receive_next(exchange.pair, self.opening.connection, limit_s, exchange.phase)
-
-
-def _failure_of(stop: Stop, relay: FrameRelay, idle_s: float) -> ExchangeError:
-    """What a stream that the pump gave back unfinished died of."""
-    if stop is Stop.CLIENT_GONE:
-        return ClientGone("the client closed its connection", phase=Phase.DATA)
-    if stop is Stop.SHORTAGE:
-        return OutOfResources("the relay ran out of memory for sockets; try again", phase=Phase.DATA)
-    if stop is Stop.FAULT:
-        return ExchangeError("the relay failed; its standard error says how", phase=Phase.DATA)
-    if stop is Stop.UPSTREAM_IDLE:
-        return UpstreamTimeout(f"the engine was silent for between_tokens_s = {idle_s:g} s", phase=Phase.DATA)
-    if stop is Stop.UPSTREAM_MALFORMED:
-        return UpstreamProtocolError(f"the engine's stream is malformed: {relay.decoder.error}", phase=Phase.DATA)
-    how = "reset" if stop is Stop.UPSTREAM_RESET else "closed"
-    return UpstreamDisconnected(f"the engine {how} its connection in the middle of the stream", phase=Phase.DATA)

@@ -24,7 +24,7 @@ from relay.core.document import MAX_MEMBERS
 from relay.core.editor import UsageEditor
 from relay.core.framing import Buffer
 from relay.core.histogram import Histogram
-from relay.core.request import may_stream, peek
+from relay.core.request import RequestFacts, may_stream, peek
 from relay.core.request_head import Request
 from relay.core.timeline import Record, make_record
 from relay.errors import (
@@ -61,16 +61,15 @@ class Exchange:
         self.client = client
         self.request = request
         self.route = request.head.route
-        self.facts = peek(request.body)
+        self._facts: RequestFacts | None = None
         self.id = request.id or new_id()
         self.reply = Reply(service, client, request, self.id)
         self.timeline = self.reply.timeline
         self.body: Buffer = request.body  #: what engines get of it
-        self.expects_stream = self.facts.wants_stream and may_stream(self.route)  #: of the engine
         self.is_forced = False  #: the engine streams, and the client gets one body
         self.is_streamed = False  #: the engine did stream
         self.editor: UsageEditor | None = None  #: changes the usage in the answer
-        self.meter = Meter(self.route)
+        self._meter: Meter | None = None
         self.gaps = Histogram()
         self.gaps_folded = 0  #: what of its gaps the metrics have: the answer of the last `Buckets.fold`
         self.phase = Phase.REQUEST
@@ -126,6 +125,29 @@ class Exchange:
         self.client.scope.cancel()
 
     @property
+    def facts(self) -> RequestFacts:
+        """What the request's body says; read where it is first asked for, so that no engine need wait for it."""
+        if self._facts is None:
+            self._facts = peek(self.request.body)
+        return self._facts
+
+    @property
+    def meter(self) -> Meter:
+        """Of the present attempt's answer."""
+        if self._meter is None:
+            self._meter = Meter(self.route)
+        return self._meter
+
+    @property
+    def expects_stream(self) -> bool:
+        """Whether the engine was asked for one."""
+        return self.is_forced or (self.facts.wants_stream and may_stream(self.route))
+
+    def expect_answer(self) -> None:
+        """An engine has the request: time for what its answer needs, and it did not."""
+        _ = self.meter, self.facts
+
+    @property
     def attempt_id(self) -> str:
         """The request id of the present attempt, where the engine leaves the choice."""
         return self.id if self.attempts == 1 else f"{self.id}-{self.attempts}"
@@ -143,7 +165,7 @@ class Exchange:
         if local is not None:
             await self.reply.answer(*local)
             return
-        self.pool = service.fleet.pool_for(self.route, self.facts)
+        self.pool = service.fleet.sole or service.fleet.pool_for(self.route, self.facts)
         stream = self.pool.stream
         self._convert(stream)
         if stream.keepalive_comment_s:
@@ -163,8 +185,10 @@ class Exchange:
 
     def _convert(self, stream: StreamConfig) -> None:
         """What engines get instead of the client's request, and the client instead of their answer."""
-        config, facts = self.config, self.facts
-        asks_usage = stream.include_usage == "always"
+        config, asks_usage = self.config, stream.include_usage == "always"
+        if not (stream.force_stream or asks_usage or config.prices):
+            return
+        facts = self.facts
         converted = convert(
             self.route, facts, self.request.body, force_stream=stream.force_stream, ask_usage=asks_usage
         )
@@ -174,7 +198,6 @@ class Exchange:
             )
             raise RequestRefused(400, "invalid_json", message)
         self.body, self.is_forced = converted.body, converted.is_forced
-        self.expects_stream = self.expects_stream or self.is_forced
         self.prices = self.service.prices.of(facts.model)
         told = self.prices if config.cost.in_usage and may_stream(self.route) else None
         if converted.hides_usage or told is not None:
@@ -182,20 +205,23 @@ class Exchange:
 
     def _comment(self) -> bool:
         """The client has heard nothing for a while: if it waits for a stream, it is told so; False: it is gone."""
+        self.pair.preface = None  # what is said now begins with a head
         awaits_stream = self.expects_stream and not self.is_forced
         return self.reply.comment() if awaits_stream and not self.reply.is_committed else True
 
     def _ask_for(self, pool: Pool) -> Ask:
-        request, facts = self.request, self.facts
-        tenant = request.key.encode() if request.key else request.find(b"authorization") or self.client.peer.encode()
-        session = request.find(pool.session_field) or (facts.user.encode() if facts.user else None) or tenant
+        request, session = self.request, None
+        tenant = request.key.encode() if request.key else request.head.authorization or self.client.peer.encode()
+        if pool.goes_by_session:
+            user = self.facts.user
+            session = request.find(pool.session_field) or (user.encode() if user else None) or tenant
         return pool.ask(self.route, session, request.body, tenant)
 
     async def _attempts(self, pool: Pool, place: Place, ask: Ask) -> None:
         """Attempt after attempt, each with other engines, until one's answer has gone to the client."""
         failover = self.config.failover
         no_more_after = time.monotonic() + failover.budget_s
-        tried: dict[str, list[Upstream]] = {role: [] for role in ask.roles}
+        tried: dict[str, list[Upstream]] = {}
 
         def may_go_on() -> bool:
             is_allowed = self.attempts < failover.attempts and time.monotonic() < no_more_after
@@ -214,7 +240,7 @@ class Exchange:
             except ExchangeError as failure:
                 if self.reply.is_committed or not failure.may_retry or not may_go_on():
                     raise
-                tried[attempt.role].append(place.upstreams[attempt.role])
+                tried.setdefault(attempt.role, []).append(place.upstreams[attempt.role])
                 if not place.take_others(ask, tried):
                     raise
                 self.service.tally.failed_over()
@@ -223,7 +249,7 @@ class Exchange:
 
     def _forget_answer(self) -> None:
         """What was counted of the answer of an attempt that has failed: nothing of it has gone out."""
-        self.meter = Meter(self.route)
+        self._meter = None
         self.frames, self.is_streamed = 0, False
         if self.editor is not None:
             self.editor.cached_tokens = None

@@ -54,6 +54,7 @@ class Pool:
         self.config = config
         self.name = config.name
         self.stream = StreamConfig()  #: what holds for its streams
+        self.goes_by_session = config.balance == "session_affinity"
         self.session_field = config.session_header.lower().encode("ascii")
         self._leaving: WeakSet[Upstream] = WeakSet()  # until nothing holds them any more
         self.groups = {role: self._group(config, role, rules) for role in config.roles}
@@ -72,6 +73,7 @@ class Pool:
 
     def reconfigure(self, config: PoolConfig, rules: HealthRules) -> None:
         """Takes on another configuration of the same name. Engines found by name are left to who resolves it."""
+        self.goes_by_session = config.balance == "session_affinity"
         self.session_field = config.session_header.lower().encode("ascii")
         if config.connector != self.config.connector:
             self.connector = connector_named(config.connector)
@@ -141,7 +143,7 @@ class Pool:
         """Whether, should the engines of `place` fail, there would be others for another attempt."""
         for role in ask.roles:
             group = self.groups.get(role)
-            if group is not None and group.has_other([*tried[role], place.upstreams[role]]):
+            if group is not None and group.has_other([*tried.get(role, ()), place.upstreams[role]]):
                 return True
         return False
 
@@ -281,6 +283,8 @@ class Fleet:
         self._by_model = ByName((model, pool) for pool in self.pools for model in pool.config.models)
         self._default = next((pool for pool in self.pools if not pool.config.models), None)
         self._models_matter = self._default is None or len(self.pools) > 1 or bool(config.prices)
+        #: the pool of all requests, whatever their bodies say; None: there is none
+        self.sole = None if self._models_matter else self.pools[0]
 
     def __repr__(self) -> str:
         return f"<Fleet {self.pools!r}>"

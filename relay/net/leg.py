@@ -38,6 +38,7 @@ class Leg:
         *,
         failure_statuses: Collection[int],
         may_go_on: Callable[[], bool],
+        holds_first: bool = False,
     ) -> None:
         self.exchange = exchange
         self.group = group
@@ -46,6 +47,7 @@ class Leg:
         self.is_sent = False  #: the engine may have got the request
         self.failure_statuses = failure_statuses  #: that another engine is tried after
         self.may_go_on = may_go_on  #: whether another engine would be tried now, should this one fail
+        self.holds_first = holds_first  #: whether who opens is to see a stream begin, and the client not yet
         self._timeouts = exchange.config.timeouts
 
     async def open(self) -> Opening:
@@ -102,14 +104,16 @@ class Leg:
             head = head_of(exchange, self.upstream, self.sends)
             exchange.timeline.request_sent = time.monotonic()
             self.is_sent = True
-            answer, interim = await wire.ask(pair, connection, exchange.request.head.method, head, self.sends.body)
+            method, body = exchange.request.head.method, self.sends.body
+            answer, interim = await wire.ask(pair, connection, method, head, body, exchange.expect_answer)
             exchange.timeline.head = time.monotonic()
             if interim:
                 await self._pass_on(interim)
             self._refuse_failure(answer)
             opening = Opening(self, connection, answer)
             await self._begin_answer(opening)
-            exchange.timeline.answered = time.monotonic()
+            if not opening.has_begun:
+                exchange.timeline.answered = time.monotonic()
             return opening
         except trio.TooSlowError:
             self.give_up(connection)
@@ -149,13 +153,7 @@ class Leg:
             if editor is not None and opening.body is not None and answer.status == 200:
                 opening.body = editor.edit_body(opening.body, meter)
         else:
-            await opening.read_first_frame(
-                pair,
-                meter,
-                editor,
-                is_chunked=exchange.reply.takes_chunks,
-                max_frame_bytes=stream.max_frame_bytes,
-            )
+            await opening.begin_stream(idle_s=idle_s)
 
     def _refuse_failure(self, answer: wire.Answer) -> None:
         """Raises UpstreamRefused for a status that another engine is tried after, if one is left."""

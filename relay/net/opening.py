@@ -8,16 +8,26 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
+from relay.core import headers
 from relay.core.aggregate import Collector, EngineError, TooLarge, Truncated, aggregator_for
 from relay.core.dialect import Meter
 from relay.core.editor import UsageEditor
-from relay.core.frames import FrameRelay, Pieces
+from relay.core.frames import FrameRelay, Pieces, without_mark
 from relay.core.framing import decode_into, decoder_for
 from relay.core.request import Route
 from relay.core.sse import looks_like_event_stream
-from relay.errors import AnswerTooLarge, Phase, UpstreamDisconnected, UpstreamProtocolError, UpstreamTimeout
+from relay.errors import (
+    AnswerTooLarge,
+    ClientGone,
+    ExchangeError,
+    OutOfResources,
+    Phase,
+    UpstreamDisconnected,
+    UpstreamProtocolError,
+    UpstreamTimeout,
+)
 from relay.net import upstream
-from relay.net.pair import Pair
+from relay.net.pair import Pair, Stop
 from relay.net.pool import UpstreamConnection
 
 if TYPE_CHECKING:
@@ -40,7 +50,7 @@ class Opening:
         self.connection = connection
         self.answer = answer
         self.relay: FrameRelay | None = None  #: an event stream's
-        self.first = b""  #: the frames that go out with its head
+        self.first = b""  #: the frames that go out with its head, unless the pump has seen to that
         self.body: bytes | None = None  #: the whole answer's, where it has been read to its end
 
     def __repr__(self) -> str:
@@ -64,18 +74,23 @@ class Opening:
                 return False
             answer.rest += data
 
-    async def read_first_frame(
-        self, pair: Pair, meter: Meter, editor: UsageEditor | None, *, is_chunked: bool, max_frame_bytes: int
-    ) -> None:
-        """Reads until there is a whole frame to send. Raises UpstreamDisconnected where none comes."""
-        relay = FrameRelay(
-            self.answer.decoder, meter, is_chunked=is_chunked, max_frame_bytes=max_frame_bytes, editor=editor
+    async def begin_stream(self, *, idle_s: float) -> None:
+        """Waits for the first whole frame. The pump sends it behind the head, unless that has brought it along.
+
+        After it the engine may be silent for `idle_s`. Raises UpstreamDisconnected where none comes,
+        UpstreamProtocolError, or OutOfResources.
+        """
+        exchange = self.leg.exchange
+        relay = self.relay = FrameRelay(
+            self.answer.decoder,
+            exchange.meter,
+            is_chunked=exchange.reply.takes_chunks,
+            max_frame_bytes=exchange.config.stream.max_frame_bytes,
+            editor=exchange.editor,
         )
-        self.relay = relay
-        out: Pieces = []
-        data = self.answer.rest
-        while True:
-            buffer = bytearray(data)
+        if self.answer.rest:
+            out: Pieces = []
+            buffer = bytearray(self.answer.rest)
             relay.feed(buffer, memoryview(buffer), len(buffer), out)
             if relay.decoder.is_done:
                 relay.finish(out)
@@ -83,15 +98,51 @@ class Opening:
                 self.first = b"".join(out)
                 return
             if relay.decoder.error is not None:
-                message = f"the engine's stream is malformed: {relay.decoder.error}"
-                raise UpstreamProtocolError(message, phase=Phase.HEAD)
-            await pair.wait_upstream()  # also where bytes wait already: there may never be a frame in them
-            data = await upstream.receive(pair, self.connection)
-            if not data:
-                relay.decoder.at_close()
-                if relay.decoder.error is not None:
-                    message = f"the engine's stream is cut: {relay.decoder.error}"
-                    raise UpstreamDisconnected(message, phase=Phase.HEAD)
+                raise failure_of(Stop.UPSTREAM_MALFORMED, relay, idle_s, phase=Phase.HEAD)
+        await self._begin(exchange.pair, relay, idle_s)
+
+    async def _begin(self, pair: Pair, relay: FrameRelay, idle_s: float) -> None:
+        """Waits for the first frame, where the head has brought none."""
+        exchange = self.leg.exchange
+        if not self.leg.holds_first and not exchange.reply.is_early:
+            pair.preface = exchange.reply.preface(self.answer.head.stream_start, *self._framing(relay))
+        stop = Stop.FAULT
+        try:
+            stop = await pair.begin(relay, exchange.gaps, idle_limit_s=idle_s)
+        finally:
+            if self.has_begun:
+                exchange.timeline.answered = pair.begun_ns / 1e9
+                self._commit(relay)
+        if stop is Stop.HELD:
+            self.first, pair.unsent = pair.unsent, b""
+        elif not self.has_begun:
+            raise failure_of(stop, relay, idle_s, phase=Phase.HEAD)
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether the client has head and first frame; the pump has sent them, and streams on."""
+        return self.leg.exchange.pair.begun_ns > 0
+
+    def commit(self) -> bytes:
+        """The commit point where `has_begun` is false: answers the head, which is to go out with `first` at once."""
+        relay, reply = self.relay, self.leg.exchange.reply
+        assert relay is not None
+        if reply.is_early:
+            head, self.first = b"", without_mark(self.first, is_chunked=relay.is_chunked)
+        else:
+            head = reply.head_from(self.answer.head.stream_start, *self._framing(relay))
+        self._commit(relay)
+        return head
+
+    def _framing(self, relay: FrameRelay) -> tuple[headers.Framing, bytes | None]:
+        """How the client is told where the stream ends; and the answer's date."""
+        return "chunked" if relay.is_chunked else "close", headers.find(self.answer.fields, b"date")
+
+    def _commit(self, relay: FrameRelay) -> None:
+        exchange, reply = self.leg.exchange, self.leg.exchange.reply
+        exchange.commit(self.answer.status)
+        reply.keep_alive = reply.keep_alive and relay.is_chunked
+        reply.is_stream = reply.is_torn = True  # until all of it has been sent
 
     async def collect(
         self, pair: Pair, meter: Meter, *, route: Route, request: Buffer, max_bytes: int, idle_s: float
@@ -165,3 +216,20 @@ class Opening:
             answer.is_reusable = answer.is_reusable and position == len(raw)
         else:
             answer.rest = bytes(raw)
+
+
+def failure_of(stop: Stop, relay: FrameRelay, idle_s: float, *, phase: Phase) -> ExchangeError:
+    """What a stream that the pump gave back unfinished died of."""
+    if stop is Stop.CLIENT_GONE:
+        return ClientGone("the client closed its connection", phase=phase)
+    if stop is Stop.SHORTAGE:
+        return OutOfResources("the relay ran out of memory for sockets; try again", phase=phase)
+    if stop is Stop.FAULT:
+        return ExchangeError("the relay failed; its standard error says how", phase=phase)
+    if stop is Stop.UPSTREAM_IDLE:
+        return UpstreamTimeout(f"the engine was silent for between_tokens_s = {idle_s:g} s", phase=phase)
+    if stop is Stop.UPSTREAM_MALFORMED:
+        return UpstreamProtocolError(f"the engine's stream is malformed: {relay.decoder.error}", phase=phase)
+    how = "reset" if stop is Stop.UPSTREAM_RESET else "closed"
+    where = "before its stream's first frame" if phase is Phase.HEAD else "in the middle of the stream"
+    return UpstreamDisconnected(f"the engine {how} its connection {where}", phase=phase)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from relay.core.frames import FrameRelay
 from relay.core.histogram import Histogram
+from relay.core.preface import Preface
 from relay.net.source import Source
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 class Stop(Enum):
     """Why the pump gave a pair back to its exchange."""
 
+    HELD = "nothing has gone out of what came first, which is in `Pair.unsent` (`Pair.begin`)"
     DONE = "the engine's body ended as its framing says, and everything has been sent"
     CLIENT_BLOCKED = "the client's socket is full; `Pair.unsent` holds what is left of the last read"
     CLIENT_GONE = "sending failed: the client has closed its connection"
@@ -33,9 +35,9 @@ class Pair:
     """The two sockets of one exchange, as the pump sees them. Made by `Pump.open`; always `close` it."""
 
     __slots__ = (
-        "_pump", "bytes_out", "client", "comment_every_ns", "content_read_ns", "content_sent_ns", "gaps",
-        "idle_limit_ns", "is_gone", "last_comment_ns", "last_frame_ns", "last_read_ns", "limit_at_ns", "on_gone",
-        "on_quiet", "relay", "send", "sendmsg", "stop", "unsent", "upstream",
+        "_pump", "begun_ns", "bytes_out", "client", "comment_every_ns", "content_read_ns", "content_sent_ns", "gaps",
+        "idle_limit_ns", "is_beginning", "is_gone", "last_comment_ns", "last_frame_ns", "last_read_ns", "limit_at_ns",
+        "on_gone", "on_quiet", "preface", "relay", "send", "sendmsg", "stop", "unsent", "upstream",
     )  # fmt: skip
 
     def __init__(self, pump: Pump, client: Source, on_gone: Callable[[], None]) -> None:
@@ -46,6 +48,9 @@ class Pair:
         self.upstream: Source | None = None
         self.relay: FrameRelay | None = None
         self.gaps: Histogram  #: of the stream, while there is one
+        self.preface: Preface | None = None  #: of a stream that is to begin: see `begin`
+        self.begun_ns = 0  #: when its first frames came; 0: they have not, or were held
+        self.is_beginning = False  #: it is waited for them
         self.last_read_ns = 0  #: when bytes last came from the engine (monotonic clock)
         self.last_frame_ns = 0  #: when a frame last became whole
         self.idle_limit_ns = 0  #: longest silence while streaming
@@ -69,8 +74,10 @@ class Pair:
         self.upstream = upstream
 
     def detach(self) -> None:
-        """Lets go of the engine's socket."""
-        self.upstream = None
+        """Lets go of the engine's socket; a stream ends with that."""
+        if self.upstream is not None:
+            self._take_back(self.upstream)
+            self.upstream = None
 
     def close(self) -> None:
         """The exchange is over."""
@@ -100,24 +107,55 @@ class Pair:
             return self.upstream.wait_writable(self.limit_at_ns)
         return self.upstream.wait_readable(self.limit_at_ns)
 
+    async def begin(self, relay: FrameRelay, gaps: Histogram, *, idle_limit_s: float) -> Stop:
+        """Hands the streaming to the pump before its first frame, so that the first token costs what any other does.
+
+        When that is there, it goes out behind `preface`; then `begun_ns` is set, the streaming goes on, and only
+        `stopped` tells how it ended. Else this answers why it has not begun, or raises trio.TooSlowError past the
+        limit. Where there is no preface any more, that is `Stop.HELD`.
+        """
+        upstream = self._hand_over(relay, gaps, idle_limit_s)
+        self.is_beginning = True
+        try:
+            await upstream.park(self.limit_at_ns)
+        finally:
+            if not self.begun_ns:
+                self._take_back(upstream)
+        return self.stop
+
     async def stream(self, relay: FrameRelay, gaps: Histogram, *, idle_limit_s: float) -> Stop:
         """Hands the streaming to the pump; answers why it stopped. Call again to go on after `CLIENT_BLOCKED`.
 
         `idle_limit_s`: longest silence of the engine, 0 for none. Cancelling ends the streaming between two frames'
         writes: the client has got everything it was sent whole, unless `unsent` is not empty.
         """
+        self._hand_over(relay, gaps, idle_limit_s)
+        self._pump.streaming.add(self)
+        return await self.stopped()
+
+    async def stopped(self) -> Stop:
+        """Sleeps until the pump has given the streaming back, and answers why; else as `stream`."""
+        upstream = self.upstream
+        assert upstream is not None
+        try:
+            if self.relay is not None:
+                await upstream.park()
+        finally:
+            self._take_back(upstream)
+        return self.stop
+
+    def _hand_over(self, relay: FrameRelay, gaps: Histogram, idle_limit_s: float) -> Source:
         upstream = self.upstream
         assert upstream is not None
         self.relay = relay
         self.gaps = gaps
         self.idle_limit_ns = int(idle_limit_s * 1e9)
         upstream.streams = self
-        self._pump.streaming.add(self)
         if upstream.has_news:
             upstream.report_anew()
-        try:
-            await upstream.park()
-        finally:
-            self.relay = upstream.streams = None
-            self._pump.streaming.discard(self)
-        return self.stop
+        return upstream
+
+    def _take_back(self, upstream: Source) -> None:
+        self.relay = self.preface = upstream.streams = None
+        self.is_beginning = False
+        self._pump.streaming.discard(self)

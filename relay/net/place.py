@@ -51,9 +51,9 @@ class Place:
         if not self._pool.has_roles(ask):
             return False
         # Where the failed engine is the only one of its role, the other role's engine has to be another.
-        stays = [role for role in ask.roles if tried[role] and not self._pool.groups[role].has_other(tried[role])]
+        stays = [role for role in tried if not self._pool.groups[role].has_other(tried[role])]
         for role in ask.roles:
-            avoided = [] if role in stays else [*tried[role], *([self.upstreams[role]] if stays else [])]
+            avoided = [] if role in stays else [*tried.get(role, ()), *([self.upstreams[role]] if stays else [])]
             if self.take(role, ask, avoided) is None:
                 return False
         self._pool.advance()

@@ -197,8 +197,8 @@ class Pump:
                         self._give_back(pair, Stop.FAULT)
 
     def _comment(self, pair: Pair) -> None:
-        if pair.relay is None:
-            if pair.on_quiet is not None and not pair.on_quiet():
+        if pair.relay is None or pair.is_beginning:
+            if pair.on_quiet is not None and not pair.begun_ns and not pair.on_quiet():
                 self._client_left(pair)
         elif (comment := pair.relay.comment) and (stop := self._flush(pair, [comment])):
             self._give_back(pair, stop)
@@ -234,11 +234,15 @@ class Pump:
             decoder.at_close()
         if decoder.is_done:
             relay.finish(out)
+        is_first = pair.is_beginning
+        if is_first and (out or decoder.is_done) and not self._begin(pair, out, now):
+            return
         if frames := finder.frames - before:
             self.frames += frames
-            pair.gaps.add(now - pair.last_frame_ns)
-            if frames > 1:
-                pair.gaps.add_zeros(frames - 1)
+            if not is_first:
+                pair.gaps.add(now - pair.last_frame_ns)
+                if frames > 1:
+                    pair.gaps.add_zeros(frames - 1)
             pair.last_frame_ns = now
         pair.last_read_ns = now
         stop = self._flush(pair, out) if out else None
@@ -255,8 +259,24 @@ class Pump:
             else:
                 if upstream.has_news:
                     upstream.report_anew()
+                if is_first and not pair.is_beginning:
+                    upstream.wake()  # its exchange takes note of that, while more may come
                 return
         self._give_back(pair, stop)
+
+    def _begin(self, pair: Pair, out: Pieces, now: int) -> bool:
+        """The first of a stream is there: whether it goes out."""
+        preface = pair.preface
+        if preface is None:
+            pair.unsent = b"".join(out)
+            out.clear()
+            self._give_back(pair, Stop.HELD)
+            return False
+        out.insert(0, preface.at(now, time.monotonic_ns()))
+        pair.begun_ns = now
+        pair.is_beginning = False
+        self.streaming.add(pair)
+        return True
 
     def _flush(self, pair: Pair, out: Pieces) -> Stop | None:
         """Sends `out` to the client; None when all of it went."""

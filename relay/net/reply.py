@@ -13,9 +13,10 @@ import trio
 from relay.core import dialect, headers
 from relay.core.auth import CHALLENGE
 from relay.core.frames import COMMENT, COMMENT_CHUNK
+from relay.core.preface import Preface
 from relay.core.request import Route
 from relay.core.request_head import Request
-from relay.core.timeline import Timeline, make_record, server_timing
+from relay.core.timeline import Timeline, make_record, preface, server_timing
 from relay.errors import ClientGone, ClientStalled, ExchangeError, OutOfResources, Phase, UpstreamAnswered
 from relay.net import sockets
 from relay.net.downstream import ClientConnection
@@ -28,6 +29,8 @@ FAREWELL_S: Final = 2.0
 _JSON: Final = (b"content-type", b"application/json")
 #: How the head of a stream begins that no engine has begun yet.
 _EARLY: Final = headers.head_start(200, b"", [], event_stream=True)
+#: Stands for what is not known yet; in no value of a head, as those lose their control bytes.
+_TO_COME: Final = b"\0"
 
 
 class Reply:
@@ -64,13 +67,22 @@ class Reply:
 
     def head_from(self, start: headers.HeadStart, framing: headers.Framing, date: bytes | None = None) -> bytes:
         """The same, where its beginning is known; `date`: the engine's."""
+        timing = b"" if self.is_early else server_timing(self.timeline, time.monotonic())
+        return self._head(start, framing, date, timing)
+
+    def preface(self, start: headers.HeadStart, framing: headers.Framing, date: bytes | None) -> Preface:
+        """The same for an answer that is waited for. It is worth nothing once draining has begun."""
+        before, _, after = self._head(start, framing, date, _TO_COME).partition(_TO_COME)
+        return preface(self.timeline, before, after)
+
+    def _head(self, start: headers.HeadStart, framing: headers.Framing, date: bytes | None, timing: bytes) -> bytes:
         return headers.response_head(
             start,
             framing=framing,
             keep_alive=self.keep_alive and not self.service.is_draining,
             date=date or _http_date(),
             request_id=self.id,
-            server_timing=b"" if self.is_early else server_timing(self.timeline, time.monotonic()),
+            server_timing=timing,
         )
 
     async def send(self, data: bytes) -> None:

@@ -54,6 +54,12 @@ class Service:
         self.keys.keep({*(guard.credentials.names or {}).values()})
         self.prices = PriceList({model: _as_decimals(prices) for model, prices in config.prices.items()})
 
+    def drain(self) -> None:
+        """No more requests, which the answers that have not begun are to say."""
+        self.is_draining = True
+        for exchange in self.active:
+            exchange.pair.preface = None
+
     def admit(self, request: Request) -> Visit | None:
         """Judges a request by its head, notes whose it is, and lets it in; None: nobody's, as no key is asked for.
 

@@ -315,7 +315,9 @@ class SplitAttempt:
         # In a split pool a 500 is a failed attempt too: a lost handle shows as one.
         statuses = (*exchange.config.failover.statuses, 500)
         group, upstream = self._groups["decode"], self._place.upstreams["decode"]
-        return Leg(exchange, group, upstream, sends, failure_statuses=statuses, may_go_on=self._may_go_on)
+        return Leg(
+            exchange, group, upstream, sends, failure_statuses=statuses, may_go_on=self._may_go_on, holds_first=True
+        )
 
     async def _open(self, leg: Leg) -> Opening:
         self.role = "decode"

@@ -22,7 +22,7 @@ from relay.net.pool import UpstreamConnection
 from relay.net.sockets import READ_BYTES
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable
+    from collections.abc import Awaitable, Callable
 
     from relay.net.pair import Pair
 
@@ -82,13 +82,21 @@ class ConnectionDied(UpstreamDisconnected):
 
 
 async def ask(
-    pair: Waits, connection: UpstreamConnection, method: bytes, head: bytes, body: Buffer
+    pair: Waits,
+    connection: UpstreamConnection,
+    method: bytes,
+    head: bytes,
+    body: Buffer,
+    meanwhile: Callable[[], None] | None = None,
 ) -> tuple[Answer, list[h11.InformationalResponse]]:
     """Sends a request and waits for the head of the final answer; also the interim ones that came before it.
 
-    Raises ConnectionDied, UpstreamDisconnected, UpstreamProtocolError or OutOfResources. Limits are the caller's.
+    `meanwhile` is called once the engine has something to do. Raises ConnectionDied, UpstreamDisconnected,
+    UpstreamProtocolError or OutOfResources. Limits are the caller's.
     """
     is_sent, data = await _send(pair, connection, head, body)
+    if meanwhile is not None:
+        meanwhile()
     try:
         if not data:
             await pair.wait_upstream()  # no engine has answered by now, so trying first would fail

@@ -13,6 +13,8 @@ from relay.config import TimeoutsConfig
 from relay.core.frames import FrameRelay, Pieces
 from relay.net import poller
 from relay.net.delivery import Delivery
+from relay.net.opening import Opening
+from relay.net.reply import Reply
 from relay_bench.engine import Engine, EngineConfig, serve_engine
 from tests.conftest import changes_pump, running_relay
 from tests.e2e.harness import ask, assert_cut_off, request, until
@@ -94,15 +96,26 @@ async def test_a_fault_of_the_relays_own_ends_one_stream_and_no_other(
         nursery.cancel_scope.cancel()
 
 
-@pytest.mark.parametrize(("fails", "outcome"), [("_relay_stream", "RH"), ("_pump", "RD")])
+@pytest.mark.parametrize(
+    ("where", "fails", "outcome"),
+    [(Opening, "begin_stream", "RH"), (Reply, "preface", "RH"), (Delivery, "_pump", "RD")],
+)
 async def test_a_client_is_told_of_a_fault_of_the_relays_own(
-    fails: str, outcome: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], engine: Engine
+    where: type,
+    fails: str,
+    outcome: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    engine: Engine,
 ) -> None:
-    async def fail(*_: object) -> None:
+    async def fail(*_: object, **__: object) -> None:
         await trio.lowlevel.checkpoint()
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(Delivery, fails, fail)
+    def fail_at_once(*_: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(where, fails, fail_at_once if fails == "preface" else fail)
     async with running_relay(engine.url) as relay:
         answer = await ask(relay.port, request(sim_step_ms="1000"))
         if outcome == "RH":
