@@ -40,10 +40,10 @@ from relay.core.request import Route
 WHOLE: Final[Mapping[str, Change]] = {"stream": b"false", "stream_options": None}
 
 _ONE_TOKEN: Final[Mapping[Route, Mapping[str, Change]]] = {
-    Route.CHAT: {"max_tokens": b"1", "max_completion_tokens": None, "min_tokens": b"1"},
-    Route.COMPLETIONS: {"max_tokens": b"1", "min_tokens": b"1"},
-    Route.RESPONSES: {"max_output_tokens": b"1", "min_tokens": b"1", "store": b"false"},
-    Route.MESSAGES: {"max_tokens": b"1", "min_tokens": b"1"},
+    Route.CHAT: {"max_tokens": b"1", "max_completion_tokens": None, "min_tokens": b"1", **WHOLE},
+    Route.COMPLETIONS: {"max_tokens": b"1", "min_tokens": b"1", **WHOLE},
+    Route.RESPONSES: {"max_output_tokens": b"1", "min_tokens": b"1", "store": b"false", **WHOLE},
+    Route.MESSAGES: {"max_tokens": b"1", "min_tokens": b"1", **WHOLE},
 }
 
 
@@ -52,9 +52,10 @@ def one_token(document: Document, route: Route, changes: Mapping[str, Change]) -
 
     Raises KeyError for a route that does not generate, and what `Document.edit` raises.
     """
-    thinks = route is Route.MESSAGES and _budgets_thinking(document.text)
-    thinking: Mapping[str, Change] = {"thinking": None} if thinks else {}
-    return document.edit({**_ONE_TOKEN[route], **WHOLE, **thinking, **changes})
+    all_changes = {**_ONE_TOKEN[route], **changes}
+    if route is Route.MESSAGES and _budgets_thinking(document.text):
+        all_changes["thinking"] = None
+    return document.edit(all_changes)
 
 
 class _Thinking(msgspec.Struct, gc=False):

@@ -68,7 +68,7 @@ _ANSWER: Final = msgspec.json.Decoder(_Answer)
 
 def cached_tokens(answer: bytes) -> int | None:
     """How much of the prompt an engine had in its cache, as its whole JSON answer says; None: it does not."""
-    if b"cache" not in answer:  # as nearly always: vLLM says so only where it is asked to
+    if b'"cache' not in answer:  # as nearly always: vLLM says so only where it is asked to
         return None
     found = decode_or_none(_ANSWER, answer)
     if found is None or found.usage is None:

@@ -23,6 +23,7 @@ from relay.core.usage import cached_tokens
         (b"", None),
         (b"\xff", None),
         (b"[" * 100_000, None),
+        (b'{"kv_transfer_params":{"remote_prefill_cached_tokens":3},"usage":{"prompt_tokens":9}}', None),
     ],
 )
 def test_cached_tokens_of_a_whole_answer(answer: bytes, cached: int | None) -> None:
