@@ -7,7 +7,8 @@ hashed.
 Both heads are written by hand, since constructing and sending an h11 event costs more than the rest of a request
 together; and each in two parts, of which the first is the same whenever its sender repeats a head (`passed_fields`,
 `head_start`), so that whoever keeps it need not have it written again. What h11 would have checked holds already: every
-byte of a request's fields has passed `relay.core.strict.check_raw_head` and h11's parser, its id `good_request_id`,
+byte of a request's fields has passed `relay.core.strict.check_raw_head` and h11's parser, its id `good_request_id`
+(or it is made of visible characters by the pattern it was found with: `visible_request_id`),
 every name of a response has passed h11's parser, and the values of a response lose their control bytes here. What the
 relay itself adds is made of text it controls.
 

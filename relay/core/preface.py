@@ -1,7 +1,7 @@
 """The head of a stream, written while its first frame is still waited for.
 
 The worst time to write a head is when the first token has come, after a rest that has left nothing of the relay in the
-processor's caches. What is known before is made before; left is the time that the engine has taken, and the relay.
+processor's caches. What is known before is written before; only the times of engine and relay are filled in then.
 """
 
 from __future__ import annotations

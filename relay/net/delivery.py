@@ -1,4 +1,4 @@
-"""An engine's answer on its way to the client, from the commit point on."""
+"""An engine's answer on its way to the client, from the commit point on; of a stream that has begun, the rest."""
 
 from __future__ import annotations
 
@@ -69,11 +69,11 @@ class Delivery:
         return self._relay_body()
 
     async def _relay_stream(self, relay: FrameRelay) -> bool:
-        """Head and first frame in one write, then the pump; True if the engine's connection can be used again."""
+        """A stream to its end, by the pump; True if the engine's connection can be used again."""
         exchange, opening = self.exchange, self.opening
         reply, pair = exchange.reply, exchange.pair
         if not opening.has_begun:
-            await self._begin(relay)
+            await self._send_first(relay)
         try:
             await self._pump(relay)
         finally:
@@ -83,8 +83,11 @@ class Delivery:
             raise relay.editor.failure
         return opening.answer.is_reusable and not relay.has_excess
 
-    async def _begin(self, relay: FrameRelay) -> None:
-        """What the pump does of its own where nothing speaks against it."""
+    async def _send_first(self, relay: FrameRelay) -> None:
+        """Head and first frame, where the pump has not sent them.
+
+        They were held, they came together, or the client has the head of a stream already.
+        """
         exchange, pair = self.exchange, self.exchange.pair
         now_ns = time.monotonic_ns()
         head = self.opening.commit()
@@ -100,15 +103,8 @@ class Delivery:
         exchange = self.exchange
         pair = exchange.pair
         idle_s = self._timeouts.between_tokens_s
-        is_running = self.opening.has_begun
-        while is_running or not relay.decoder.is_done:
-            if is_running:
-                stop = await pair.stopped()
-                is_running = False
-            elif relay.decoder.error is not None:
-                stop = Stop.UPSTREAM_MALFORMED
-            else:
-                stop = await pair.stream(relay, exchange.gaps, idle_limit_s=idle_s)
+        stop = await pair.stopped() if self.opening.has_begun else Stop.DONE
+        while True:
             exchange.frames = relay.finder.frames
             if stop is Stop.CLIENT_BLOCKED:
                 began_ns = time.monotonic_ns()
@@ -120,6 +116,11 @@ class Delivery:
                 pair.last_frame_ns += delay_ns
             elif stop is not Stop.DONE:
                 raise failure_of(stop, relay, idle_s, phase=Phase.DATA)
+            if relay.decoder.is_done:
+                return
+            if relay.decoder.error is not None:
+                raise failure_of(Stop.UPSTREAM_MALFORMED, relay, idle_s, phase=Phase.DATA)
+            stop = await pair.stream(relay, exchange.gaps, idle_limit_s=idle_s)
 
     async def _refusal(self) -> ExchangeError:
         """What a client with the head of a stream is told where the engine's answer is none, or an error's."""

@@ -71,7 +71,7 @@ class ClientConnection:
         admit: Admit = lambda request: None,
     ) -> None:
         self._heads = heads
-        self._last_head: KnownHead | None = None
+        self._last_head: KnownHead | None = None  # which the next is likely to resemble
         self._admit = admit
         self.source = source
         self.sock = source.sock

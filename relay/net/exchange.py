@@ -144,7 +144,7 @@ class Exchange:
         return self.is_forced or (self.facts.wants_stream and may_stream(self.route))
 
     def expect_answer(self) -> None:
-        """An engine has the request: time for what its answer needs, and it did not."""
+        """Makes what the answer needs, now that the engine works and nobody waits for the relay."""
         _ = self.meter, self.facts
 
     @property
@@ -212,7 +212,7 @@ class Exchange:
     def _ask_for(self, pool: Pool) -> Ask:
         request, session = self.request, None
         tenant = request.key.encode() if request.key else request.head.authorization or self.client.peer.encode()
-        if pool.goes_by_session:
+        if pool.config.balance == "session_affinity":
             user = self.facts.user
             session = request.find(pool.session_field) or (user.encode() if user else None) or tenant
         return pool.ask(self.route, session, request.body, tenant)

@@ -54,7 +54,6 @@ class Pool:
         self.config = config
         self.name = config.name
         self.stream = StreamConfig()  #: what holds for its streams
-        self.goes_by_session = config.balance == "session_affinity"
         self.session_field = config.session_header.lower().encode("ascii")
         self._leaving: WeakSet[Upstream] = WeakSet()  # until nothing holds them any more
         self.groups = {role: self._group(config, role, rules) for role in config.roles}
@@ -73,7 +72,6 @@ class Pool:
 
     def reconfigure(self, config: PoolConfig, rules: HealthRules) -> None:
         """Takes on another configuration of the same name. Engines found by name are left to who resolves it."""
-        self.goes_by_session = config.balance == "session_affinity"
         self.session_field = config.session_header.lower().encode("ascii")
         if config.connector != self.config.connector:
             self.connector = connector_named(config.connector)

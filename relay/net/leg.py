@@ -1,4 +1,7 @@
-"""One request to one engine, up to the commit point: a plain attempt, or the decode part of a split one."""
+"""One request to one engine, up to the commit point, or just past it: a plain attempt, or a split one's decode part.
+
+Past it where the pump has sent the first frame of a stream, and streams on.
+"""
 
 from __future__ import annotations
 
@@ -53,8 +56,8 @@ class Leg:
     async def open(self) -> Opening:
         """Asks the engine, and tells its health of the outcome. Raises ExchangeError."""
         attempt = self.group.begin(self.upstream)
+        opening: Opening | None = None
         try:
-            opening: Opening | None = None
             idle = self.upstream.take_idle(self._timeouts.upstream_idle_s)
             if idle is not None:
                 try:
@@ -70,6 +73,10 @@ class Leg:
             if failure.side is Side.UPSTREAM:
                 attempt.failed(time.monotonic())
                 self.exchange.service.tally.upstream_failed(self.exchange, self.upstream, failure)
+            raise
+        except BaseException:
+            if opening is not None:
+                self.give_up(opening.connection)
             raise
         finally:
             self.group.end(attempt, self.upstream)
@@ -93,7 +100,7 @@ class Leg:
             exchange.timeline.add_connect(time.monotonic() - began)
 
     async def _over(self, connection: UpstreamConnection) -> Opening:
-        """Sends the request, and reads the answer up to the commit point, within ``first_token_s``."""
+        """Sends the request, and has the answer begin, within ``first_token_s``."""
         exchange = self.exchange
         pair = exchange.pair
         limit_s = self._timeouts.first_token_s
@@ -129,7 +136,7 @@ class Leg:
         self.exchange.timeline.give_up(time.monotonic())
 
     async def _begin_answer(self, opening: Opening) -> None:
-        """Reads of an answer what has to be known before it is committed to: its first frame, or all of it."""
+        """Reads of an answer what has to be known before it is committed to, or has its stream begin."""
         exchange, answer = self.exchange, opening.answer
         pair, editor, stream = exchange.pair, exchange.editor, exchange.config.stream
         idle_s = self._timeouts.between_tokens_s

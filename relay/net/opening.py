@@ -1,4 +1,4 @@
-"""An engine's answer up to the commit point: what kind of body it has, and the first frame of a stream.
+"""How an engine's answer begins: what kind of body it has, and the first frame of a stream, which the pump sends.
 
 Some answers are read to their end before anything goes out: those made of a stream that the client did not ask for, and
 those whose usage object changes. Until then a failed engine can still be replaced by another.
@@ -78,7 +78,8 @@ class Opening:
         """Waits for the first whole frame. The pump sends it behind the head, unless that has brought it along.
 
         After it the engine may be silent for `idle_s`. Raises UpstreamDisconnected where none comes,
-        UpstreamProtocolError, or OutOfResources.
+        UpstreamProtocolError, OutOfResources, or ExchangeError for a fault of the relay's; trio.TooSlowError past the
+        pair's limit.
         """
         exchange = self.leg.exchange
         relay = self.relay = FrameRelay(
@@ -99,23 +100,20 @@ class Opening:
                 return
             if relay.decoder.error is not None:
                 raise failure_of(Stop.UPSTREAM_MALFORMED, relay, idle_s, phase=Phase.HEAD)
-        await self._begin(exchange.pair, relay, idle_s)
+        await self._await_first(relay, idle_s)
 
-    async def _begin(self, pair: Pair, relay: FrameRelay, idle_s: float) -> None:
-        """Waits for the first frame, where the head has brought none."""
-        exchange = self.leg.exchange
+    async def _await_first(self, relay: FrameRelay, idle_s: float) -> None:
+        """Has the pump wait for the first frame, where the head has brought none."""
+        exchange, pair = self.leg.exchange, self.leg.exchange.pair
         if not self.leg.holds_first and not exchange.reply.is_early:
             pair.preface = exchange.reply.preface(self.answer.head.stream_start, *self._framing(relay))
-        stop = Stop.FAULT
-        try:
-            stop = await pair.begin(relay, exchange.gaps, idle_limit_s=idle_s)
-        finally:
-            if self.has_begun:
-                exchange.timeline.answered = pair.begun_ns / 1e9
-                self._commit(relay)
-        if stop is Stop.HELD:
+        stop = await pair.begin(relay, exchange.gaps, idle_limit_s=idle_s)
+        if stop is None:
+            exchange.timeline.answered = pair.begun_ns / 1e9
+            self._note_commit(relay)
+        elif stop is Stop.HELD:
             self.first, pair.unsent = pair.unsent, b""
-        elif not self.has_begun:
+        else:
             raise failure_of(stop, relay, idle_s, phase=Phase.HEAD)
 
     @property
@@ -131,14 +129,14 @@ class Opening:
             head, self.first = b"", without_mark(self.first, is_chunked=relay.is_chunked)
         else:
             head = reply.head_from(self.answer.head.stream_start, *self._framing(relay))
-        self._commit(relay)
+        self._note_commit(relay)
         return head
 
     def _framing(self, relay: FrameRelay) -> tuple[headers.Framing, bytes | None]:
         """How the client is told where the stream ends; and the answer's date."""
         return "chunked" if relay.is_chunked else "close", headers.find(self.answer.fields, b"date")
 
-    def _commit(self, relay: FrameRelay) -> None:
+    def _note_commit(self, relay: FrameRelay) -> None:
         exchange, reply = self.leg.exchange, self.leg.exchange.reply
         exchange.commit(self.answer.status)
         reply.keep_alive = reply.keep_alive and relay.is_chunked

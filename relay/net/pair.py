@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class Stop(Enum):
     """Why the pump gave a pair back to its exchange."""
 
-    HELD = "nothing has gone out of what came first, which is in `Pair.unsent` (`Pair.begin`)"
+    HELD = "the first frames are there, and nothing has gone out: they are in `Pair.unsent`"
     DONE = "the engine's body ended as its framing says, and everything has been sent"
     CLIENT_BLOCKED = "the client's socket is full; `Pair.unsent` holds what is left of the last read"
     CLIENT_GONE = "sending failed: the client has closed its connection"
@@ -50,14 +50,14 @@ class Pair:
         self.gaps: Histogram  #: of the stream, while there is one
         self.preface: Preface | None = None  #: of a stream that is to begin: see `begin`
         self.begun_ns = 0  #: when its first frames came; 0: they have not, or were held
-        self.is_beginning = False  #: it is waited for them
+        self.is_beginning = False  #: the pump waits for them
         self.last_read_ns = 0  #: when bytes last came from the engine (monotonic clock)
         self.last_frame_ns = 0  #: when a frame last became whole
         self.idle_limit_ns = 0  #: longest silence while streaming
-        self.limit_at_ns = 0  #: when waiting for the engine ends, while the pump does not stream
+        self.limit_at_ns = 0  #: when waiting for the engine ends, until a stream has begun
         self.comment_every_ns = 0  #: longest silence towards the client
         self.last_comment_ns = 0  #: when it last got a comment, or asked
-        self.on_quiet: Callable[[], bool] | None = None  #: speaks in the pump's place, while that is not streaming
+        self.on_quiet: Callable[[], bool] | None = None  #: speaks in the pump's place, until a stream has begun
         self.content_read_ns = 0  #: when the first content frame came, and
         self.content_sent_ns = 0  #: when it had been handed to the kernel (monotonic clock)
         self.bytes_out = 0
@@ -83,7 +83,8 @@ class Pair:
         """The exchange is over."""
         self._pump.commented.discard(self)
         self.on_quiet = None  # which the exchange holds, and it the pair
-        self.upstream = self.client.of_client = None
+        self.detach()
+        self.client.of_client = None
 
     def limit(self, limit_s: float) -> None:
         """Waits for the engine, from now on, end `limit_s` seconds from now; 0: no limit."""
@@ -107,12 +108,12 @@ class Pair:
             return self.upstream.wait_writable(self.limit_at_ns)
         return self.upstream.wait_readable(self.limit_at_ns)
 
-    async def begin(self, relay: FrameRelay, gaps: Histogram, *, idle_limit_s: float) -> Stop:
+    async def begin(self, relay: FrameRelay, gaps: Histogram, *, idle_limit_s: float) -> Stop | None:
         """Hands the streaming to the pump before its first frame, so that the first token costs what any other does.
 
-        When that is there, it goes out behind `preface`; then `begun_ns` is set, the streaming goes on, and only
-        `stopped` tells how it ended. Else this answers why it has not begun, or raises trio.TooSlowError past the
-        limit. Where there is no preface any more, that is `Stop.HELD`.
+        When that is there, it goes out behind `preface`; then `begun_ns` is set, the streaming goes on, and this
+        answers None: `stopped` tells how it ended. Else it answers why it has not begun, or raises trio.TooSlowError
+        past the limit. Where there is no preface any more, that is `Stop.HELD`.
         """
         upstream = self._hand_over(relay, gaps, idle_limit_s)
         self.is_beginning = True
@@ -121,7 +122,7 @@ class Pair:
         finally:
             if not self.begun_ns:
                 self._take_back(upstream)
-        return self.stop
+        return None if self.begun_ns else self.stop
 
     async def stream(self, relay: FrameRelay, gaps: Histogram, *, idle_limit_s: float) -> Stop:
         """Hands the streaming to the pump; answers why it stopped. Call again to go on after `CLIENT_BLOCKED`.

@@ -3,9 +3,9 @@
 Per frame a proxy cannot save the kernel's part: readiness, receive, send. Everything around it is here kept to one
 dictionary look-up, one receive into a buffer shared by all pairs, one pass of `FrameRelay`, one send. A pair of sockets
 (engine, client) belongs to an exchange; that attaches the engine's socket, waits for it through the pump, then hands
-the streaming to the pump and sleeps until `Pair.stream` says why it came back. What is decided per request stays in the
-exchange, whose coroutine the pump steps when what it waits for has come (`relay.net.fiber`); what passes per frame
-never leaves this module.
+it the streaming, mostly before the first frame (`Pair.begin`), and sleeps until `Pair.stopped` says why it came back.
+What is decided per request stays in the exchange, whose coroutine the pump steps when what it waits for has come
+(`relay.net.fiber`); what passes per frame never leaves this module.
 
 The client's side is watched for hang-up during an exchange, so a client that leaves ends it in every phase: the pump
 calls `on_gone`, which cancels the scope of the client's connection.
@@ -198,6 +198,7 @@ class Pump:
 
     def _comment(self, pair: Pair) -> None:
         if pair.relay is None or pair.is_beginning:
+            # What has begun needs no other head; its exchange may not yet know that it has.
             if pair.on_quiet is not None and not pair.begun_ns and not pair.on_quiet():
                 self._client_left(pair)
         elif (comment := pair.relay.comment) and (stop := self._flush(pair, [comment])):
@@ -234,12 +235,12 @@ class Pump:
             decoder.at_close()
         if decoder.is_done:
             relay.finish(out)
-        is_first = pair.is_beginning
-        if is_first and (out or decoder.is_done) and not self._begin(pair, out, now):
+        has_begun = pair.is_beginning and (len(out) > 0 or decoder.is_done)
+        if has_begun and not self._send_or_hold(pair, out, now):
             return
         if frames := finder.frames - before:
             self.frames += frames
-            if not is_first:
+            if not has_begun:
                 pair.gaps.add(now - pair.last_frame_ns)
                 if frames > 1:
                     pair.gaps.add_zeros(frames - 1)
@@ -259,13 +260,13 @@ class Pump:
             else:
                 if upstream.has_news:
                     upstream.report_anew()
-                if is_first and not pair.is_beginning:
+                if has_begun:
                     upstream.wake()  # its exchange takes note of that, while more may come
                 return
         self._give_back(pair, stop)
 
-    def _begin(self, pair: Pair, out: Pieces, now: int) -> bool:
-        """The first of a stream is there: whether it goes out."""
+    def _send_or_hold(self, pair: Pair, out: Pieces, now: int) -> bool:
+        """The first frames of a stream are there. True: they go out, with their head; else its exchange has them."""
         preface = pair.preface
         if preface is None:
             pair.unsent = b"".join(out)

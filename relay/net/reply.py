@@ -71,7 +71,10 @@ class Reply:
         return self._head(start, framing, date, timing)
 
     def preface(self, start: headers.HeadStart, framing: headers.Framing, date: bytes | None) -> Preface:
-        """The same for an answer that is waited for. It is worth nothing once draining has begun."""
+        """The same for an answer that is waited for.
+
+        One made before draining began promises keep-alive: `Service.drain` takes it back.
+        """
         before, _, after = self._head(start, framing, date, _TO_COME).partition(_TO_COME)
         return preface(self.timeline, before, after)
 

@@ -91,8 +91,8 @@ async def ask(
 ) -> tuple[Answer, list[h11.InformationalResponse]]:
     """Sends a request and waits for the head of the final answer; also the interim ones that came before it.
 
-    `meanwhile` is called once the engine has something to do. Raises ConnectionDied, UpstreamDisconnected,
-    UpstreamProtocolError or OutOfResources. Limits are the caller's.
+    `meanwhile` is called when the request has gone out, or as much of it as the engine took. Raises ConnectionDied,
+    UpstreamDisconnected, UpstreamProtocolError or OutOfResources. Limits are the caller's.
     """
     is_sent, data = await _send(pair, connection, head, body)
     if meanwhile is not None:

@@ -9,8 +9,9 @@ import pytest
 
 from relay.core.dialect import Meter
 from relay.core.histogram import Histogram
+from relay.core.preface import Preface
 from relay.core.request import Route
-from relay.core.timeline import Record, Timeline, make_record, record_text, server_timing
+from relay.core.timeline import Record, Timeline, make_record, preface, record_text, server_timing
 
 #: The interface: scripts and dashboards read these names, and people read them in this order.
 FIELDS = [
@@ -206,6 +207,25 @@ def test_the_relays_own_error_comes_before_the_engines() -> None:
 
 def test_server_timing_of_a_stream() -> None:
     assert server_timing(timeline(), 100.717) == b"queue;dur=10.000, engine;dur=200.000, relay;dur=3.000"
+
+
+@pytest.mark.parametrize("lost_s", [0.0, 0.5])
+def test_a_preface_says_what_the_head_would_have_said(lost_s: float) -> None:
+    marks = timeline()
+    marks.lost_s = lost_s
+    answered, marks.answered = marks.answered, None
+    assert answered is not None
+    # half a microsecond more: what is binary here falls a little short of the milliseconds it means
+    made = preface(marks, b"<", b">").at(int(answered * 1e9) + 500, int(100.717e9) + 500)
+    marks.answered = answered
+    assert made == b"<" + server_timing(marks, 100.717) + b">"
+    assert made.startswith(b"<queue;dur=10.000, engine;dur=%d.000, relay;dur=" % (200 + 1000 * lost_s))
+
+
+def test_a_preface_of_clocks_that_differ_counts_nothing_below_zero() -> None:
+    made = Preface(b"", b"", since_ns=5_000_000, own_ns=-2_000_000)
+    assert made.at(4_000_000, 4_000_000) == b"engine;dur=0.000, relay;dur=0.000"
+    assert made.at(1_234_567_890_123, 1_234_567_890_123) == b"engine;dur=1234562.890, relay;dur=0.000"
 
 
 def test_server_timing_of_another_answer() -> None:

@@ -94,7 +94,7 @@ class SplitRequest(msgspec.Struct, frozen=True):
         return self.id if self.attempt == 1 else f"{self.id}-{self.attempt}"
 
 
-class LegRequest(msgspec.Struct, frozen=True, gc=False):
+class LegRequest(msgspec.Struct, frozen=True, gc=False):  # bytes alone: no cycle goes through it
     """One request to one engine; method, path and the client's other headers are those of the client's request."""
 
     body: Buffer
