@@ -180,6 +180,8 @@ async def test_what_has_begun_is_not_asked_for_a_head_though_its_exchange_may_no
     assert asked == [True]
     beginning.engine.sendall(b"0\r\n\r\n")  # no frame, and so no time of one
     beginning.pump.turn(0)
-    assert beginning.pair.relay is None
+    assert (beginning.pair.relay, beginning.answers) == (None, [])
     beginning.pump.sweep(time.monotonic_ns() + int(1e9))
     assert asked == [True]
+    await trio.testing.wait_all_tasks_blocked()
+    assert beginning.answers == [None]
