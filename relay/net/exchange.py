@@ -89,8 +89,8 @@ class Exchange:
     async def run(self) -> bool:
         """Serves the request; True if the client's connection can take another. Writes one record, whatever happens."""
         service = self.service
-        service.active.add(self)
         self.pair = service.pump.open(self.client.source, self.client.scope.cancel)
+        service.active.add(self)
         if self.config.timeouts.total_s:
             async with in_task():  # else trio, asleep, would not hear of it
                 self.client.scope.deadline = trio.current_time() + self.config.timeouts.total_s

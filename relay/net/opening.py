@@ -89,7 +89,7 @@ class Opening:
             max_frame_bytes=exchange.config.stream.max_frame_bytes,
             editor=exchange.editor,
         )
-        if self.answer.rest:
+        if self.answer.rest or relay.decoder.is_done:  # as is a body of no length
             out: Pieces = []
             buffer = bytearray(self.answer.rest)
             relay.feed(buffer, memoryview(buffer), len(buffer), out)

@@ -181,6 +181,7 @@ class Pump:
                 until = source.limit_at_ns
         self._next_sweep_ns = max(until, now + int(min(SWEEPS_APART_S, self.sweep_s) * 1e9))
         for source in late:
+            source.streams = None  # the pump may have a turn before the task does
             source.wake(trio.TooSlowError())
         for pair in list(self.streaming):
             if pair.idle_limit_ns and now - pair.last_read_ns > pair.idle_limit_ns:
@@ -274,7 +275,7 @@ class Pump:
             self._give_back(pair, Stop.HELD)
             return False
         out.insert(0, preface.at(now, time.monotonic_ns()))
-        pair.begun_ns = now
+        pair.begun_ns = pair.last_frame_ns = now  # what goes out first may be less than a frame
         pair.is_beginning = False
         self.streaming.add(pair)
         return True

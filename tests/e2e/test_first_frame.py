@@ -88,6 +88,18 @@ async def test_a_stream_without_frames_is_an_answer_all_the_same() -> None:
         assert (await now.relay.record()).frames == 0
 
 
+@pytest.mark.parametrize("rest", [b"", STREAM], ids=["no body", "a body"])
+async def test_a_stream_of_a_length(rest: bytes) -> None:
+    head = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ncontent-length: %d\r\n\r\n" % len(rest)
+    async with scripted((head + rest, "keep"), (head + rest, "keep"), addresses=1) as engine:
+        async with running_relay(*engine.urls) as relay:
+            for number in (1, 2):
+                answer = await ask(relay.port, request())
+                assert (answer.status, answer.end, answer.payload) == (200, "whole", rest)
+                assert (await relay.record(number)).outcome == "--"
+        assert engine.connections == 1
+
+
 async def test_the_engine_closes_where_that_is_the_end_of_the_body() -> None:
     async with waiting(CHUNKED.replace(b"transfer-encoding: chunked\r\n", b"")) as now:
         await now.engine.send_all(STREAM)

@@ -159,6 +159,29 @@ async def test_bytes_that_trickle_do_not_put_off_the_limit() -> None:
     late.close()
 
 
+async def test_what_begins_with_less_than_a_frame_has_gaps_from_there(beginning: Beginning) -> None:
+    await beginning.comes(b"1\r\n\n\r\n")
+    assert beginning.answers == [None]
+    await beginning.comes(CHUNK)
+    assert beginning.gaps.count == 1
+    assert 0 < beginning.gaps.max_ns < 60e9
+
+
+async def test_once_the_limit_has_passed_nothing_goes_out() -> None:
+    """Though the pump may have a turn before who waits."""
+    late = Beginning()
+    late.pair.preface = Preface(HEAD[:-2], HEAD[-2:], since_ns=0, own_ns=0)
+    late.pair.limit(5.0)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(late.run)
+        await trio.testing.wait_all_tasks_blocked()
+        late.pump.sweep(time.monotonic_ns() + int(6e9))
+        late.engine.sendall(CHUNK)
+        late.pump.turn(0)
+    assert (late.is_late, late.sent(), late.pair.begun_ns) == (True, b"", 0)
+    late.close()
+
+
 async def test_a_pair_that_is_closed_streams_no_more(beginning: Beginning) -> None:
     await beginning.comes(CHUNK)
     upstream = beginning.pair.upstream
