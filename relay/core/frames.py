@@ -28,6 +28,8 @@ _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})\r\n")
 #: A whole chunk that holds one frame of one line of data (group 2), if group 1, its size, says so too.
 _ONE_LINE = re.compile(rb"([0-9A-Fa-f]{1,8}+)\r\ndata: ([^\r\n]*+)\n\n\r\n")
 _match_opening: Final = ordinary.OPENING.fullmatch
+#: Bytes in which the size of a chunk is looked for, with its line end.
+_LONGEST_SIZE: Final = 10
 #: Bytes of a blank line, at most, with the end of the line before it: CR LF CR LF.
 _LONGEST_BLANK: Final = 4
 
@@ -100,6 +102,35 @@ class FrameRelay:
         if self.is_unaligned or self.meter.saw_id_field or self.meter.saw_end:
             return b""
         return COMMENT_CHUNK if self.is_chunked else COMMENT
+
+    def passes_unread(self, buffer: Buffer, stop: int) -> bool:
+        """Whether of ``buffer[:stop]`` all would go out as it is, told by the ends of chunks and frames alone.
+
+        `feed` has to read it all the same, be it afterwards. False where that is not certain.
+        """
+        chunks = self._chunks
+        if chunks is None or self.editor is not None or stop > self.max_frame_bytes:
+            return False
+        if self.pending or not (chunks.is_between_chunks and self.finder.at_boundary):
+            return False
+        position = 0
+        while position < stop:
+            begin = buffer.find(b"\r\n", position, min(stop, position + _LONGEST_SIZE)) + 2
+            if begin < 2:
+                return False
+            digits = bytes(buffer[position : begin - 2])
+            try:
+                size = int(digits, 16)
+            except ValueError:
+                return False
+            end = begin + size
+            # `int` takes more than the grammar of chunks does: signs, blanks, underscores.
+            if b"%x" % size != digits.lower() or not buffer.startswith(b"\n\n\r\n", end - 2, stop):
+                return False
+            if not buffer.startswith(b"data: ", begin, end) or buffer.find(b"\r", begin, end) >= 0:
+                return False
+            position = end + 2
+        return True
 
     def feed(self, buffer: Buffer, view: memoryview, stop: int, out: Pieces) -> None:
         """Reads ``buffer[:stop]`` and appends to `out` what can be sent. `view` is a view of `buffer`."""

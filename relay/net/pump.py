@@ -226,6 +226,9 @@ class Pump:
             self._give_back(pair, Stop.SHORTAGE if exc.errno in SHORTAGES else Stop.UPSTREAM_RESET)
             return
         upstream.took(received, RECEIVE_BYTES)
+        if pair.is_beginning and pair.preface is not None and received and relay.passes_unread(self._buffer, received):
+            self._pass_first(pair, upstream, received, now)
+            return
         finder = relay.finder
         before = finder.frames
         out = self._out
@@ -266,6 +269,31 @@ class Pump:
                 return
         self._give_back(pair, stop)
 
+    def _pass_first(self, pair: Pair, upstream: Source, received: int, now: int) -> None:
+        """A first read of whole frames, as most are, goes out before anything is read in it: a client waits for that.
+
+        To match a form that was not looked at for a while takes longer than all else up to the client.
+        """
+        relay, out = pair.relay, self._out
+        assert relay is not None
+        out.append(self._view[:received])
+        self._send_or_hold(pair, out, now)
+        stop = self._flush(pair, out)
+        sent_ns = time.monotonic_ns()
+        out.clear()
+        relay.feed(self._buffer, self._view, received, out)
+        out.clear()
+        self.frames += relay.finder.frames
+        pair.last_read_ns = now
+        if relay.meter.saw_content:
+            pair.content_read_ns, pair.content_sent_ns = now, sent_ns
+        if stop is not None:
+            self._give_back(pair, stop)
+            return
+        if upstream.has_news:
+            upstream.report_anew()
+        upstream.wake()
+
     def _send_or_hold(self, pair: Pair, out: Pieces, now: int) -> bool:
         """The first frames of a stream are there. True: they go out, with their head; else its exchange has them."""
         preface = pair.preface
@@ -275,6 +303,7 @@ class Pump:
             self._give_back(pair, Stop.HELD)
             return False
         out.insert(0, preface.at(now, time.monotonic_ns()))
+        pair.preface = None
         pair.begun_ns = pair.last_frame_ns = now  # what goes out first may be less than a frame
         pair.is_beginning = False
         self.streaming.add(pair)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import tracemalloc
 from collections.abc import Callable, Iterable, Iterator
+from typing import Final
 
 import pytest
 from hypothesis import given
@@ -624,3 +625,74 @@ def test_no_comment_within_a_frame_that_outgrew_the_limit() -> None:
     assert not relay.comment
     feed(relay, b"\n")
     assert relay.comment
+
+
+# -- what goes out before it is read
+
+ONE: Final = b'data: {"choices":[{"index":0,"delta":{"content":"a"}}]}\n\n'
+
+
+@pytest.mark.parametrize(
+    ("data", "passes"),
+    [
+        (chunked([ONE], end=b""), True),
+        (chunked([ONE, ONE], end=b""), True),
+        (chunked([ONE + ONE], end=b""), True),
+        (chunked([ONE], end=b"").upper(), False),  # DATA is no field
+        (b"%X\r\n%b\r\n" % (len(ONE), ONE), True),
+        (chunked([ONE]), False),
+        (chunked([ONE], extension=b";a=b", end=b""), False),
+        (b"0" + chunked([ONE], end=b""), False),
+        (b"0x" + chunked([ONE], end=b""), False),
+        (b"+" + chunked([ONE], end=b""), False),
+        (b" " + chunked([ONE], end=b""), False),
+        (b"\xd9\xa3" + chunked([ONE], end=b""), False),
+        (chunked([ONE], end=b"").replace(b"\r\n", b"\n"), False),
+        (chunked([ONE], end=b"")[:-1], False),
+        (chunked([ONE], end=b"1"), False),
+        (chunked([ONE[:-1]], end=b""), False),
+        (chunked([ONE[:-1], b"\n"], end=b""), False),
+        (chunked([ONE.replace(b"\n", b"\r\n")], end=b""), False),
+        (chunked([ONE.replace(b"a", b"\r")], end=b""), False),
+        (chunked([b"\n\n"], end=b""), False),
+        (chunked([b": comment\n\n"], end=b""), False),
+        (chunked([b"\xef\xbb\xbf" + ONE], end=b""), False),
+        (b"", True),
+    ],
+)
+def test_what_goes_out_before_it_is_read(data: bytes, passes: bool) -> None:
+    assert frame_relay(route=Route.CHAT, is_chunked=True).passes_unread(data, len(data)) is passes
+    assert not frame_relay(route=Route.CHAT, is_chunked=False).passes_unread(data, len(data))
+
+
+CHUNKS: Final = st.lists(
+    st.sampled_from(
+        [
+            ONE,
+            ONE[:9],
+            ONE[9:],
+            b"data: a\n\n",
+            b"data: [DONE]\n\n",
+            b"\n",
+            b"data: \r\r",
+            b"data: a\n\n\n\n",
+            b": c\n\n",
+            ONE + ONE,
+        ]
+    ).map(lambda payload: chunked([payload], end=b""))
+    | st.sampled_from([b"0\r\n\r\n", b"5\r\n", b"zz\r\n", b"\r\n", b"b\r\ndata: a\n\nXX"]),
+    max_size=5,
+)
+
+
+@given(CHUNKS, CHUNKS)
+def test_what_goes_out_before_it_is_read_is_what_would_go_out(before: list[bytes], chunks: list[bytes]) -> None:
+    relay, data = frame_relay(route=Route.CHAT, is_chunked=True), b"".join(chunks)
+    feed(relay, b"".join(before))
+    if not relay.passes_unread(data, len(data)) or relay.decoder.is_done or relay.decoder.error is not None:
+        return
+    raw = feed(relay, data)
+    assert payload_of(raw, True) == payload_of(data, True)
+    assert (bytes(relay.pending), relay.decoder.error, relay.has_excess) == (b"", None, False)
+    assert relay.finder.at_boundary
+    assert relay.finder.frames >= data.count(b"\r\ndata: ")
