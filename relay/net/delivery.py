@@ -115,11 +115,11 @@ class Delivery:
                 pair.last_read_ns += delay_ns
                 pair.last_frame_ns += delay_ns
             elif stop is not Stop.DONE:
-                raise failure_of(stop, relay, idle_s, phase=Phase.DATA)
+                raise failure_of(stop, pair, relay, idle_s, phase=Phase.DATA)
             if relay.decoder.is_done:
                 return
             if relay.decoder.error is not None:
-                raise failure_of(Stop.UPSTREAM_MALFORMED, relay, idle_s, phase=Phase.DATA)
+                raise failure_of(Stop.UPSTREAM_MALFORMED, pair, relay, idle_s, phase=Phase.DATA)
             stop = await pair.stream(relay, exchange.gaps, idle_limit_s=idle_s)
 
     async def _refusal(self) -> ExchangeError:

@@ -99,7 +99,7 @@ class Opening:
                 self.first = b"".join(out)
                 return
             if relay.decoder.error is not None:
-                raise failure_of(Stop.UPSTREAM_MALFORMED, relay, idle_s, phase=Phase.HEAD)
+                raise failure_of(Stop.UPSTREAM_MALFORMED, exchange.pair, relay, idle_s, phase=Phase.HEAD)
         await self._await_first(relay, idle_s)
 
     async def _await_first(self, relay: FrameRelay, idle_s: float) -> None:
@@ -114,7 +114,7 @@ class Opening:
         elif stop is Stop.HELD:
             self.first, pair.unsent = pair.unsent, b""
         else:
-            raise failure_of(stop, relay, idle_s, phase=Phase.HEAD)
+            raise failure_of(stop, pair, relay, idle_s, phase=Phase.HEAD)
 
     @property
     def has_begun(self) -> bool:
@@ -216,7 +216,7 @@ class Opening:
             answer.rest = bytes(raw)
 
 
-def failure_of(stop: Stop, relay: FrameRelay, idle_s: float, *, phase: Phase) -> ExchangeError:
+def failure_of(stop: Stop, pair: Pair, relay: FrameRelay, idle_s: float, *, phase: Phase) -> ExchangeError:
     """What a stream that the pump gave back unfinished died of."""
     if stop is Stop.CLIENT_GONE:
         return ClientGone("the client closed its connection", phase=phase)
@@ -228,6 +228,7 @@ def failure_of(stop: Stop, relay: FrameRelay, idle_s: float, *, phase: Phase) ->
         return UpstreamTimeout(f"the engine was silent for between_tokens_s = {idle_s:g} s", phase=phase)
     if stop is Stop.UPSTREAM_MALFORMED:
         return UpstreamProtocolError(f"the engine's stream is malformed: {relay.decoder.error}", phase=phase)
-    how = "reset" if stop is Stop.UPSTREAM_RESET else "closed"
     where = "before its stream's first frame" if phase is Phase.HEAD else "in the middle of the stream"
-    return UpstreamDisconnected(f"the engine {how} its connection {where}", phase=phase)
+    if stop is Stop.UPSTREAM_RESET:
+        return UpstreamDisconnected(f"the engine's connection broke {where}: {pair.reason}", phase=phase)
+    return UpstreamDisconnected(f"the engine closed its connection {where}", phase=phase)

@@ -37,7 +37,7 @@ class Pair:
     __slots__ = (
         "_pump", "begun_ns", "bytes_out", "client", "comment_every_ns", "content_read_ns", "content_sent_ns", "gaps",
         "idle_limit_ns", "is_beginning", "is_gone", "last_comment_ns", "last_frame_ns", "last_read_ns", "limit_at_ns",
-        "on_gone", "on_quiet", "preface", "relay", "send", "sendmsg", "stop", "unsent", "upstream",
+        "on_gone", "on_quiet", "preface", "reason", "relay", "send", "sendmsg", "stop", "unsent", "upstream",
     )  # fmt: skip
 
     def __init__(self, pump: Pump, client: Source, on_gone: Callable[[], None]) -> None:
@@ -62,7 +62,8 @@ class Pair:
         self.content_sent_ns = 0  #: when it had been handed to the kernel (monotonic clock)
         self.bytes_out = 0
         self.unsent = b""  #: of the last read, what the client's socket did not take
-        self.stop = Stop.DONE  #: why the pump last gave the pair back
+        self.stop = Stop.DONE  #: why the pump last gave the pair back, and
+        self.reason = ""  #: in whose words the engine's connection broke, for `Stop.UPSTREAM_RESET`
         self.send = client.sock.send
         self.sendmsg = client.sock.sendmsg
 

@@ -30,7 +30,7 @@ from relay.net.notices import say_fault
 from relay.net.pair import Pair, Stop
 from relay.net.sockets import SHORTAGES
 from relay.net.source import ARRIVALS, ENDS, Source, TlsSource
-from relay.net.tls import TlsSocket
+from relay.net.tls import TlsSocket, reason_of
 
 #: Bytes taken off an engine's socket at once; the most that one pair can hold up the others with.
 RECEIVE_BYTES: Final = 65536
@@ -223,6 +223,7 @@ class Pump:
         except BlockingIOError:
             return
         except OSError as exc:
+            pair.reason = reason_of(exc)
             self._give_back(pair, Stop.SHORTAGE if exc.errno in SHORTAGES else Stop.UPSTREAM_RESET)
             return
         upstream.took(received, RECEIVE_BYTES)

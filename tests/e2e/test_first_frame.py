@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
+import socket
+import struct
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, nullcontext, suppress
+from contextlib import asynccontextmanager, suppress
 from typing import Any, Final
 
 import pytest
 import trio
 
 from relay.core.request import RequestFacts, peek
-from relay.net import exchange, poller, upstream
+from relay.net import exchange, upstream
 from tests.conftest import RunningRelay, running_relay
 from tests.e2e.harness import STREAM, Client, ask, assert_cut_off, request, scripted, until
 
@@ -21,11 +23,7 @@ CHUNK: Final = b"%x\r\n%b\r\n" % (len(FRAME), FRAME)
 REST: Final = b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n"
 
 
-@pytest.fixture(autouse=True, params=["in the poller", "as a task"])
-def pump_form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both ways in which the pump is driven."""
-    if request.param == "as a task":
-        monkeypatch.setattr(poller, "install", lambda pump: nullcontext(False))
+pytestmark = pytest.mark.usefixtures("pump_form")
 
 
 class Waiting:
@@ -181,3 +179,13 @@ async def test_no_engine_waits_for_the_relay_to_read_the_body(monkeypatch: pytes
     monkeypatch.setattr(exchange, "peek", read)
     async with waiting():
         assert done == ["sent", "read"]
+
+
+async def test_how_an_engines_connection_broke_is_said() -> None:
+    async with waiting() as now:
+        now.engine.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        now.engine.socket.close()
+        answer = await now.client.answer()
+        assert (answer.status, answer.error["code"]) == (502, "upstream_disconnected")
+        said = "the engine's connection broke before its stream's first frame: Connection reset by peer"
+        assert (await now.relay.record()).error == said
