@@ -645,6 +645,7 @@ ONE: Final = b'data: {"choices":[{"index":0,"delta":{"content":"a"}}]}\n\n'
         (b"0" + chunked([ONE], end=b""), False),
         (b"0x" + chunked([ONE], end=b""), False),
         (b"+" + chunked([ONE], end=b""), False),
+        (chunked([ONE], end=b"-6\r\n"), False),  # back to where the chunk before it ends
         (b" " + chunked([ONE], end=b""), False),
         (b"\xd9\xa3" + chunked([ONE], end=b""), False),
         (chunked([ONE], end=b"").replace(b"\r\n", b"\n"), False),

@@ -11,7 +11,7 @@ import os
 import re
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import partial
 from typing import Final, Literal, TypeAlias, get_args
 
@@ -19,7 +19,6 @@ import pytest
 import trio
 
 from relay.config import StreamConfig
-from relay.net import poller
 from relay.net.exchange import Exchange
 from relay.net.fiber import Fiber, current
 from relay.net.pump import Pump
@@ -95,13 +94,6 @@ class Interruption(trio.abc.Instrument):
         if when == self._when and self.waits == self._at and not self.has_struck:
             self.has_struck = True
             self._strike(self._running[task])
-
-
-@pytest.fixture(params=["in trio's poller", "as a task"])
-def pump_form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both ways in which the pump is driven."""
-    if request.param == "as a task":
-        monkeypatch.setattr(poller, "install", lambda pump: nullcontext(False))
 
 
 @asynccontextmanager

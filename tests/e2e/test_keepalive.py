@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import time
-from contextlib import nullcontext
 from functools import partial
 from typing import Final
 
@@ -15,7 +14,7 @@ import trio
 from relay.config import FailoverConfig, StreamConfig, TimeoutsConfig
 from relay.core.frames import COMMENT
 from relay.core.timeline import Record
-from relay.net import poller, pump
+from relay.net import pump
 from relay.net.pair import Pair as PumpPair
 from relay.net.pair import Stop
 from relay_bench.engine import Engine
@@ -98,10 +97,8 @@ def assert_told(got: Answer, code: str | None, message: str) -> None:
 # -- between frames
 
 
-@pytest.mark.parametrize("form", ["in trio's poller", "as a task"])
-async def test_a_silent_stream_gets_comments(engine: Engine, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if form == "as a task":
-        monkeypatch.setattr(poller, "install", lambda pump: nullcontext(False))
+@pytest.mark.usefixtures("pump_form")
+async def test_a_silent_stream_gets_comments(engine: Engine) -> None:
     async with running_relay(engine.url, stream=COMMENTED) as relay:
         async with await Client.connect(relay.port) as client:
             await client.send(request(sim_fault="stall-after:2"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from contextlib import nullcontext
 
 import httpx
 import pytest
@@ -12,7 +11,6 @@ import trio
 from relay.config import TimeoutsConfig
 from relay.core.frames import FrameRelay, Pieces
 from relay.core.health import Attempt
-from relay.net import poller
 from relay.net.delivery import Delivery
 from relay.net.opening import Opening
 from relay.net.reply import Reply
@@ -22,14 +20,6 @@ from tests.e2e.harness import ask, assert_cut_off, request, until
 
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 6, "stream": True}
 _CREATED = re.compile(rb'"created":\d+')  # two answers may be of two seconds
-
-
-@pytest.fixture(params=["in trio's poller", "as a task"])
-def pump_form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both ways in which the pump is driven; the second is what a trio with unknown insides gets."""
-    if request.param == "as a task":
-        monkeypatch.setattr(poller, "install", lambda pump: nullcontext(False))
-    return str(request.param)
 
 
 @pytest.mark.usefixtures("pump_form")
