@@ -19,21 +19,35 @@ from relay.core.dialect import Meter
 from relay.core.editor import UsageEditor
 from relay.core.framing import BodyDecoder, Buffer, ChunkDecoder
 from relay.core.sse import BOM, FrameFinder, missing_blank_line, split_frames
+from relay.core.template import MOST_BYTES, Template
 
 LAST_CHUNK: Final = b"0\r\n\r\n"
 #: A comment, with the blank line without which `vllm bench serve` drops the next event.
 COMMENT: Final = b": keep-alive\n\n"
 COMMENT_CHUNK: Final = b"%x\r\n%b\r\n" % (len(COMMENT), COMMENT)
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})\r\n")
-#: A whole chunk that holds one frame of one line of data (group 2), if group 1, its size, says so too.
-_ONE_LINE = re.compile(rb"([0-9A-Fa-f]{1,8}+)\r\ndata: ([^\r\n]*+)\n\n\r\n")
+#: The last frame of most streams.
+_END_MARK: Final = b"e\r\ndata: [DONE]\n\n\r\n"
 _match_opening: Final = ordinary.OPENING.fullmatch
-#: Bytes in which the size of a chunk is looked for, with its line end.
-_LONGEST_SIZE: Final = 10
 #: Bytes of a blank line, at most, with the end of the line before it: CR LF CR LF.
 _LONGEST_BLANK: Final = 4
 
 Pieces = list[bytes | memoryview]
+
+
+def _frames_at(buffer: Buffer, position: int, stop: int) -> tuple[int, int]:
+    """Begin and end of what is in the whole chunk at `position`, where that ends a frame and holds no CR.
+
+    Else -1 and -1, also where it cannot be told for certain: then the decoder and the frame finder see.
+    """
+    found = _CHUNK_SIZE.match(buffer, position, stop)
+    if found is None:
+        return -1, -1
+    begin = found.end()
+    end = begin + int(found[1], 16)
+    if end - begin == 2 or not buffer.startswith(b"\n\n\r\n", end - 2, stop) or buffer.find(b"\r", begin, end) >= 0:
+        return -1, -1  # no frame but a blank line more, or perhaps several
+    return begin, end
 
 
 def without_mark(data: bytes, *, is_chunked: bool) -> bytes:
@@ -59,6 +73,7 @@ class FrameRelay:
         "_chunks",
         "_last_bytes",
         "_match_ordinary",
+        "_template",
         "decoder",
         "editor",
         "finder",
@@ -90,6 +105,7 @@ class FrameRelay:
         self.is_unaligned = False  #: the frame being read outgrew the limit; its beginning has gone out
         self._last_bytes = b""  # of what has gone out of that frame: of a blank line a part, perhaps
         self._match_ordinary = ordinary.CHUNKS[meter.route].match
+        self._template: Template | None = None
         self._chunks = decoder if is_chunked and isinstance(decoder, ChunkDecoder) else None
 
     @property
@@ -115,19 +131,8 @@ class FrameRelay:
             return False
         position = 0
         while position < stop:
-            begin = buffer.find(b"\r\n", position, min(stop, position + _LONGEST_SIZE)) + 2
-            if begin < 2:
-                return False
-            digits = bytes(buffer[position : begin - 2])
-            try:
-                size = int(digits, 16)
-            except ValueError:
-                return False
-            end = begin + size
-            # `int` takes more than the grammar of chunks does: signs, blanks, underscores.
-            if b"%x" % size != digits.lower() or not buffer.startswith(b"\n\n\r\n", end - 2, stop):
-                return False
-            if not buffer.startswith(b"data: ", begin, end) or buffer.find(b"\r", begin, end) >= 0:
+            begin, end = _frames_at(buffer, position, stop)
+            if end < 0 or not buffer.startswith(b"data: ", begin, end):
                 return False
             position = end + 2
         return True
@@ -180,17 +185,25 @@ class FrameRelay:
 
     def _whole_chunks(self, buffer: Buffer, start: int, stop: int) -> int:
         """How far from `start` there are only whole chunks of one frame each; meters those."""
-        finder, meter, match = self.finder, self.meter, self._match_ordinary
+        finder, meter, match, template = self.finder, self.meter, self._match_ordinary, self._template
         if not finder.at_boundary:
             return start
         frames = counted = 0
         position = start
         while position < stop:
+            if template is not None:
+                end = template.end_of(buffer, position, stop)
+                if end > position:
+                    counted += 1
+                    position = end
+                    continue
             found = match(buffer, position, stop)
             if found is not None:
                 end = found.end()
                 size = found[1]
                 if int(size, 16) == end - position - len(size) - 4:  # but for both line ends
+                    if end - position < MOST_BYTES and (counted or meter.content_frames):  # the first may be the last
+                        template = self._template = Template(found, ordinary.STRAYS[meter.route])
                     counted += 1
                     position = end
                     continue
@@ -207,27 +220,25 @@ class FrameRelay:
 
     def _other_chunk(self, buffer: Buffer, position: int, stop: int) -> int:
         """The end of a whole chunk of one frame that is not ordinary; `position` where there is none."""
-        found = _ONE_LINE.match(buffer, position, stop)
-        if found is not None and int(found[1], 16) == found.end() - found.end(1) - 4:
-            data = found[2]
+        if self.editor is None and buffer.startswith(_END_MARK, position, stop):
+            self.meter.inspect_data(b"[DONE]")
+            return position + len(_END_MARK)
+        begin, end = _frames_at(buffer, position, stop)
+        if end < 0:
+            return position
+        if buffer.startswith(b"data: ", begin) and buffer.find(b"\n", begin, end) == end - 2:  # of one line
+            data = bytes(buffer[begin + len(b"data: ") : end - 2])
             if self.editor is not None and self.editor.concerns(data):
                 return position
             if self.finder.frames or _match_opening(data) is None:  # looked for in a stream's first read alone
                 self.meter.inspect_data(data)
-            return found.end()
-        header = _CHUNK_SIZE.match(buffer, position, stop)
-        if header is None:
-            return position
-        begin = header.end()
-        end = begin + int(header[1], 16)
-        if end + 2 > stop or buffer.find(b"\n\n", begin, end) != end - 2 or buffer[end : end + 2] != b"\r\n":
-            return position
-        if end - begin == 2 or buffer.find(b"\r", begin, end) >= 0:
-            return position  # no frame but a blank line more, or perhaps several frames: for the frame finder
-        frame = bytes(buffer[begin:end])
-        if self.editor is not None and self.editor.concerns(frame):
-            return position
-        self.meter.inspect(frame)
+        elif buffer.find(b"\n\n", begin, end) == end - 2:
+            frame = bytes(buffer[begin:end])
+            if self.editor is not None and self.editor.concerns(frame):
+                return position
+            self.meter.inspect(frame)
+        else:
+            return position  # several frames: for the frame finder
         return end + 2
 
     def _take(self, buffer: Buffer, view: memoryview, begin: int, end: int, payload: Pieces) -> None:

@@ -21,7 +21,7 @@ from relay.core.request import Route
 # possessive group that fails behind a repeat or a lookahead has eaten what it read (python/cpython#106052, #100061): no
 # ordinary frame comes to that where one stands below, and what is then taken for ordinary is no JSON.
 #: The rest of a JSON string behind its opening quote, with something in it.
-_TEXT: Final = rb'(?!")[^"\\]*+(?:\\.[^"\\]*+)*+"'
+_TEXT: Final = rb'(?!")([^"\\]*+(?:\\.[^"\\]*+)*+)"'
 _NOTHING: Final = rb"(?:null|\[[\d,]*+\])"  # or token ids
 #: Up to the first choice, which is all there is: what comes before holds no object.
 _HEAD: Final = rb'\{"[^{]*+\{(?:"finish_reason":null,)?+"index":\d++,'
@@ -36,7 +36,7 @@ _COMPLETION: Final = b"data: " + _HEAD + rb'"text":"' + _TEXT + _TAIL + rb"\n\n"
 _ROLE: Final = rb'"delta":\{"role":"[^"\\]*+"(?:,"[^"]++":(?:null|""))*+\}'
 #: The event's type says that nothing but content is inside.
 _TYPE: Final = rb"(?:content_block_delta|response\.[a-z_.]++(?<=\.delta))"
-_TYPED: Final = rb'(?:event: %b\ndata: |data: \{"type":"%b")[^\r\n]++\n\n' % (_TYPE, _TYPE)
+_TYPED: Final = rb'(?:event: %b\ndata: |data: \{"type":"%b")([^\r\n]++)\n\n' % (_TYPE, _TYPE)
 
 _FORMS: Final = {
     Route.CHAT: _CHAT,
@@ -50,5 +50,7 @@ _FORMS: Final = {
 OPENING: Final = re.compile(rb'(?!\{[^{]*"error":)' + _HEAD + _ROLE + _TAIL)
 #: An ordinary frame, by route.
 FRAMES: Final = {route: re.compile(form) for route, form in _FORMS.items()}
-#: A whole chunk that holds one ordinary frame, if group 1, its size, says so too.
+#: A whole chunk that holds one ordinary frame, if group 1, its size, says so too. The last group is its text, which
+#: ends at the first byte like the one behind it; any other text will do in its place, if it has no byte of `STRAYS`.
 CHUNKS: Final = {route: re.compile(rb"([0-9A-Fa-f]{1,8}+)\r\n(?:%b)\r\n" % form) for route, form in _FORMS.items()}
+STRAYS: Final = {route: b"\r" if form is _TYPED else b"\\" for route, form in _FORMS.items()}

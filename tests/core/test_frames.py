@@ -642,7 +642,8 @@ ONE: Final = b'data: {"choices":[{"index":0,"delta":{"content":"a"}}]}\n\n'
         (b"%X\r\n%b\r\n" % (len(ONE), ONE), True),
         (chunked([ONE]), False),
         (chunked([ONE], extension=b";a=b", end=b""), False),
-        (b"0" + chunked([ONE], end=b""), False),
+        (b"0" + chunked([ONE], end=b""), True),
+        (b"0" * 7 + chunked([ONE], end=b""), False),
         (b"0x" + chunked([ONE], end=b""), False),
         (b"+" + chunked([ONE], end=b""), False),
         (chunked([ONE], end=b"-6\r\n"), False),  # back to where the chunk before it ends
