@@ -224,10 +224,11 @@ def request_head(
     `target` is in origin form (`relay.core.strict.check_request` gives it), `host` the engine's authority, and `passed`
     made by `passed_fields`.
     """
-    own = f"\r\nx-request-id: {request_id}\r\n\r\n"
-    if body != "none":
-        own = f"\r\nx-request-id: {request_id}\r\ncontent-length: {body}\r\n\r\n"
-    return b"".join((method, b" ", target, b" HTTP/1.1\r\nhost: ", host, passed, own.encode("ascii")))
+    length = b"" if body == "none" else b"\r\ncontent-length: %d" % body
+    name = request_id.encode("ascii")
+    return b"".join(
+        (method, b" ", target, b" HTTP/1.1\r\nhost: ", host, passed, b"\r\nx-request-id: ", name, length, b"\r\n\r\n")
+    )
 
 
 class HeadStart(NamedTuple):

@@ -175,8 +175,7 @@ class ClientConnection:
         Raises RequestRefused, RequestTimeout or ClientGone; the connection can then take one answer and no more.
         The body counts against the worker's budget, and the request against its key's limits, until `release`.
         """
-        timeouts = self.timeouts
-        buffer = self._buffer
+        timeouts, limits, buffer = self.timeouts, self.limits, self._buffer
         if buffer:
             await trio.lowlevel.checkpoint()  # whoever pipelines has no turn but its own
         self.is_waiting = True
@@ -189,26 +188,24 @@ class ClientConnection:
         except trio.TooSlowError:
             return None
         self.is_waiting = False
-        del buffer[: strict.leading_crlf(buffer)]
+        if buffer.startswith(b"\r"):
+            del buffer[: strict.leading_crlf(buffer)]
         self.request_started = time.monotonic()
         try:
-            self._limit_waits(timeouts.client_head_s)
-            read = self._heads.read(await self._head(), self.limits.max_head_bytes, self._last_head)
+            end = strict.head_end(buffer, max_head_bytes=limits.max_head_bytes) or await self._head_end()
+            raw = bytes(buffer[:end])
+            del buffer[:end]
+            read = self._heads.read(raw, limits.max_head_bytes, self._last_head)
             head, fields, length, request_id, self._last_head = read
             request = Request(head, fields, request_id, has_body=head.is_chunked or length is not None)
             self.refused = request  # until it is read whole
             self._visit = self._admit(request)
-            if request.has_body:
-                self._limit_waits(timeouts.client_body_s)
-                self._room_ns = 0
-                if length is not None and length > self.limits.max_body_bytes:
-                    raise _too_large(self.limits.max_body_bytes)
-                if head.expects_continue and not buffer:
-                    await self._send_continue()
-                if length is not None:
-                    await self._body_of_length(request, length)
-                else:
-                    await self._chunked_body(request)
+            if length and length == len(buffer) <= limits.max_body_bytes and self._budget.take_now(length):
+                self._held = length  # all of it has come, as mostly
+                request.body = bytes(buffer)
+                buffer.clear()
+            elif request.has_body:
+                await self._body(request, length)
         except trio.TooSlowError:
             raise RequestTimeout("the request did not arrive in time", phase=Phase.REQUEST) from None
         self.refused = None
@@ -277,19 +274,29 @@ class ClientConnection:
                 source.took(size, sockets.READ_BYTES)
                 return size > 0
 
-    async def _head(self) -> bytes:
-        """The next head, with its blank line."""
-        buffer = self._buffer
-        searched = 0
-        while True:
-            end = strict.head_end(buffer, searched, max_head_bytes=self.limits.max_head_bytes)
-            if end:
-                head = bytes(buffer[:end])
-                del buffer[:end]
-                return head
+    async def _head_end(self) -> int:
+        """The end of the next head, of which some has come."""
+        buffer, end = self._buffer, 0
+        self._limit_waits(self.timeouts.client_head_s)
+        while not end:
             searched = len(buffer)
             if not await self._more():
                 raise ClientGone("the client left in the middle of a request's head", phase=Phase.REQUEST)
+            end = strict.head_end(buffer, searched, max_head_bytes=self.limits.max_head_bytes)
+        return end
+
+    async def _body(self, request: Request, length: int | None) -> None:
+        """A body that has yet to come, or to find room; of no `length`, in chunks."""
+        self._limit_waits(self.timeouts.client_body_s)
+        self._room_ns = 0
+        if length is not None and length > self.limits.max_body_bytes:
+            raise _too_large(self.limits.max_body_bytes)
+        if request.head.expects_continue and not self._buffer:
+            await self._send_continue()
+        if length is not None:
+            await self._body_of_length(request, length)
+        else:
+            await self._chunked_body(request)
 
     async def _body_of_length(self, request: Request, length: int) -> None:
         """A body of ``Content-Length``, which `strict` has made sure is one number."""

@@ -24,7 +24,7 @@ from relay.core.document import MAX_MEMBERS
 from relay.core.editor import UsageEditor
 from relay.core.framing import Buffer
 from relay.core.histogram import Histogram
-from relay.core.request import RequestFacts, may_stream, peek
+from relay.core.request import RequestFacts, Route, may_stream, peek
 from relay.core.request_head import Request
 from relay.core.timeline import Record, make_record
 from relay.errors import (
@@ -55,33 +55,34 @@ from relay.net.split import SplitAttempt
 class Exchange:
     """One request and its response. `run` once."""
 
+    pair: Pair
+    phase = Phase.REQUEST
+    is_forced = False  #: the engine streams, and the client gets one body
+    is_streamed = False  #: the engine did stream
+    editor: UsageEditor | None = None  #: changes the usage in the answer
+    attempts = 0
+    frames = 0
+    gaps_folded = 0  #: what of its gaps the metrics have: the answer of the last `Buckets.fold`
+    pool: Pool | None = None
+    upstream: Upstream | None = None
+    prefill_upstream: Upstream | None = None
+    failure: ExchangeError | None = None
+    prices: Prices | None = None  #: of its model, as it began; None: there are none
+    cost: Cost | None = None  #: known at its end, where its tokens and the model's prices are
+    _facts: RequestFacts | None = None
+    _meter: Meter | None = None
+
     def __init__(self, service: Service, client: ClientConnection, request: Request) -> None:
         self.service = service
         self.config = service.config
         self.client = client
         self.request = request
         self.route = request.head.route
-        self._facts: RequestFacts | None = None
         self.id = request.id or new_id()
         self.reply = Reply(service, client, request, self.id)
         self.timeline = self.reply.timeline
         self.body: Buffer = request.body  #: what engines get of it
-        self.is_forced = False  #: the engine streams, and the client gets one body
-        self.is_streamed = False  #: the engine did stream
-        self.editor: UsageEditor | None = None  #: changes the usage in the answer
-        self._meter: Meter | None = None
         self.gaps = Histogram()
-        self.gaps_folded = 0  #: what of its gaps the metrics have: the answer of the last `Buckets.fold`
-        self.phase = Phase.REQUEST
-        self.attempts = 0
-        self.frames = 0
-        self.pool: Pool | None = None
-        self.upstream: Upstream | None = None
-        self.prefill_upstream: Upstream | None = None
-        self.failure: ExchangeError | None = None
-        self.prices: Prices | None = None  #: of its model, as it began; None: there are none
-        self.cost: Cost | None = None  #: known at its end, where its tokens and the model's prices are
-        self.pair: Pair
 
     def __repr__(self) -> str:
         return f"<Exchange {self.id} {self.request.head.target!r} phase={self.phase.name} {self.reply!r}>"
@@ -161,10 +162,11 @@ class Exchange:
     async def _serve(self) -> None:
         """A place in the pool, attempt after attempt until one has an answer, then that answer."""
         service = self.service
-        local = local_answer(service, self.request.head.method, self.request.head.path)
-        if local is not None:
-            await self.reply.answer(*local)
-            return
+        if self.route is Route.OTHER:  # as are the relay's own paths
+            local = local_answer(service, self.request.head.method, self.request.head.path)
+            if local is not None:
+                await self.reply.answer(*local)
+                return
         self.pool = service.fleet.sole or service.fleet.pool_for(self.route, self.facts)
         stream = self.pool.stream
         self._convert(stream)
