@@ -45,7 +45,7 @@ def _frames_at(buffer: Buffer, position: int, stop: int) -> tuple[int, int]:
         return -1, -1
     begin = found.end()
     end = begin + int(found[1], 16)
-    if end - begin == 2 or not buffer.startswith(b"\n\n\r\n", end - 2, stop) or buffer.find(b"\r", begin, end) >= 0:
+    if end - begin <= 2 or not buffer.startswith(b"\n\n\r\n", end - 2, stop) or buffer.find(b"\r", begin, end) >= 0:
         return -1, -1  # no frame but a blank line more, or perhaps several
     return begin, end
 
@@ -191,18 +191,18 @@ class FrameRelay:
         frames = counted = 0
         position = start
         while position < stop:
-            if template is not None:
-                end = template.end_of(buffer, position, stop)
-                if end > position:
-                    counted += 1
-                    position = end
-                    continue
+            alike = position if template is None else template.end_of(buffer, position, stop)
+            if alike > position:
+                counted += 1
+                position = alike
+                continue
             found = match(buffer, position, stop)
             if found is not None:
                 end = found.end()
                 size = found[1]
                 if int(size, 16) == end - position - len(size) - 4:  # but for both line ends
-                    if end - position < MOST_BYTES and (counted or meter.content_frames):  # the first may be the last
+                    # The first may be the last.
+                    if alike == position and end - position < MOST_BYTES and (counted or meter.content_frames):
                         template = self._template = Template(found, ordinary.STRAYS[meter.route])
                     counted += 1
                     position = end

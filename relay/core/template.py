@@ -38,7 +38,10 @@ class Template:
         return f"<Template {self._before!r} {self._behind!r}>"
 
     def end_of(self, buffer: Buffer, position: int, stop: int) -> int:
-        """The end of the whole chunk at `position`, where it is like the template; else `position`."""
+        """The end of the whole chunk at `position`, where it is like the template; else `position`.
+
+        Or -1, where it may be like it, and the pattern has to say.
+        """
         before, behind = self._before, self._behind
         begin = position + self._digits
         if not buffer.startswith(before, begin):
@@ -48,15 +51,12 @@ class Template:
             self._digits = begin - position
         text = begin + len(before)
         quote = buffer.find(self._quote, text, stop)
+        if quote <= text:
+            return position
+        if buffer.find(self._stray, text, quote) >= 0:
+            return -1
         end = quote + len(behind)
         size = end - begin - 4  # but for both line ends
-        if (
-            quote <= text
-            or end > stop
-            or size >= MOST_BYTES
-            or not buffer.startswith(_SIZES[size], position)
-            or not buffer.startswith(behind, quote)
-            or buffer.find(self._stray, text, quote) >= 0
-        ):
+        if end > stop or size >= MOST_BYTES or not buffer.startswith(_SIZES[size], position):
             return position
-        return end
+        return end if buffer.startswith(behind, quote) else position

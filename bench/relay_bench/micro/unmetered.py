@@ -10,7 +10,7 @@ import re
 from relay.cli import main
 from relay.core import ordinary
 
-_ANY_FRAME = re.compile(rb"([0-9A-Fa-f]{1,8}+)\r\n[^\r\n]*+\n\n\r\n")
+_ANY_FRAME = re.compile(rb"([0-9A-Fa-f]{1,8}+)\r\n([^\r\n]++)\n\n\r\n")
 
 if __name__ == "__main__":
     ordinary.CHUNKS.update(dict.fromkeys(ordinary.CHUNKS, _ANY_FRAME))
