@@ -26,8 +26,8 @@ LAST_CHUNK: Final = b"0\r\n\r\n"
 COMMENT: Final = b": keep-alive\n\n"
 COMMENT_CHUNK: Final = b"%x\r\n%b\r\n" % (len(COMMENT), COMMENT)
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})\r\n")
-#: The last frame of most streams.
-_END_MARK: Final = b"e\r\ndata: [DONE]\n\n\r\n"
+#: The chunk of the end mark, as engines write it.
+_END_CHUNK: Final = b"e\r\ndata: [DONE]\n\n\r\n"
 _match_opening: Final = ordinary.OPENING.fullmatch
 #: Bytes of a blank line, at most, with the end of the line before it: CR LF CR LF.
 _LONGEST_BLANK: Final = 4
@@ -35,10 +35,11 @@ _LONGEST_BLANK: Final = 4
 Pieces = list[bytes | memoryview]
 
 
-def _frames_at(buffer: Buffer, position: int, stop: int) -> tuple[int, int]:
-    """Begin and end of what is in the whole chunk at `position`, where that ends a frame and holds no CR.
+def _payload_at(buffer: Buffer, position: int, stop: int) -> tuple[int, int]:
+    """Begin and end of the payload of the whole chunk at `position`, where it ends with a blank line and has no CR.
 
-    Else -1 and -1, also where it cannot be told for certain: then the decoder and the frame finder see.
+    Else -1 and -1, also for a chunk that is not whole or has an extension: those are the decoder's and the frame
+    finder's.
     """
     found = _CHUNK_SIZE.match(buffer, position, stop)
     if found is None:
@@ -46,7 +47,7 @@ def _frames_at(buffer: Buffer, position: int, stop: int) -> tuple[int, int]:
     begin = found.end()
     end = begin + int(found[1], 16)
     if end - begin <= 2 or not buffer.startswith(b"\n\n\r\n", end - 2, stop) or buffer.find(b"\r", begin, end) >= 0:
-        return -1, -1  # no frame but a blank line more, or perhaps several
+        return -1, -1  # two bytes: a blank line more; CR: other line ends, and so perhaps several frames
     return begin, end
 
 
@@ -71,6 +72,7 @@ class FrameRelay:
 
     __slots__ = (
         "_chunks",
+        "_form",
         "_last_bytes",
         "_match_ordinary",
         "_template",
@@ -104,7 +106,8 @@ class FrameRelay:
         self.has_excess = False  #: bytes came behind the end of the body: the connection is of no further use
         self.is_unaligned = False  #: the frame being read outgrew the limit; its beginning has gone out
         self._last_bytes = b""  # of what has gone out of that frame: of a blank line a part, perhaps
-        self._match_ordinary = ordinary.CHUNKS[meter.route].match
+        self._form = ordinary.CHUNKS[meter.route]
+        self._match_ordinary = self._form.pattern.match
         self._template: Template | None = None
         self._chunks = decoder if is_chunked and isinstance(decoder, ChunkDecoder) else None
 
@@ -131,7 +134,7 @@ class FrameRelay:
             return False
         position = 0
         while position < stop:
-            begin, end = _frames_at(buffer, position, stop)
+            begin, end = _payload_at(buffer, position, stop)
             if end < 0 or not buffer.startswith(b"data: ", begin, end):
                 return False
             position = end + 2
@@ -185,25 +188,26 @@ class FrameRelay:
 
     def _whole_chunks(self, buffer: Buffer, start: int, stop: int) -> int:
         """How far from `start` there are only whole chunks of one frame each; meters those."""
-        finder, meter, match, template = self.finder, self.meter, self._match_ordinary, self._template
+        finder, meter, match = self.finder, self.meter, self._match_ordinary
         if not finder.at_boundary:
             return start
         frames = counted = 0
         position = start
         while position < stop:
-            alike = position if template is None else template.end_of(buffer, position, stop)
-            if alike > position:
-                counted += 1
-                position = alike
-                continue
+            template = self._template
+            if template is not None:
+                end = template.end_of(buffer, position, stop)
+                if end > position:
+                    counted += 1
+                    position = end
+                    continue
             found = match(buffer, position, stop)
             if found is not None:
                 end = found.end()
-                size = found[1]
-                if int(size, 16) == end - position - len(size) - 4:  # but for both line ends
-                    # The first may be the last.
-                    if alike == position and end - position < MOST_BYTES and (counted or meter.content_frames):
-                        template = self._template = Template(found, ordinary.STRAYS[meter.route])
+                size = int(found[1], 16)
+                if size == end - found.end(1) - 4:  # but for both line ends
+                    if size < MOST_BYTES and (counted or meter.content_frames):  # the first may be the last
+                        self._learn(found)
                     counted += 1
                     position = end
                     continue
@@ -218,12 +222,20 @@ class FrameRelay:
             self._chunks.skip(position - start)
         return position
 
+    def _learn(self, found: re.Match[bytes]) -> None:
+        """Has a frame be the template, where the last two were not like it: of two choices in turn, one is known."""
+        template = self._template
+        if template is None or template.has_missed:
+            self._template = Template(found, self._form.stray)
+        else:
+            template.has_missed = True
+
     def _other_chunk(self, buffer: Buffer, position: int, stop: int) -> int:
         """The end of a whole chunk of one frame that is not ordinary; `position` where there is none."""
-        if self.editor is None and buffer.startswith(_END_MARK, position, stop):
+        if self.editor is None and buffer.startswith(_END_CHUNK, position, stop):  # as below, at a quarter
             self.meter.inspect_data(b"[DONE]")
-            return position + len(_END_MARK)
-        begin, end = _frames_at(buffer, position, stop)
+            return position + len(_END_CHUNK)
+        begin, end = _payload_at(buffer, position, stop)
         if end < 0:
             return position
         if buffer.startswith(b"data: ", begin) and buffer.find(b"\n", begin, end) == end - 2:  # of one line

@@ -225,10 +225,8 @@ def request_head(
     made by `passed_fields`.
     """
     length = b"" if body == "none" else b"\r\ncontent-length: %d" % body
-    name = request_id.encode("ascii")
-    return b"".join(
-        (method, b" ", target, b" HTTP/1.1\r\nhost: ", host, passed, b"\r\nx-request-id: ", name, length, b"\r\n\r\n")
-    )
+    own = b"\r\nx-request-id: ", request_id.encode("ascii"), length, b"\r\n\r\n"
+    return b"".join((method, b" ", target, b" HTTP/1.1\r\nhost: ", host, passed, *own))
 
 
 class HeadStart(NamedTuple):

@@ -13,7 +13,7 @@ The forms are vLLM's and SGLang's (``id`` first) and llama.cpp's (``choices`` fi
 from __future__ import annotations
 
 import re
-from typing import Final
+from typing import Final, NamedTuple
 
 from relay.core.request import Route
 
@@ -50,7 +50,21 @@ _FORMS: Final = {
 OPENING: Final = re.compile(rb'(?!\{[^{]*"error":)' + _HEAD + _ROLE + _TAIL)
 #: An ordinary frame, by route.
 FRAMES: Final = {route: re.compile(form) for route, form in _FORMS.items()}
-#: A whole chunk that holds one ordinary frame, if group 1, its size, says so too. The last group is its text, which
-#: ends at the first byte like the one behind it; any other text will do in its place, if it has no byte of `STRAYS`.
-CHUNKS: Final = {route: re.compile(rb"([0-9A-Fa-f]{1,8}+)\r\n(?:%b)\r\n" % form) for route, form in _FORMS.items()}
-STRAYS: Final = {route: b"\r" if form is _TYPED else b"\\" for route, form in _FORMS.items()}
+
+
+class Form(NamedTuple):
+    """How the chunks of ordinary frames are known."""
+
+    #: Matches a whole chunk of one ordinary frame, if group 1, its size, says so too. The last group that matched is
+    #: its text. Any other would match in its place that is not empty, ends before the first byte like the one behind
+    #: it, and has no `stray`.
+    pattern: re.Pattern[bytes]
+    #: A backslash, behind which a quote ends no text; where the text is the rest of a line, CR.
+    stray: bytes
+
+
+#: By route.
+CHUNKS: Final = {
+    route: Form(re.compile(rb"([0-9A-Fa-f]{1,8}+)\r\n(?:%b)\r\n" % form), stray=b"\r" if form is _TYPED else b"\\")
+    for route, form in _FORMS.items()
+}

@@ -188,8 +188,8 @@ class ClientConnection:
         except trio.TooSlowError:
             return None
         self.is_waiting = False
-        if buffer.startswith(b"\r"):
-            del buffer[: strict.leading_crlf(buffer)]
+        if skipped := strict.leading_crlf(buffer):
+            del buffer[:skipped]
         self.request_started = time.monotonic()
         try:
             end = strict.head_end(buffer, max_head_bytes=limits.max_head_bytes) or await self._head_end()
@@ -200,8 +200,9 @@ class ClientConnection:
             request = Request(head, fields, request_id, has_body=head.is_chunked or length is not None)
             self.refused = request  # until it is read whole
             self._visit = self._admit(request)
+            # All of it has come and nothing behind it, as mostly: no coroutine is needed.
             if length and length == len(buffer) <= limits.max_body_bytes and self._budget.take_now(length):
-                self._held = length  # all of it has come, as mostly
+                self._held += length
                 request.body = bytes(buffer)
                 buffer.clear()
             elif request.has_body:
@@ -275,7 +276,7 @@ class ClientConnection:
                 return size > 0
 
     async def _head_end(self) -> int:
-        """The end of the next head, of which some has come."""
+        """The end of the next head, of which some has come. Raises ClientGone, RequestRefused or trio.TooSlowError."""
         buffer, end = self._buffer, 0
         self._limit_waits(self.timeouts.client_head_s)
         while not end:
@@ -286,7 +287,7 @@ class ClientConnection:
         return end
 
     async def _body(self, request: Request, length: int | None) -> None:
-        """A body that has yet to come, or to find room; of no `length`, in chunks."""
+        """Reads a body of `length` bytes; None: in chunks. Raises RequestRefused, ClientGone or trio.TooSlowError."""
         self._limit_waits(self.timeouts.client_body_s)
         self._room_ns = 0
         if length is not None and length > self.limits.max_body_bytes:

@@ -55,7 +55,9 @@ from relay.net.split import SplitAttempt
 class Exchange:
     """One request and its response. `run` once."""
 
-    pair: Pair
+    pair: Pair  #: set by `run`
+
+    # What mostly stays as it begins: the class has it, so that an exchange need not be given it.
     phase = Phase.REQUEST
     is_forced = False  #: the engine streams, and the client gets one body
     is_streamed = False  #: the engine did stream
@@ -162,7 +164,7 @@ class Exchange:
     async def _serve(self) -> None:
         """A place in the pool, attempt after attempt until one has an answer, then that answer."""
         service = self.service
-        if self.route is Route.OTHER:  # as are the relay's own paths
+        if self.route is Route.OTHER:  # as is all that the relay answers itself
             local = local_answer(service, self.request.head.method, self.request.head.path)
             if local is not None:
                 await self.reply.answer(*local)

@@ -84,6 +84,7 @@ def _as_decimals(prices: PriceConfig) -> Prices:
 def local_answer(service: Service, method: bytes, path: bytes) -> tuple[int, bytes] | None:
     """Status and JSON body of a path that the relay answers on every listener; None for an engine's.
 
+    Asked for `Route.OTHER` alone: what generates is the engines'.
     Raises RequestRefused for the admin side's, of which an engine is to hear nothing.
     """
     if path.startswith(b"/-/"):
