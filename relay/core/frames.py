@@ -123,7 +123,7 @@ class FrameRelay:
         return COMMENT_CHUNK if self.is_chunked else COMMENT
 
     def passes_unread(self, buffer: Buffer, stop: int) -> bool:
-        """Whether of ``buffer[:stop]`` all would go out as it is, told by the ends of chunks and frames alone.
+        """Whether ``buffer[:stop]`` can go out as it is, told by the ends of chunks and frames alone.
 
         `feed` has to read it all the same, be it afterwards. False where that is not certain.
         """
