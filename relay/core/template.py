@@ -1,7 +1,7 @@
 """What one stream's ordinary frames have in common: all but their text and their size.
 
 A pattern has to be matched byte by byte (`relay.core.ordinary`); a frame that is like an earlier one is known by
-comparing. Compiled, that takes 0.4 us where the pattern takes 0.8 (a frame of 218 bytes), and less of the processor's
+comparing. Compiled, that takes 0.4 µs where the pattern takes 0.8 (a frame of 218 bytes), and less of the processor's
 caches, which a stream whose frames come 20 ms apart finds filled with other things; interpreted, it takes as long.
 """
 
