@@ -206,7 +206,16 @@ class ClientConnection:
                 request.body = bytes(buffer)
                 buffer.clear()
             elif request.has_body:
-                await self._body(request, length)
+                self._limit_waits(timeouts.client_body_s)
+                self._room_ns = 0
+                if length is not None and length > limits.max_body_bytes:
+                    raise _too_large(limits.max_body_bytes)
+                if head.expects_continue and not buffer:
+                    await self._send_continue()
+                if length is not None:
+                    await self._body_of_length(request, length)
+                else:
+                    await self._chunked_body(request)
         except trio.TooSlowError:
             raise RequestTimeout("the request did not arrive in time", phase=Phase.REQUEST) from None
         self.refused = None
@@ -285,19 +294,6 @@ class ClientConnection:
                 raise ClientGone("the client left in the middle of a request's head", phase=Phase.REQUEST)
             end = strict.head_end(buffer, searched, max_head_bytes=self.limits.max_head_bytes)
         return end
-
-    async def _body(self, request: Request, length: int | None) -> None:
-        """Reads a body of `length` bytes; None: in chunks. Raises RequestRefused, ClientGone or trio.TooSlowError."""
-        self._limit_waits(self.timeouts.client_body_s)
-        self._room_ns = 0
-        if length is not None and length > self.limits.max_body_bytes:
-            raise _too_large(self.limits.max_body_bytes)
-        if request.head.expects_continue and not self._buffer:
-            await self._send_continue()
-        if length is not None:
-            await self._body_of_length(request, length)
-        else:
-            await self._chunked_body(request)
 
     async def _body_of_length(self, request: Request, length: int) -> None:
         """A body of ``Content-Length``, which `strict` has made sure is one number."""
