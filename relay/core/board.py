@@ -120,8 +120,6 @@ class Buckets:
         fold is little enough to be done for thousands of streams while they run. Whether a value is below a bound is
         known within the 6.25 % of `gaps`.
         """
-        if gaps.counts is None:
-            return seen
         # An array of counts read as one number: differences and sums of all counts at once. None ever borrows, as
         # counts only grow, and none carries below 2**32 frames between two flushes.
         counted = int.from_bytes(gaps.counts, byteorder)

@@ -104,8 +104,8 @@ class Meter:
     """What one exchange's frames amount to. `take` each, or count those known to be ordinary."""
 
     __slots__ = (
-        "_is_ordinary", "comments", "content_frames", "error", "finish_reason", "opaque_frames", "route", "saw_end",
-        "saw_id_field", "usage",
+        "_inspected", "_is_ordinary", "comments", "error", "finish_reason", "opaque_frames", "ordinary", "route",
+        "saw_end", "saw_id_field", "usage",
     )  # fmt: skip
 
     def __init__(self, route: Route) -> None:
@@ -116,7 +116,8 @@ class Meter:
         self.error: str | None = None  #: an error the engine reported, in its stream or as its answer
         self.saw_end = False  #: the route's end mark has come
         self.saw_id_field = False  #: an ``id:`` line has come: openai's SDK then fails on comments
-        self.content_frames = 0
+        self.ordinary = ordinary.Count()  #: content frames that are not inspected, but only counted
+        self._inspected = 0  # content frames that were
         self.opaque_frames = 0  #: frames with data that is not the JSON expected
         self.comments = 0
 
@@ -132,6 +133,11 @@ class Meter:
         return msgspec.structs.replace(usage or Usage(), completion_tokens=self.content_frames)
 
     @property
+    def content_frames(self) -> int:
+        """How many frames had content."""
+        return self.ordinary.frames + self._inspected
+
+    @property
     def saw_content(self) -> bool:
         """Whether any content frame has passed."""
         return self.content_frames > 0
@@ -144,7 +150,7 @@ class Meter:
     def take(self, frame: Buffer) -> None:
         """Takes note of a frame: counts an ordinary one, inspects any other. Never raises."""
         if self._is_ordinary(frame):
-            self.content_frames += 1
+            self.ordinary.frames += 1
         else:
             self.inspect(frame)
 
@@ -175,7 +181,7 @@ class Meter:
         if body.usage is not None:
             self.usage = updated(self.usage, body.usage)
         if self._is_content(body):
-            self.content_frames += 1
+            self._inspected += 1
         self._take_end(body)
 
     def take_body(self, body: bytes, *, status: int = 200) -> None:

@@ -29,7 +29,7 @@ MAX_MEMBERS: Final = 4096
 
 # Possessive (`++`, `*+`): no position is tried twice, whatever the input, and nothing is kept of each escape in a key.
 # What `relay.core.strict` says of groups does not concern this one: in JSON it fails at its first byte only.
-_KEY = re.compile(rb'[ \t\r\n]*+[{,][ \t\r\n]*+("(?:[^"\\]++|\\.)*+")[ \t\r\n]*+:[ \t\r\n]*+')
+_KEY: Final = re.compile(rb'[ \t\r\n]*+[{,][ \t\r\n]*+("(?:[^"\\]++|\\.)*+")[ \t\r\n]*+:[ \t\r\n]*+')
 
 
 class _Key:
@@ -92,8 +92,8 @@ class _Walker:
         return members
 
 
-_members = _Walker().members
-_encode = msgspec.json.Encoder().encode
+_members: Final = _Walker().members
+_encode: Final = msgspec.json.Encoder().encode
 
 
 class Document:

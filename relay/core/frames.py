@@ -1,10 +1,10 @@
 """From what an engine sends to what its client gets: an event stream, passed on in whole frames.
 
 The usual case decides the cost. Engines put one frame into one chunk and one chunk into one write, so what a read
-brings is a run of whole chunks, each ending where a frame ends. Such a run goes on untouched, chunk headers and all, as
-one view of the receive buffer: no byte is copied, and nothing is allocated but the view. Everything else (frames over
-several chunks, several in one, a body without chunks, a client without them) is decoded, and what is complete of it
-goes out as one new chunk, still as views of the buffer; only an unfinished frame is kept, in `pending`.
+brings is a run of whole chunks, each ending where a frame ends. Such a read goes on untouched, chunk headers and all,
+as the very object that it came in: no byte is copied, and nothing is allocated. Everything else (frames over several
+chunks, several in one, a body without chunks, a client without them) is decoded, and what is complete of it goes out as
+one new chunk, still as views of the read; only an unfinished frame is kept, in `pending`.
 
 Where an editor changes frames, those it is concerned with go the second way, and all others as before.
 """
@@ -25,7 +25,7 @@ LAST_CHUNK: Final = b"0\r\n\r\n"
 #: A comment, with the blank line without which `vllm bench serve` drops the next event.
 COMMENT: Final = b": keep-alive\n\n"
 COMMENT_CHUNK: Final = b"%x\r\n%b\r\n" % (len(COMMENT), COMMENT)
-_CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})\r\n")
+_CHUNK_SIZE: Final = re.compile(rb"([0-9A-Fa-f]{1,8})\r\n")
 #: The chunk of the end mark, as engines write it.
 _END_CHUNK: Final = b"e\r\ndata: [DONE]\n\n\r\n"
 _match_opening: Final = ordinary.OPENING.fullmatch
@@ -35,18 +35,18 @@ _LONGEST_BLANK: Final = 4
 Pieces = list[bytes | memoryview]
 
 
-def _payload_at(buffer: Buffer, position: int, stop: int) -> tuple[int, int]:
+def _payload_at(data: bytes, position: int) -> tuple[int, int]:
     """Begin and end of the payload of the whole chunk at `position`, where it ends with a blank line and has no CR.
 
     Else -1 and -1, also for a chunk that is not whole or has an extension: those are the decoder's and the frame
     finder's.
     """
-    found = _CHUNK_SIZE.match(buffer, position, stop)
+    found = _CHUNK_SIZE.match(data, position)
     if found is None:
         return -1, -1
     begin = found.end()
     end = begin + int(found[1], 16)
-    if end - begin <= 2 or not buffer.startswith(b"\n\n\r\n", end - 2, stop) or buffer.find(b"\r", begin, end) >= 0:
+    if end - begin <= 2 or not data.startswith(b"\n\n\r\n", end - 2) or data.find(b"\r", begin, end) >= 0:
         return -1, -1  # two bytes: a blank line more; CR: other line ends, and so perhaps several frames
     return begin, end
 
@@ -75,6 +75,7 @@ class FrameRelay:
         "_form",
         "_last_bytes",
         "_match_ordinary",
+        "_ordinary",
         "_template",
         "decoder",
         "editor",
@@ -108,6 +109,7 @@ class FrameRelay:
         self._last_bytes = b""  # of what has gone out of that frame: of a blank line a part, perhaps
         self._form = ordinary.CHUNKS[meter.route]
         self._match_ordinary = self._form.pattern.match
+        self._ordinary = meter.ordinary
         self._template: Template | None = None
         self._chunks = decoder if is_chunked and isinstance(decoder, ChunkDecoder) else None
 
@@ -122,47 +124,59 @@ class FrameRelay:
             return b""
         return COMMENT_CHUNK if self.is_chunked else COMMENT
 
-    def passes_unread(self, buffer: Buffer, stop: int) -> bool:
-        """Whether ``buffer[:stop]`` can go out as it is, told by the ends of chunks and frames alone.
+    def passes_unread(self, data: bytes) -> bool:
+        """Whether `data` can go out as it is, told by the ends of chunks and frames alone.
 
         `feed` has to read it all the same, be it afterwards. False where that is not certain.
         """
         chunks = self._chunks
-        if chunks is None or self.editor is not None or stop > self.max_frame_bytes:
+        if chunks is None or self.editor is not None or len(data) > self.max_frame_bytes:
             return False
         if self.pending or not (chunks.is_between_chunks and self.finder.at_boundary):
             return False
         position = 0
-        while position < stop:
-            begin, end = _payload_at(buffer, position, stop)
-            if end < 0 or not buffer.startswith(b"data: ", begin, end):
+        while position < len(data):
+            begin, end = _payload_at(data, position)
+            if end < 0 or not data.startswith(b"data: ", begin, end):
                 return False
             position = end + 2
         return True
 
-    def feed(self, buffer: Buffer, view: memoryview, stop: int, out: Pieces) -> None:
-        """Reads ``buffer[:stop]`` and appends to `out` what can be sent. `view` is a view of `buffer`."""
+    def feed(self, data: bytes, out: Pieces) -> None:
+        """Reads `data` and appends to `out` what can be sent: `data` itself where all of it can go out as it came."""
+        end = self._whole_chunks(data, 0) if self._is_aligned else 0
+        if 0 < end == len(data):
+            out.append(data)
+        else:
+            self._feed_other(data, end, out)
+
+    @property
+    def _is_aligned(self) -> bool:
+        """Whether the next byte begins a chunk, and what is kept is empty."""
+        chunks = self._chunks
+        return chunks is not None and chunks.error is None and not self.pending and chunks.is_between_chunks
+
+    def _feed_other(self, data: bytes, position: int, out: Pieces) -> None:
+        """Reads what is behind a run of whole chunks, which ends at `position`; appends to `out` that run, too."""
         decoder, chunks = self.decoder, self._chunks
+        view, stop = memoryview(data), len(data)
+        if position:
+            out.append(view[:position])
         payload: Pieces = []
-        position = 0
         while position < stop and not decoder.is_done and decoder.error is None:
-            if chunks is not None and not self.pending and chunks.is_between_chunks:
-                end = self._whole_chunks(buffer, position, stop)
-                if end > position:
-                    self._emit(payload, out)
-                    out.append(view[position:end])
-                    position = end
-                    if end == stop:
-                        break
-                if buffer.startswith(LAST_CHUNK, position, stop):  # without trailers, as engines end
-                    chunks.skip_last(len(LAST_CHUNK))
-                    position += len(LAST_CHUNK)
-                    break
+            if chunks is not None and self._is_aligned and data.startswith(LAST_CHUNK, position):
+                chunks.skip_last(len(LAST_CHUNK))  # without trailers, as engines end
+                position += len(LAST_CHUNK)
+                break
             # Behind a chunk that came in parts the usual case may go on: only up to there.
             limit = min(stop, position + 2) if chunks is not None and chunks.left == ChunkDecoder.DATA_END else stop
-            begin, end, position = decoder.next(buffer, position, limit)
+            begin, end, position = decoder.next(data, position, limit)
             if begin < end:
-                self._take(buffer, view, begin, end, payload)
+                self._take(data, view, begin, end, payload)
+            if self._is_aligned and (end := self._whole_chunks(data, position)) > position:
+                self._emit(payload, out)
+                out.append(view[position:end])
+                position = end
         self._emit(payload, out)
         if position < stop:
             self.has_excess = True
@@ -186,37 +200,37 @@ class FrameRelay:
         if self.is_chunked and (self.editor is None or self.editor.failure is None):
             out.append(LAST_CHUNK)
 
-    def _whole_chunks(self, buffer: Buffer, start: int, stop: int) -> int:
+    def _whole_chunks(self, data: bytes, start: int) -> int:
         """How far from `start` there are only whole chunks of one frame each; meters those."""
-        finder, meter, match = self.finder, self.meter, self._match_ordinary
+        finder, meter = self.finder, self.meter
         if not finder.at_boundary:
             return start
         frames = counted = 0
         position = start
-        while position < stop:
+        while position < len(data):
             template = self._template
             if template is not None:
-                end = template.end_of(buffer, position, stop)
+                end = template.end_of(data, position)
                 if end > position:
                     counted += 1
                     position = end
                     continue
-            found = match(buffer, position, stop)
+            found = self._match_ordinary(data, position)
             if found is not None:
                 end = found.end()
                 size = int(found[1], 16)
                 if size == end - found.end(1) - 4:  # but for both line ends
-                    if size < MOST_BYTES and (counted or meter.content_frames):  # the first may be the last
+                    if size < MOST_BYTES and (counted or meter.saw_content):  # the first may be the last
                         self._learn(found)
                     counted += 1
                     position = end
                     continue
-            end = self._other_chunk(buffer, position, stop)
+            end = self._other_chunk(data, position)
             if end == position:
                 break
             frames += 1
             position = end
-        meter.content_frames += counted
+        self._ordinary.frames += counted
         finder.frames += frames + counted
         if self._chunks is not None:
             self._chunks.skip(position - start)
@@ -226,26 +240,26 @@ class FrameRelay:
         """Has a frame be the template, where the last two were not like it: of two choices in turn, one is known."""
         template = self._template
         if template is None or template.has_missed:
-            self._template = Template(found, self._form.stray)
+            self._template = Template(found, is_line=self._form.is_line)
         else:
             template.has_missed = True
 
-    def _other_chunk(self, buffer: Buffer, position: int, stop: int) -> int:
+    def _other_chunk(self, data: bytes, position: int) -> int:
         """The end of a whole chunk of one frame that is not ordinary; `position` where there is none."""
-        if self.editor is None and buffer.startswith(_END_CHUNK, position, stop):  # as below, at a quarter
+        if self.editor is None and data.startswith(_END_CHUNK, position):  # as below, at a quarter
             self.meter.inspect_data(b"[DONE]")
             return position + len(_END_CHUNK)
-        begin, end = _payload_at(buffer, position, stop)
+        begin, end = _payload_at(data, position)
         if end < 0:
             return position
-        if buffer.startswith(b"data: ", begin) and buffer.find(b"\n", begin, end) == end - 2:  # of one line
-            data = bytes(buffer[begin + len(b"data: ") : end - 2])
-            if self.editor is not None and self.editor.concerns(data):
+        if data.startswith(b"data: ", begin) and data.find(b"\n", begin, end) == end - 2:  # of one line
+            event = data[begin + len(b"data: ") : end - 2]
+            if self.editor is not None and self.editor.concerns(event):
                 return position
-            if self.finder.frames or _match_opening(data) is None:  # looked for in a stream's first read alone
-                self.meter.inspect_data(data)
-        elif buffer.find(b"\n\n", begin, end) == end - 2:
-            frame = bytes(buffer[begin:end])
+            if self.finder.frames or _match_opening(event) is None:  # looked for in a stream's first read alone
+                self.meter.inspect_data(event)
+        elif data.find(b"\n\n", begin, end) == end - 2:
+            frame = data[begin:end]
             if self.editor is not None and self.editor.concerns(frame):
                 return position
             self.meter.inspect(frame)
@@ -253,9 +267,9 @@ class FrameRelay:
             return position  # several frames: for the frame finder
         return end + 2
 
-    def _take(self, buffer: Buffer, view: memoryview, begin: int, end: int, payload: Pieces) -> None:
+    def _take(self, data: bytes, view: memoryview, begin: int, end: int, payload: Pieces) -> None:
         """Takes a run of payload: what completes frames goes to `payload`, the rest to `pending`."""
-        boundary = self.finder.feed(buffer, begin, end)
+        boundary = self.finder.feed(data, begin, end)
         if boundary < 0:
             if self.is_unaligned:
                 payload.append(view[begin:end])
@@ -270,7 +284,7 @@ class FrameRelay:
             return
         if self.pending:
             # A frame begun in earlier pieces is complete.
-            split = self._first_end(self.pending, buffer, begin, boundary)
+            split = self._first_end(self.pending, data, begin, boundary)
             frame = bytes(self.pending) + view[begin:split]
             self.pending.clear()
             if passed := self._metered(frame):
@@ -278,19 +292,19 @@ class FrameRelay:
             begin = split
         elif self.is_unaligned:
             # The rest of a frame that outgrew the limit is not metered: alone, it could be taken for something else.
-            split = self._first_end(self._last_bytes, buffer, begin, boundary)
+            split = self._first_end(self._last_bytes, data, begin, boundary)
             if begin < split:  # else a CR that went out was the end; an empty chunk would be the last
                 payload.append(view[begin:split])
             begin = split
         self.is_unaligned = False
         if begin < boundary:
-            self._pass_on(buffer, view, begin, boundary, payload)
+            self._pass_on(data, view, begin, boundary, payload)
         self.pending += view[boundary:end]
 
-    def _pass_on(self, buffer: Buffer, view: memoryview, begin: int, end: int, payload: Pieces) -> None:
+    def _pass_on(self, data: bytes, view: memoryview, begin: int, end: int, payload: Pieces) -> None:
         """Meters a run of whole frames; appends it to `payload`, in one piece where no frame of it changes."""
-        for frame_begin, frame_end in split_frames(buffer, begin, end):
-            frame = bytes(buffer[frame_begin:frame_end])
+        for frame_begin, frame_end in split_frames(data, begin, end):
+            frame = data[frame_begin:frame_end]
             passed = self._metered(frame)
             if passed is not frame:
                 payload += [piece for piece in (view[begin:frame_begin], passed) if piece]
@@ -307,10 +321,10 @@ class FrameRelay:
         self.finder.frames -= passed is None  # it counts what is passed on
         return passed
 
-    def _first_end(self, before: Buffer, buffer: Buffer, begin: int, boundary: int) -> int:
-        """Where in ``buffer[begin:boundary]`` the frame ends that began with `before`, blank line in part included."""
+    def _first_end(self, before: Buffer, data: bytes, begin: int, boundary: int) -> int:
+        """Where in ``data[begin:boundary]`` the frame ends that began with `before`, blank line in part included."""
         tail = bytes(before[-_LONGEST_BLANK:])
-        _, end = next(split_frames(tail + buffer[begin:boundary], 0, len(tail) + boundary - begin))
+        _, end = next(split_frames(tail + data[begin:boundary], 0, len(tail) + boundary - begin))
         return begin + max(0, end - len(tail))
 
     def _emit(self, payload: Pieces, out: Pieces) -> None:

@@ -25,8 +25,8 @@ MAX_TRAILER_BYTES: Final = 16384
 # chunk-size is at most 15 digits: beyond any real body, and it cannot overflow what follows.
 # Extensions may hold anything printable (RFC 9112 §7.1.1: a recipient ignores those it does not know). White space is
 # theirs alone: behind a bare size the grammar has none, and llhttp refuses it.
-_CHUNK_HEADER = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?\r\n")
-_TRAILER_LINE = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[\t\x20-\x7e\x80-\xff]*\r\n")
+_CHUNK_HEADER: Final = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?\r\n")
+_TRAILER_LINE: Final = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[\t\x20-\x7e\x80-\xff]*\r\n")
 
 _NOTHING: Final = -1
 

@@ -56,15 +56,29 @@ class Form(NamedTuple):
     """How the chunks of ordinary frames are known."""
 
     #: Matches a whole chunk of one ordinary frame, if group 1, its size, says so too. The last group that matched is
-    #: its text. Any other would match in its place that is not empty, ends before the first byte like the one behind
-    #: it, and has no `stray`.
+    #: its text. Any other would match in its place that is not empty, has no byte like the one behind it, and none of
+    #: what may not be in it: see `is_line`.
     pattern: re.Pattern[bytes]
-    #: A backslash, behind which a quote ends no text; where the text is the rest of a line, CR.
-    stray: bytes
+    #: The text is the rest of a line, and has no CR. Else it is what is in a JSON string; where there is a backslash in
+    #: it, none at its end, and no LF.
+    is_line: bool
+
+
+class Count:
+    """How many frames were known by their form alone.
+
+    It is counted by who knows them, one by one, and belongs to their `Meter`: an attribute of that one, which is not
+    compiled, would cost ten times as much.
+    """
+
+    __slots__ = ("frames",)
+
+    def __init__(self) -> None:
+        self.frames = 0
 
 
 #: By route.
 CHUNKS: Final = {
-    route: Form(re.compile(rb"([0-9A-Fa-f]{1,8}+)\r\n(?:%b)\r\n" % form), stray=b"\r" if form is _TYPED else b"\\")
+    route: Form(re.compile(rb"([0-9A-Fa-f]{1,8}+)\r\n(?:%b)\r\n" % form), is_line=form is _TYPED)
     for route, form in _FORMS.items()
 }

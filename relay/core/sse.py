@@ -18,13 +18,13 @@ from typing import Final
 from relay.core.framing import Buffer
 
 _LF, _CR = 0x0A, 0x0D
-_LINE_END = re.compile(rb"\r\n|\n|\r")
+_LINE_END: Final = re.compile(rb"\r\n|\n|\r")
 # Atomic groups: without them, CR LF alone would match as CR and LF.
-_BLANK_LINE = re.compile(rb"(?>\r\n|\n|\r)(?>\r\n|\n|\r)")
+_BLANK_LINE: Final = re.compile(rb"(?>\r\n|\n|\r)(?>\r\n|\n|\r)")
 #: What a stream may begin with, and that says nothing.
 BOM: Final = b"\xef\xbb\xbf"
-_LINE_STARTS = (b"data:", b"event:", b"id:", b"retry:", b":")
-_FIELD_LINE = re.compile(rb"(?:\xef\xbb\xbf)?[\r\n]*(?:data|event|id|retry)?(?::|[\r\n]|$)")
+_LINE_STARTS: Final = (b"data:", b"event:", b"id:", b"retry:", b":")
+_FIELD_LINE: Final = re.compile(rb"(?:\xef\xbb\xbf)?[\r\n]*(?:data|event|id|retry)?(?::|[\r\n]|$)")
 
 
 class FrameFinder:

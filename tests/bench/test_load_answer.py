@@ -34,8 +34,8 @@ def answer_of(pieces: Iterable[bytes], *, route: Route = Route.CHAT, closed: boo
     for at_ns, piece in enumerate(pieces, 1):
         if answer.is_done:
             break
-        buffer = bytearray(piece + b"garbage of an earlier read")
-        answer.feed(buffer, memoryview(buffer), len(piece), at_ns)
+        if piece:
+            answer.feed(piece, at_ns)
     if closed and not answer.is_done:
         answer.close()
     return answer

@@ -48,8 +48,7 @@ def through(
     sent = b""
     for begin, end in pairwise([0, *sorted(cuts), len(raw)]):
         out: Pieces = []
-        buffer = bytearray(raw[begin:end])
-        relay.feed(buffer, memoryview(buffer), len(buffer), out)
+        relay.feed(raw[begin:end], out)
         sent += b"".join(out)
     out = []
     relay.decoder.at_close()
@@ -70,8 +69,7 @@ def through_chunks(
     sent = b""
     for begin, end in pairwise([0, *sorted(cuts), len(raw)]):
         out: Pieces = []
-        buffer = bytearray(raw[begin:end])
-        relay.feed(buffer, memoryview(buffer), len(buffer), out)
+        relay.feed(raw[begin:end], out)
         sent += b"".join(out)
     assert relay.decoder.is_done
     out = []

@@ -39,17 +39,10 @@ def frame_relay(
 
 
 def feed(relay: FrameRelay, piece: bytes) -> bytes:
-    """What goes out when `piece` has come in. The receive buffer is wiped afterwards, as the next read would."""
-    buffer = bytearray(piece)
+    """What goes out when `piece` has come in."""
     out: Pieces = []
-    with memoryview(buffer) as view:
-        relay.feed(buffer, view, len(piece), out)
-        sent = b"".join(out)
-        for part in out:
-            if isinstance(part, memoryview):
-                part.release()
-    buffer[:] = b"\xaa" * len(buffer)
-    return sent
+    relay.feed(piece, out)
+    return b"".join(out)
 
 
 def finish(relay: FrameRelay) -> bytes:
@@ -300,8 +293,7 @@ def test_saturated_reads_come_back_into_step() -> None:
     for cut in range(1, len(chunk)):
         for part in raw[:cut], raw[cut:]:
             out: Pieces = []
-            buffer = bytearray(part)
-            relay.feed(buffer, memoryview(buffer), len(buffer), out)
+            relay.feed(part, out)
         assert b"".join(out).endswith(chunk * 99)
         assert isinstance(out[-1], memoryview)
         assert len(out[-1]) >= 98 * len(chunk)
@@ -313,17 +305,14 @@ FRAME = b'data: {"id":"c-1","choices":[{"index":0,"delta":{"content":"token"},"f
 
 
 @pytest.mark.parametrize("number", [1, 2, 50])
-def test_a_run_of_whole_chunks_is_one_view_of_the_buffer(number: int) -> None:
+def test_a_run_of_whole_chunks_is_passed_on_as_the_object_it_is(number: int) -> None:
     relay = frame_relay()
     raw = chunked([FRAME] * number, end=b"")
-    buffer = bytearray(raw + b"stale bytes of an earlier read")
     for _ in range(3):
         out: Pieces = []
-        relay.feed(buffer, memoryview(buffer), len(raw), out)
+        relay.feed(raw, out)
         (piece,) = out
-        assert isinstance(piece, memoryview)
-        assert piece.obj is buffer
-        assert piece == raw
+        assert piece is raw
         assert relay.pending == b""
     assert relay.finder.frames == 3 * number
     assert relay.meter.content_frames == 3 * number
@@ -332,16 +321,15 @@ def test_a_run_of_whole_chunks_is_one_view_of_the_buffer(number: int) -> None:
 def test_whole_chunks_before_a_broken_off_one_are_one_view() -> None:
     relay = frame_relay()
     chunk = chunked([FRAME], end=b"")
-    buffer = bytearray(chunk * 3 + chunk[:40])
+    read = chunk * 3 + chunk[:40]
     out: Pieces = []
-    relay.feed(buffer, memoryview(buffer), len(buffer), out)
+    relay.feed(read, out)
     (piece,) = out
     assert isinstance(piece, memoryview)
-    assert piece.obj is buffer
+    assert piece.obj is read
     assert piece == chunk * 3
-    rest = bytearray(chunk[40:] + chunk)
     out = []
-    relay.feed(rest, memoryview(rest), len(rest), out)
+    relay.feed(chunk[40:] + chunk, out)
     assert dechunk(b"".join(out))[0] == FRAME * 2
     assert b"".join(out) == chunk * 2
     assert isinstance(out[-1], memoryview)  # in step again
@@ -351,11 +339,11 @@ def test_whole_chunks_before_a_broken_off_one_are_one_view() -> None:
 @pytest.mark.parametrize("is_chunked", [True, False])
 def test_a_chunk_of_many_frames_is_a_view_between_new_headers(is_chunked: bool) -> None:
     relay = frame_relay(is_chunked=is_chunked)
-    buffer = bytearray(chunked([FRAME * 4], end=b""))
+    read = chunked([FRAME * 4], end=b"")
     out: Pieces = []
-    relay.feed(buffer, memoryview(buffer), len(buffer), out)
+    relay.feed(read, out)
     (payload,) = [piece for piece in out if isinstance(piece, memoryview)]
-    assert payload.obj is buffer
+    assert payload.obj is read
     assert payload == FRAME * 4
     assert len(out) == (3 if is_chunked else 1)
     assert dechunk(b"".join(out))[0] == FRAME * 4 if is_chunked else b"".join(out) == FRAME * 4
@@ -363,11 +351,11 @@ def test_a_chunk_of_many_frames_is_a_view_between_new_headers(is_chunked: bool) 
 
 def test_only_the_unfinished_frame_is_copied() -> None:
     relay = frame_relay(CloseDecoder())
-    buffer = bytearray(FRAME * 3 + FRAME[:20])
+    read = FRAME * 3 + FRAME[:20]
     out: Pieces = []
-    relay.feed(buffer, memoryview(buffer), len(buffer), out)
+    relay.feed(read, out)
     (payload,) = [piece for piece in out if isinstance(piece, memoryview)]
-    assert payload.obj is buffer
+    assert payload.obj is read
     assert payload == FRAME * 3
     assert relay.pending == FRAME[:20]
 
@@ -535,13 +523,10 @@ def seconds_byte_by_byte(size: int) -> float:
     """CPU time for one frame of `size` bytes, one byte a read."""
     body = b"data: " + b"x" * size + b"\n\n"
     relay = frame_relay(LengthDecoder(len(body)))
-    buffer = bytearray(1)
-    view = memoryview(buffer)
     out: Pieces = []
     begun = time.process_time()
-    for byte in body:
-        buffer[0] = byte
-        relay.feed(buffer, view, 1, out)
+    for at in range(len(body)):
+        relay.feed(body[at : at + 1], out)
     took = time.process_time() - begun
     assert dechunk(b"".join(out))[0] == body
     return took
@@ -554,13 +539,12 @@ def test_a_long_frame_in_single_bytes_takes_linear_time() -> None:
 
 def test_steady_state_allocates_nothing() -> None:
     relay = frame_relay()
-    buffer = bytearray(chunked([FRAME] * 50, end=b""))
-    view = memoryview(buffer)
+    read = chunked([FRAME] * 50, end=b"")
     out: Pieces = []
 
     def feed_frames(number: int) -> None:
         for _ in range(number // 50):
-            relay.feed(buffer, view, len(buffer), out)
+            relay.feed(read, out)
             out.clear()
 
     feed_frames(5000)
@@ -663,8 +647,8 @@ ONE: Final = b'data: {"choices":[{"index":0,"delta":{"content":"a"}}]}\n\n'
     ],
 )
 def test_what_goes_out_before_it_is_read(data: bytes, passes: bool) -> None:
-    assert frame_relay(route=Route.CHAT, is_chunked=True).passes_unread(data, len(data)) is passes
-    assert not frame_relay(route=Route.CHAT, is_chunked=False).passes_unread(data, len(data))
+    assert frame_relay(route=Route.CHAT, is_chunked=True).passes_unread(data) is passes
+    assert not frame_relay(route=Route.CHAT, is_chunked=False).passes_unread(data)
 
 
 CHUNKS: Final = st.lists(
@@ -691,7 +675,7 @@ CHUNKS: Final = st.lists(
 def test_what_goes_out_before_it_is_read_is_what_would_go_out(before: list[bytes], chunks: list[bytes]) -> None:
     relay, data = frame_relay(route=Route.CHAT, is_chunked=True), b"".join(chunks)
     feed(relay, b"".join(before))
-    if not relay.passes_unread(data, len(data)) or relay.decoder.is_done or relay.decoder.error is not None:
+    if not relay.passes_unread(data) or relay.decoder.is_done or relay.decoder.error is not None:
         return
     raw = feed(relay, data)
     assert payload_of(raw, True) == payload_of(data, True)

@@ -111,8 +111,7 @@ def through(body: bytes, way: Way) -> bytes:
     sent = b""
     for piece in cut_up(raw, way.reads):
         out: Pieces = []
-        buffer = bytearray(piece)
-        relay.feed(buffer, memoryview(buffer), len(buffer), out)
+        relay.feed(piece, out)
         sent += b"".join(out)
         if way.comments:
             sent += relay.comment

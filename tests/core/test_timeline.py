@@ -176,7 +176,7 @@ def test_usage_of_the_engine() -> None:
 def test_usage_estimated_from_frames() -> None:
     meter = Meter(Route.CHAT)
     meter.inspect(b'data: {"choices":[{"index":0,"delta":{"content":"x"}}]}\n\n')
-    meter.content_frames += 4
+    meter.ordinary.frames += 4
     made = record(meter=meter)
     assert (made.usage, made.completion_tokens) == ("estimated", 5)
     assert (made.prompt_tokens, made.total_tokens) == (None, None)

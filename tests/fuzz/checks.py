@@ -50,8 +50,7 @@ def _relayed(decoder: ChunkDecoder | CloseDecoder, pieces: list[bytes]) -> tuple
     out: Pieces = []
     sent = bytearray()
     for piece in pieces:
-        buffer = bytearray(piece)
-        relay.feed(buffer, memoryview(buffer), len(buffer), out)
+        relay.feed(piece, out)
         sent += b"".join(out)
         out.clear()
     decoder.at_close()

@@ -29,10 +29,11 @@ class Capture(Answer):
         super().__init__(route)
         self.reads: list[Read] = []
 
-    def feed(self, buffer: bytearray, view: memoryview, stop: int, now_ns: int) -> None:
+    def feed(self, data: bytes, now_ns: int) -> None:
         """See `Answer.feed`."""
-        self.reads.append((now_ns, bytes(view[:stop])))
-        super().feed(buffer, view, stop, now_ns)
+        if data:
+            self.reads.append((now_ns, data))
+        super().feed(data, now_ns)
 
 
 class Observation(msgspec.Struct, kw_only=True):

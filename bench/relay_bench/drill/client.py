@@ -101,7 +101,7 @@ class Reading:
 
     def feed(self, data: bytes) -> None:
         """Takes what was received; nothing: the peer has closed."""
-        self.answer.feed_bytes(data, time.monotonic_ns())
+        self.answer.feed(data, time.monotonic_ns())
 
     def end(self) -> tuple[End, str]:
         """What became of the request, now that nothing more comes; and the proof where that is bad."""

@@ -73,7 +73,7 @@ class Healthy:
             if data and last_ns:
                 self._gaps_ms.append((now_ns - last_ns) / 1e6)
             last_ns = now_ns
-            answer.feed_bytes(data, now_ns)
+            answer.feed(data, now_ns)
         label, detail = answer.fault(self._tokens, is_exact=True)
         if label:
             self.failures.append(f"{label} {detail}")

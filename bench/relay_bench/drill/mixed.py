@@ -181,7 +181,7 @@ class Visitor:
             enough = hang_up.share * asked.tokens if hang_up.moment is Moment.STREAM else enough
         while not answer.is_done and answer.meter.content_frames < enough:
             data = await stream.receive_some(_SLOW_BYTES if asked.is_slow else READ_BYTES)
-            answer.feed_bytes(data, time.monotonic_ns())
+            answer.feed(data, time.monotonic_ns())
             if asked.is_slow:
                 await trio.sleep(_SLOW_S)
 

@@ -124,28 +124,21 @@ class Answer:
         counts = getattr(self.meter, "token_counts", None)
         return counts if counts and len(counts) == len(self.content_ns) else None
 
-    def feed(self, buffer: bytearray, view: memoryview, stop: int, now_ns: int) -> None:
-        """Takes ``buffer[:stop]``, received at `now_ns`. `view` is a view of `buffer`."""
-        self.bytes_in += stop
+    def feed(self, data: bytes, now_ns: int) -> None:
+        """Takes what was received at `now_ns`; nothing: the peer has closed."""
+        self.bytes_in += len(data)
         frames = self._frames
-        if frames is None:
-            self._feed_start(bytes(view[:stop]), now_ns)
-        else:
-            self._feed_frames(frames, buffer, view, stop, now_ns)
-
-    def feed_bytes(self, data: bytes, now_ns: int) -> None:
-        """The same, for who has no buffer to receive into; nothing: the peer has closed."""
         if not data:
             self.close()
-            return
-        buffer = bytearray(data)
-        with memoryview(buffer) as view:
-            self.feed(buffer, view, len(data), now_ns)
+        elif frames is None:
+            self._feed_start(data, now_ns)
+        else:
+            self._feed_frames(frames, data, now_ns)
 
-    def _feed_frames(self, frames: FrameRelay, buffer: bytearray, view: memoryview, stop: int, now_ns: int) -> None:
+    def _feed_frames(self, frames: FrameRelay, data: bytes, now_ns: int) -> None:
         meter = self.meter
         before = meter.content_frames
-        frames.feed(buffer, view, stop, self._out)
+        frames.feed(data, self._out)
         if not self.first_byte_ns:
             self.first_byte_ns = now_ns
         decoder = frames.decoder
@@ -189,8 +182,7 @@ class Answer:
             if not self.first_byte_ns:
                 self.first_byte_ns = now_ns
             if self._frames is not None:
-                with memoryview(rest) as view:
-                    self._feed_frames(self._frames, rest, view, len(rest), now_ns)
+                self._feed_frames(self._frames, bytes(rest), now_ns)
             else:
                 self._feed_body(bytes(rest))
 

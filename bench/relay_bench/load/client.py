@@ -30,7 +30,6 @@ _IN: Final = select.EPOLLIN | select.EPOLLRDHUP
 _OUT: Final = select.EPOLLOUT
 #: Events of a turn.
 _EVENTS: Final = 64
-_READ_BYTES: Final = 1 << 16
 #: How often requests that take too long are looked for.
 _SWEEP_NS: Final = 250_000_000
 
@@ -87,8 +86,6 @@ class Client:
         self._keep_alive = keep_alive
         self._tls = tls
         self._client_delay = client_delay
-        self._buffer = bytearray(_READ_BYTES)
-        self._view = memoryview(self._buffer)
         self._active: dict[int, Exchange] = {}  # by descriptor, oldest first
         self._idle: dict[int, Transport] = {}  # by descriptor, the one used last at the end
         self._stamps = transport.stamps_held()
@@ -259,7 +256,7 @@ class Client:
         now_ns = 0
         while True:
             try:
-                count = over.receive(self._buffer)
+                data = over.receive()
                 now_ns = time.monotonic_ns()
             except BlockingIOError:
                 return now_ns or time.monotonic_ns()
@@ -271,12 +268,9 @@ class Client:
             self.reads += 1
             if self._client_delay is not None and over.delay_ns >= 0:
                 self._client_delay.add(over.delay_ns)
-            if count:
-                answer.feed(self._buffer, self._view, count, now_ns)
-            elif self._retry(exchange):
+            if not data and self._retry(exchange):
                 return now_ns
-            else:
-                answer.close()
+            answer.feed(data, now_ns)
             if answer.is_done:
                 exchange.done_ns = now_ns
                 self._finish(exchange)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from relay_bench.load.target import Target
 
+_READ_BYTES: Final = 1 << 16
 _SO_TIMESTAMPNS: Final = 35  # asm-generic/socket.h; Python's socket module has no name for it
 _ANCILLARY_BYTES: Final = socket.CMSG_SPACE(16)
 _unpack_stamp = struct.Struct("@qq").unpack
@@ -73,17 +74,17 @@ class Transport:
         """Hands bytes to the kernel; how many."""
         return self.sock.send(data)
 
-    def receive(self, buffer: bytearray) -> int:
-        """Reads into `buffer`; how many bytes, 0 at the end."""
+    def receive(self) -> bytes:
+        """What there is, up to a limit; empty at the end."""
         if not self._stamped:
-            return self.sock.recv_into(buffer)
-        count, ancillary, _, _ = self.sock.recvmsg_into((buffer,), _ANCILLARY_BYTES)
+            return self.sock.recv(_READ_BYTES)
+        data, ancillary, _, _ = self.sock.recvmsg(_READ_BYTES, _ANCILLARY_BYTES)
         if ancillary:
             seconds, ns = _unpack_stamp(ancillary[0][2])
             self.delay_ns = time.time_ns() - seconds * _NS - ns
         else:
             self.delay_ns = -1
-        return count
+        return data
 
     @property
     def has_more(self) -> bool:
@@ -128,14 +129,14 @@ class TlsTransport(Transport):
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
             raise BlockingIOError from None
 
-    def receive(self, buffer: bytearray) -> int:
+    def receive(self) -> bytes:
         """See `Transport.receive`."""
         try:
-            return self.sock.recv_into(buffer)
+            return self.sock.recv(_READ_BYTES)
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
             raise BlockingIOError from None
         except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
-            return 0
+            return b""
 
     @property
     def has_more(self) -> bool:

@@ -123,8 +123,7 @@ def _ordinary() -> Part:
 
 
 def _relay(frames_per_read: int, *, hides_usage: bool = False) -> Part:
-    buffer = bytearray(chunk_of(frame_of()) * frames_per_read)
-    view, stop = memoryview(buffer), len(buffer)
+    read = chunk_of(frame_of()) * frames_per_read
     meter = Meter(Route.CHAT)
     editor = UsageEditor(hides_usage=True) if hides_usage else None
     streamed = FrameRelay(ChunkDecoder(), meter, is_chunked=True, max_frame_bytes=_MAX_FRAME_BYTES, editor=editor)
@@ -133,7 +132,7 @@ def _relay(frames_per_read: int, *, hides_usage: bool = False) -> Part:
     def work(reads: int) -> None:
         before = meter.content_frames
         for _ in range(reads):
-            streamed.feed(buffer, view, stop, out)
+            streamed.feed(read, out)
             out.clear()
         assert meter.content_frames - before == reads * frames_per_read
 

@@ -13,5 +13,5 @@ from relay.core import ordinary
 _ANY_FRAME = re.compile(rb"([0-9A-Fa-f]{1,8}+)\r\n([^\r\n]++)\n\n\r\n")
 
 if __name__ == "__main__":
-    ordinary.CHUNKS.update(dict.fromkeys(ordinary.CHUNKS, ordinary.Form(_ANY_FRAME, stray=b"\r")))
+    ordinary.CHUNKS.update(dict.fromkeys(ordinary.CHUNKS, ordinary.Form(_ANY_FRAME, is_line=True)))
     raise SystemExit(main())
