@@ -24,11 +24,9 @@ writer: the gaps of the last second, where the caller flushes every second.
 from __future__ import annotations
 
 import math
-from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
-from sys import byteorder
 from typing import TYPE_CHECKING, Final, TypeVar
 from zlib import crc32
 
@@ -106,42 +104,36 @@ class Buckets:
         self._cells = cells
         self._at = at
         self._bounds = bounds
-        self._pending = 0
+        self._pending: dict[int, int] = {}  # gaps, by bucket of their histograms
 
     def observe(self, seconds: float) -> None:
         """Counts one value."""
         self._cells[self._at + bisect_left(self._bounds, seconds)] += 1.0
         self._cells[self._at + len(self._bounds) + 1] += seconds
 
-    def fold(self, gaps: histogram.Histogram, seen: int) -> int:
-        """Takes over what `gaps` has counted since `seen`: the answer of its last fold, 0 for the first.
+    def fold(self, gaps: histogram.Histogram) -> None:
+        """Takes over what `gaps` has counted since the last fold.
 
-        Answers what to pass the next time. The values are in the board after `flush`, which is where the work is; a
-        fold is little enough to be done for thousands of streams while they run. Whether a value is below a bound is
-        known within the 6.25 % of `gaps`.
+        The values are in the board after `flush`. Whether a value is below a bound is known within the 6.25 % of
+        `gaps`.
         """
-        # An array of counts read as one number: differences and sums of all counts at once. None ever borrows, as
-        # counts only grow, and none carries below 2**32 frames between two flushes.
-        counted = int.from_bytes(gaps.counts, byteorder)
-        self._pending += counted - seen
-        return counted
+        pending = self._pending
+        for index, number in gaps.take().items():
+            pending[index] = pending.get(index, 0) + number
 
     def flush(self) -> None:
         """Puts into the board what has been folded in."""
         if not self._pending:
             return
-        counts = array("I", self._pending.to_bytes(_GAPS_BYTES, byteorder))
-        self._pending = 0
-        total = 0.0
-        for number, middle, place in zip(counts, _MIDDLES, _places(self._bounds), strict=True):
-            if number:
-                self._cells[self._at + place] += number
-                total += number * middle
+        total, places = 0.0, _places(self._bounds)
+        for index, number in self._pending.items():
+            self._cells[self._at + places[index]] += number
+            total += number * _MIDDLES[index]
+        self._pending.clear()
         self._cells[self._at + len(self._bounds) + 1] += total
 
 
-#: Of the buckets of `histogram.Histogram`: the size of all counts, and what a value in each is taken for, in seconds.
-_GAPS_BYTES: Final = array("I").itemsize * histogram.BUCKETS
+#: What a value in each bucket of `histogram.Histogram` is taken for, in seconds.
 _MIDDLES: Final = tuple(histogram.middle(index) / 1e9 for index in range(histogram.BUCKETS))
 
 

@@ -53,6 +53,9 @@ class _Member:
         self.stop = stop
 
 
+_BLANK: Final = 0x20  # where JSON is, and no string: the last of the bytes that may stand between
+_QUOTE: Final = 0x22
+
 #: Texts below this are cut by copies, which take less time than views.
 _COPIED: Final = 16_384
 
@@ -76,6 +79,7 @@ class _Walker:
     def members(self, text: Buffer) -> list[_Member]:
         """Raises ValueError where `text` is not a JSON object, or one with too many members."""
         self._left = MAX_MEMBERS
+        text = text if isinstance(text, bytes) else bytes(text)
         try:
             pairs = self._decode(text)
         except RecursionError:
@@ -85,11 +89,33 @@ class _Walker:
         members: list[_Member] = []
         position = 0
         for key, raw in pairs.items():
-            found = _KEY.match(text, position)
-            assert found is not None  # msgspec has found a key here
-            position = found.end() + len(raw)
-            members.append(_Member(key.name, found.start(1), found.end(), position))
+            start, value = _key_at(text, position, key.name)
+            position = value + len(raw)
+            members.append(_Member(key.name, start, value, position))
         return members
+
+
+def _key_at(text: bytes, position: int, name: str) -> tuple[int, int]:
+    """Where the next key is, behind a brace or a comma, and its value; msgspec has found both there."""
+    spelled = name.encode()
+    start = position
+    while text[start] <= _BLANK:
+        start += 1
+    start += 1
+    while text[start] <= _BLANK:
+        start += 1
+    end = start + 1 + len(spelled)
+    if text[start + 1 : end] == spelled and text[end] == _QUOTE:  # without escapes
+        value = end + 1
+        while text[value] <= _BLANK:
+            value += 1
+        value += 1
+        while text[value] <= _BLANK:
+            value += 1
+        return start, value
+    found = _KEY.match(text, position)
+    assert found is not None
+    return found.start(1), found.end()
 
 
 _members: Final = _Walker().members

@@ -26,6 +26,12 @@ LAST_CHUNK: Final = b"0\r\n\r\n"
 COMMENT: Final = b": keep-alive\n\n"
 COMMENT_CHUNK: Final = b"%x\r\n%b\r\n" % (len(COMMENT), COMMENT)
 _CHUNK_SIZE: Final = re.compile(rb"([0-9A-Fa-f]{1,8})\r\n")
+_MOST_DIGITS: Final = 8
+#: What a digit of a chunk's size stands for; 16: it is none.
+_DIGITS: Final = bytes(b"0123456789abcdef".find(bytes([byte]).lower()) % 17 for byte in range(256))
+_CR: Final = 0x0D
+_LF: Final = 0x0A
+_DATA: Final = b"data: "
 #: The chunk of the end mark, as engines write it.
 _END_CHUNK: Final = b"e\r\ndata: [DONE]\n\n\r\n"
 _match_opening: Final = ordinary.OPENING.fullmatch
@@ -41,12 +47,16 @@ def _payload_at(data: bytes, position: int) -> tuple[int, int]:
     Else -1 and -1, also for a chunk that is not whole or has an extension: those are the decoder's and the frame
     finder's.
     """
-    found = _CHUNK_SIZE.match(data, position)
-    if found is None:
+    size, begin = 0, position
+    most = min(len(data), position + _MOST_DIGITS)
+    while begin < most and (digit := _DIGITS[data[begin]]) < 16:
+        size = size * 16 + digit
+        begin += 1
+    if begin == position or data[begin : begin + 2] != b"\r\n":
         return -1, -1
-    begin = found.end()
-    end = begin + int(found[1], 16)
-    if end - begin <= 2 or not data.startswith(b"\n\n\r\n", end - 2) or data.find(b"\r", begin, end) >= 0:
+    begin += 2
+    end = begin + size
+    if size <= 2 or data[end - 2 : end + 2] != b"\n\n\r\n" or _CR in data[begin:end]:
         return -1, -1  # two bytes: a blank line more; CR: other line ends, and so perhaps several frames
     return begin, end
 
@@ -137,7 +147,7 @@ class FrameRelay:
         position = 0
         while position < len(data):
             begin, end = _payload_at(data, position)
-            if end < 0 or not data.startswith(b"data: ", begin, end):
+            if end < 0 or data[begin : begin + len(_DATA)] != _DATA:
                 return False
             position = end + 2
         return True
@@ -246,17 +256,17 @@ class FrameRelay:
 
     def _other_chunk(self, data: bytes, position: int) -> int:
         """The end of a whole chunk of one frame that is not ordinary; `position` where there is none."""
-        if self.editor is None and data.startswith(_END_CHUNK, position):  # as below, at a quarter
+        if self.editor is None and data[position : position + len(_END_CHUNK)] == _END_CHUNK:  # as below, at a quarter
             self.meter.inspect_data(b"[DONE]")
             return position + len(_END_CHUNK)
         begin, end = _payload_at(data, position)
         if end < 0:
             return position
-        if data.startswith(b"data: ", begin) and data.find(b"\n", begin, end) == end - 2:  # of one line
-            event = data[begin + len(b"data: ") : end - 2]
+        event = data[begin + len(_DATA) : end - 2]
+        if data[begin : begin + len(_DATA)] == _DATA and _LF not in event:
             if self.editor is not None and self.editor.concerns(event):
                 return position
-            if self.finder.frames or _match_opening(event) is None:  # looked for in a stream's first read alone
+            if position or self.finder.frames or _match_opening(event) is None:  # looked for where a stream begins
                 self.meter.inspect_data(event)
         elif data.find(b"\n\n", begin, end) == end - 2:
             frame = data[begin:end]

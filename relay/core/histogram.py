@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from array import array
 from math import ceil
 from typing import Final
 
@@ -17,12 +16,13 @@ BUCKETS: Final[int] = _STEPS * 29  #: how many there are
 class Histogram:
     """A log-linear histogram of times in nanoseconds, after HdrHistogram."""
 
-    __slots__ = ("_counts", "count", "max_ns")
+    __slots__ = ("_counts", "_taken", "count", "max_ns")
 
     def __init__(self) -> None:
         self.count = 0
         self.max_ns = 0
-        self._counts: dict[int, int] = {}  # by bucket: the gaps of one stream are in few of them
+        self._counts: dict[int, int] = {}  # by bucket, since the last `take`: the gaps of one stream are in few of them
+        self._taken: dict[int, int] = {}  # and before it
 
     def add(self, ns: int) -> None:
         """Counts one value; negative ones (a clock is monotonic, but a bug is a bug) as 0."""
@@ -40,12 +40,10 @@ class Histogram:
         self._counts[0] = self._counts.get(0, 0) + number
         self.count += number
 
-    @property
-    def counts(self) -> array[int]:
-        """All buckets."""
-        counts = array("I", bytes(4 * BUCKETS))
-        for index, number in self._counts.items():
-            counts[index] = number
+    def take(self) -> dict[int, int]:
+        """What was counted since the last call, by bucket."""
+        counts, self._counts = self._counts, {}
+        _add(self._taken, counts)
         return counts
 
     def quantile(self, q: float) -> int | None:
@@ -56,13 +54,20 @@ class Histogram:
         """
         if not self.count:
             return None
+        counts = dict(self._taken)
+        _add(counts, self._counts)
         rank = max(1, ceil(q * self.count))
         seen = 0
-        for index in sorted(self._counts):
-            seen += self._counts[index]
+        for index in sorted(counts):
+            seen += counts[index]
             if seen >= rank:
                 return min(middle(index), self.max_ns)
         return self.max_ns
+
+
+def _add(counts: dict[int, int], more: dict[int, int]) -> None:
+    for index, number in more.items():
+        counts[index] = counts.get(index, 0) + number
 
 
 def middle(index: int) -> int:

@@ -64,7 +64,6 @@ class Exchange:
     editor: UsageEditor | None = None  #: changes the usage in the answer
     attempts = 0
     frames = 0
-    gaps_folded = 0  #: what of its gaps the metrics have: the answer of the last `Buckets.fold`
     pool: Pool | None = None
     upstream: Upstream | None = None
     prefill_upstream: Upstream | None = None

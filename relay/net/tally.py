@@ -146,7 +146,7 @@ class Tally:
     def fold(self, exchange: Exchange) -> None:
         """Adds the gaps that an exchange's stream has had since the last time."""
         if exchange.gaps.count and exchange.pool is not None:
-            exchange.gaps_folded = self._gaps(exchange).fold(exchange.gaps, exchange.gaps_folded)
+            self._gaps(exchange).fold(exchange.gaps)
 
     def _gaps(self, exchange: Exchange) -> Buckets:
         assert exchange.pool is not None

@@ -358,14 +358,14 @@ def test_folding_now_and_then_is_counting_each_gap_once(streams: list[list[tuple
     block = bytearray(SMALL)
     series = Board(block).histogram(metrics.INTER_FRAME, "p", "m")
     for stream in streams:
-        gaps, seen = Histogram(), 0
+        gaps = Histogram()
         for ns, is_time_to_fold in stream:
             gaps.add(ns)
             if is_time_to_fold:
-                seen = series.fold(gaps, seen)
+                series.fold(gaps)
         series.flush()
-        seen = series.fold(gaps, seen)
-        assert series.fold(gaps, seen) == seen
+        series.fold(gaps)
+        series.fold(gaps)
     series.flush()
     series.flush()
 
@@ -385,7 +385,7 @@ def test_folded_gaps_are_those_of_the_pump() -> None:
     gaps = Histogram()
     gaps.add(25_000_000)
     gaps.add_zeros(3)
-    seen = made.histogram(metrics.INTER_FRAME, "p", "m").fold(gaps, 0)
+    made.histogram(metrics.INTER_FRAME, "p", "m").fold(gaps)
     assert sum(counts_of(block, INTER_FRAME, "p", "m")) == 0  # not before the flush
     made.flush()
     *counts, summed = counts_of(block, INTER_FRAME, "p", "m")
@@ -393,7 +393,7 @@ def test_folded_gaps_are_those_of_the_pump() -> None:
     assert [(index, count) for index, count in enumerate(counts) if count] == [(0, 3), (at, 1)]
     assert summed == pytest.approx(0.025, rel=0.0626)
     gaps.add(10**15)
-    made.histogram(metrics.INTER_FRAME, "p", "m").fold(gaps, seen)
+    made.histogram(metrics.INTER_FRAME, "p", "m").fold(gaps)
     made.flush()
     assert counts_of(block, INTER_FRAME, "p", "m")[len(metrics.FRAME_BOUNDS)] == 1  # above every bound
 
@@ -401,7 +401,7 @@ def test_folded_gaps_are_those_of_the_pump() -> None:
 def test_a_stream_without_gaps_folds_to_nothing() -> None:
     block = bytearray(SMALL)
     made = Board(block)
-    assert made.histogram(metrics.INTER_FRAME, "p", "m").fold(Histogram(), 0) == 0
+    made.histogram(metrics.INTER_FRAME, "p", "m").fold(Histogram())
     made.flush()
     assert not any(counts_of(block, INTER_FRAME, "p", "m"))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from math import ceil
 
 import pytest
@@ -56,7 +57,22 @@ def test_every_boundary_between_buckets() -> None:
 def test_nothing_counted() -> None:
     assert Histogram().quantile(0.5) is None
     assert Histogram().count == 0
-    assert not any(Histogram().counts)
+    assert Histogram().take() == {}
+
+
+@given(st.lists(st.tuples(st.integers(0, 20 * MINUTE_NS), st.booleans()), max_size=40))
+def test_what_is_taken_is_what_was_counted_since(values: list[tuple[int, bool]]) -> None:
+    made, whole, taken = Histogram(), Histogram(), Counter[int]()
+    for ns, is_taken in values:
+        made.add(ns)
+        whole.add(ns)
+        if is_taken:
+            taken.update(made.take())
+    assert [made.quantile(share) for share in SHARES] == [whole.quantile(share) for share in SHARES]
+    taken.update(made.take())
+    assert taken == whole.take()
+    assert made.take() == {}
+    assert [made.quantile(share) for share in SHARES] == [whole.quantile(share) for share in SHARES]
 
 
 def test_zeros() -> None:
