@@ -262,8 +262,8 @@ class FrameRelay:
         begin, end = _payload_at(data, position)
         if end < 0:
             return position
-        event = data[begin + len(_DATA) : end - 2]
-        if data[begin : begin + len(_DATA)] == _DATA and _LF not in event:
+        # In this order: a slice of bytes that ends before it begins is empty, but an error where mypyc makes it.
+        if data[begin : begin + len(_DATA)] == _DATA and _LF not in (event := data[begin + len(_DATA) : end - 2]):
             if self.editor is not None and self.editor.concerns(event):
                 return position
             if position or self.finder.frames or _match_opening(event) is None:  # looked for where a stream begins

@@ -304,6 +304,15 @@ def test_saturated_reads_come_back_into_step() -> None:
 FRAME = b'data: {"id":"c-1","choices":[{"index":0,"delta":{"content":"token"},"finish_reason":null}]}\n\n'
 
 
+@pytest.mark.parametrize("frame", [b"a\n\n", b":\n\n", b": c\n\n", b"data\n\n", b"data:\n\n", b"data: \n\n"])
+def test_the_shortest_frames(frame: bytes) -> None:
+    relay = frame_relay()
+    for _ in range(2):
+        raw = chunked([frame], end=b"")
+        assert feed(relay, raw) == raw
+    assert relay.finder.frames == 2
+
+
 @pytest.mark.parametrize("number", [1, 2, 50])
 def test_a_run_of_whole_chunks_is_passed_on_as_the_object_it_is(number: int) -> None:
     relay = frame_relay()
