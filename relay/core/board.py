@@ -117,9 +117,7 @@ class Buckets:
         The values are in the board after `flush`. Whether a value is below a bound is known within the 6.25 % of
         `gaps`.
         """
-        pending = self._pending
-        for index, number in gaps.take().items():
-            pending[index] = pending.get(index, 0) + number
+        histogram.add_to(self._pending, gaps.take())
 
     def flush(self) -> None:
         """Puts into the board what has been folded in."""

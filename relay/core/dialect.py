@@ -140,7 +140,7 @@ class Meter:
     @property
     def saw_content(self) -> bool:
         """Whether any content frame has passed."""
-        return self.content_frames > 0
+        return self._inspected > 0 or self.ordinary.frames > 0
 
     @property
     def expects_end_mark(self) -> bool:

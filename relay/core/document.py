@@ -79,7 +79,7 @@ class _Walker:
     def members(self, text: Buffer) -> list[_Member]:
         """Raises ValueError where `text` is not a JSON object, or one with too many members."""
         self._left = MAX_MEMBERS
-        text = text if isinstance(text, bytes) else bytes(text)
+        text = bytes(text)
         try:
             pairs = self._decode(text)
         except RecursionError:
@@ -98,24 +98,19 @@ class _Walker:
 def _key_at(text: bytes, position: int, name: str) -> tuple[int, int]:
     """Where the next key is, behind a brace or a comma, and its value; msgspec has found both there."""
     spelled = name.encode()
-    start = position
-    while text[start] <= _BLANK:
-        start += 1
-    start += 1
-    while text[start] <= _BLANK:
-        start += 1
+    start = _behind_blanks(text, _behind_blanks(text, position) + 1)
     end = start + 1 + len(spelled)
     if text[start + 1 : end] == spelled and text[end] == _QUOTE:  # without escapes
-        value = end + 1
-        while text[value] <= _BLANK:
-            value += 1
-        value += 1
-        while text[value] <= _BLANK:
-            value += 1
-        return start, value
+        return start, _behind_blanks(text, _behind_blanks(text, end + 1) + 1)
     found = _KEY.match(text, position)
     assert found is not None
     return found.start(1), found.end()
+
+
+def _behind_blanks(text: bytes, position: int) -> int:
+    while text[position] <= _BLANK:
+        position += 1
+    return position
 
 
 _members: Final = _Walker().members

@@ -2,9 +2,9 @@
 
 The usual case decides the cost. Engines put one frame into one chunk and one chunk into one write, so what a read
 brings is a run of whole chunks, each ending where a frame ends. Such a read goes on untouched, chunk headers and all,
-as the very object that it came in: no byte is copied, and nothing is allocated. Everything else (frames over several
-chunks, several in one, a body without chunks, a client without them) is decoded, and what is complete of it goes out as
-one new chunk, still as views of the read; only an unfinished frame is kept, in `pending`.
+as the very object that it came in; none of it is copied to be sent. Everything else (frames over several chunks,
+several in one, a body without chunks, a client without them) is decoded, and what is complete of it goes out as one new
+chunk, still as views of the read; only an unfinished frame is kept, in `pending`.
 
 Where an editor changes frames, those it is concerned with go the second way, and all others as before.
 """
@@ -17,7 +17,7 @@ from typing import Final
 from relay.core import ordinary
 from relay.core.dialect import Meter
 from relay.core.editor import UsageEditor
-from relay.core.framing import BodyDecoder, Buffer, ChunkDecoder
+from relay.core.framing import BodyDecoder, Buffer, ChunkDecoder, size_at
 from relay.core.sse import BOM, FrameFinder, missing_blank_line, split_frames
 from relay.core.template import MOST_BYTES, Template
 
@@ -25,10 +25,6 @@ LAST_CHUNK: Final = b"0\r\n\r\n"
 #: A comment, with the blank line without which `vllm bench serve` drops the next event.
 COMMENT: Final = b": keep-alive\n\n"
 COMMENT_CHUNK: Final = b"%x\r\n%b\r\n" % (len(COMMENT), COMMENT)
-_CHUNK_SIZE: Final = re.compile(rb"([0-9A-Fa-f]{1,8})\r\n")
-_MOST_DIGITS: Final = 8
-#: What a digit of a chunk's size stands for; 16: it is none.
-_DIGITS: Final = bytes(b"0123456789abcdef".find(bytes([byte]).lower()) % 17 for byte in range(256))
 _CR: Final = 0x0D
 _LF: Final = 0x0A
 _DATA: Final = b"data: "
@@ -47,12 +43,8 @@ def _payload_at(data: bytes, position: int) -> tuple[int, int]:
     Else -1 and -1, also for a chunk that is not whole or has an extension: those are the decoder's and the frame
     finder's.
     """
-    size, begin = 0, position
-    most = min(len(data), position + _MOST_DIGITS)
-    while begin < most and (digit := _DIGITS[data[begin]]) < 16:
-        size = size * 16 + digit
-        begin += 1
-    if begin == position or data[begin : begin + 2] != b"\r\n":
+    size, begin = size_at(data, position)
+    if data[begin : begin + 2] != b"\r\n":
         return -1, -1
     begin += 2
     end = begin + size
@@ -68,10 +60,10 @@ def without_mark(data: bytes, *, is_chunked: bool) -> bytes:
     """
     if not is_chunked:
         return data.removeprefix(BOM)
-    size = _CHUNK_SIZE.match(data)
-    if size is None or not data.startswith(BOM, size.end()):
+    size, end = size_at(data, 0)
+    if not end or not data.startswith(b"\r\n" + BOM, end):
         return data
-    return b"%x\r\n%b" % (int(size[1], 16) - len(BOM), data[size.end() + len(BOM) :])
+    return b"%x\r\n%b" % (size - len(BOM), data[end + 2 + len(BOM) :])
 
 
 class FrameRelay:
@@ -142,7 +134,7 @@ class FrameRelay:
         chunks = self._chunks
         if chunks is None or self.editor is not None or len(data) > self.max_frame_bytes:
             return False
-        if self.pending or not (chunks.is_between_chunks and self.finder.at_boundary):
+        if not (chunks.is_between_chunks and self.finder.at_boundary):
             return False
         position = 0
         while position < len(data):
@@ -154,17 +146,17 @@ class FrameRelay:
 
     def feed(self, data: bytes, out: Pieces) -> None:
         """Reads `data` and appends to `out` what can be sent: `data` itself where all of it can go out as it came."""
-        end = self._whole_chunks(data, 0) if self._is_aligned else 0
+        end = self._whole_chunks(data, 0) if self._is_between_chunks else 0
         if 0 < end == len(data):
             out.append(data)
         else:
             self._feed_other(data, end, out)
 
     @property
-    def _is_aligned(self) -> bool:
-        """Whether the next byte begins a chunk, and what is kept is empty."""
+    def _is_between_chunks(self) -> bool:
+        """Whether the next byte begins a chunk, and the client takes chunks."""
         chunks = self._chunks
-        return chunks is not None and chunks.error is None and not self.pending and chunks.is_between_chunks
+        return chunks is not None and chunks.error is None and chunks.is_between_chunks
 
     def _feed_other(self, data: bytes, position: int, out: Pieces) -> None:
         """Reads what is behind a run of whole chunks, which ends at `position`; appends to `out` that run, too."""
@@ -174,7 +166,7 @@ class FrameRelay:
             out.append(view[:position])
         payload: Pieces = []
         while position < stop and not decoder.is_done and decoder.error is None:
-            if chunks is not None and self._is_aligned and data.startswith(LAST_CHUNK, position):
+            if chunks is not None and self._is_between_chunks and data.startswith(LAST_CHUNK, position):
                 chunks.skip_last(len(LAST_CHUNK))  # without trailers, as engines end
                 position += len(LAST_CHUNK)
                 break
@@ -183,7 +175,7 @@ class FrameRelay:
             begin, end, position = decoder.next(data, position, limit)
             if begin < end:
                 self._take(data, view, begin, end, payload)
-            if self._is_aligned and (end := self._whole_chunks(data, position)) > position:
+            if self._is_between_chunks and (end := self._whole_chunks(data, position)) > position:
                 self._emit(payload, out)
                 out.append(view[position:end])
                 position = end

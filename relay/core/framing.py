@@ -235,6 +235,24 @@ class ChunkDecoder(BodyDecoder):
                 self.trailer_names += (bytes(line.partition(b":")[0]).lower(),)
 
 
+#: What a digit of a chunk's size stands for; 16: it is none.
+_DIGITS: Final = bytes(b"0123456789abcdef".find(bytes([byte]).lower()) % 17 for byte in range(256))
+_MOST_DIGITS: Final = 8
+
+
+def size_at(data: bytes, position: int) -> tuple[int, int]:
+    """The size of the chunk at `position`, and where its digits end: at `position`, where there are none.
+
+    Eight digits are read, which is beyond any read; a ninth is what stands behind them.
+    """
+    size, end = 0, position
+    most = min(len(data), position + _MOST_DIGITS)
+    while end < most and (digit := _DIGITS[data[end]]) < 16:
+        size = size * 16 + digit
+        end += 1
+    return size, end
+
+
 def decode_into(payload: bytearray, decoder: BodyDecoder, buffer: Buffer) -> int:
     """Appends to `payload` what is payload in `buffer`; answers how far that was read."""
     position = 0

@@ -43,7 +43,7 @@ class Histogram:
     def take(self) -> dict[int, int]:
         """What was counted since the last call, by bucket."""
         counts, self._counts = self._counts, {}
-        _add(self._taken, counts)
+        add_to(self._taken, counts)
         return counts
 
     def quantile(self, q: float) -> int | None:
@@ -55,7 +55,7 @@ class Histogram:
         if not self.count:
             return None
         counts = dict(self._taken)
-        _add(counts, self._counts)
+        add_to(counts, self._counts)
         rank = max(1, ceil(q * self.count))
         seen = 0
         for index in sorted(counts):
@@ -65,7 +65,8 @@ class Histogram:
         return self.max_ns
 
 
-def _add(counts: dict[int, int], more: dict[int, int]) -> None:
+def add_to(counts: dict[int, int], more: dict[int, int]) -> None:
+    """Adds counts by bucket."""
     for index, number in more.items():
         counts[index] = counts.get(index, 0) + number
 

@@ -56,19 +56,18 @@ class Form(NamedTuple):
     """How the chunks of ordinary frames are known."""
 
     #: Matches a whole chunk of one ordinary frame, if group 1, its size, says so too. The last group that matched is
-    #: its text. Any other would match in its place that is not empty, has no byte like the one behind it, and none of
-    #: what may not be in it: see `is_line`.
+    #: its text. Any other would match in its place that is not empty, and has no byte like the one behind it and
+    #: nothing that `is_line` forbids.
     pattern: re.Pattern[bytes]
-    #: The text is the rest of a line, and has no CR. Else it is what is in a JSON string; where there is a backslash in
-    #: it, none at its end, and no LF.
+    #: True: the text is the rest of a line; no CR. False: it is inside a JSON string; where there is a backslash in it,
+    #: no LF, and no backslash at its end.
     is_line: bool
 
 
 class Count:
     """How many frames were known by their form alone.
 
-    It is counted by who knows them, one by one, and belongs to their `Meter`: an attribute of that one, which is not
-    compiled, would cost ten times as much.
+    Of a `Meter`, which is not compiled, and whose own attributes cost more to change.
     """
 
     __slots__ = ("frames",)

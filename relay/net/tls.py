@@ -75,11 +75,11 @@ class TlsSocket(ssl.SSLSocket):
         return size
 
     def recv(self, buflen: int = RECORD_BYTES, flags: int = 0) -> bytes:
-        """As `socket.recv`: what there is, or with ``MSG_PEEK`` a look at it."""
+        """As `socket.recv`, but that `buflen` limits looks alone (``MSG_PEEK``)."""
         if not flags & socket.MSG_PEEK:
-            return bytes(_room[: self.recv_into(_room[: max(buflen, RECORD_BYTES)])])
+            return bytes(_room[: self.recv_into(_room)])
         if not self._ahead:
-            self._ahead = self.recv()
+            self._ahead = bytes(_room[: self.recv_into(_room[:RECORD_BYTES])])
             self.has_more = True
         return self._ahead[:buflen]
 

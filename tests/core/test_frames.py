@@ -345,6 +345,28 @@ def test_whole_chunks_before_a_broken_off_one_are_one_view() -> None:
     assert out[-1] == chunk
 
 
+def test_frames_that_end_with_carriage_returns_are_counted_one_by_one() -> None:
+    relay = frame_relay()
+    raw = chunked([b"data: {}\r\rdata: [DONE]\n\n"], end=b"")
+    assert payload_of(feed(relay, raw), True) == payload_of(raw, True)
+    assert relay.finder.frames == 2
+    assert relay.meter.saw_end
+
+
+def test_what_looks_like_a_chunk_within_a_chunk_is_payload() -> None:
+    payload = b"data: a\n\n9\r\ndata: b\n\n\r\ndata: c\n\n"
+    raw = chunked([payload], end=b"")
+    at = raw.index(b"9\r\n", 4)
+    relay = frame_relay()
+    assert payload_of(feed(relay, raw[:at]) + feed(relay, raw[at:]), True) == payload
+
+
+def test_no_bytes_are_no_frames() -> None:
+    out: Pieces = []
+    frame_relay().feed(b"", out)
+    assert out == []
+
+
 @pytest.mark.parametrize("is_chunked", [True, False])
 def test_a_chunk_of_many_frames_is_a_view_between_new_headers(is_chunked: bool) -> None:
     relay = frame_relay(is_chunked=is_chunked)
@@ -623,6 +645,7 @@ def test_no_comment_within_a_frame_that_outgrew_the_limit() -> None:
 # -- what goes out before it is read
 
 ONE: Final = b'data: {"choices":[{"index":0,"delta":{"content":"a"}}]}\n\n'
+LONGER: Final = ONE.replace(b'"a"', b'"abcd"')  # a size with a letter in it: 3c
 
 
 @pytest.mark.parametrize(
@@ -632,7 +655,7 @@ ONE: Final = b'data: {"choices":[{"index":0,"delta":{"content":"a"}}]}\n\n'
         (chunked([ONE, ONE], end=b""), True),
         (chunked([ONE + ONE], end=b""), True),
         (chunked([ONE], end=b"").upper(), False),  # DATA is no field
-        (b"%X\r\n%b\r\n" % (len(ONE), ONE), True),
+        (b"%X\r\n%b\r\n" % (len(LONGER), LONGER), True),
         (chunked([ONE]), False),
         (chunked([ONE], extension=b";a=b", end=b""), False),
         (b"0" + chunked([ONE], end=b""), True),
@@ -648,7 +671,7 @@ ONE: Final = b'data: {"choices":[{"index":0,"delta":{"content":"a"}}]}\n\n'
         (chunked([ONE[:-1]], end=b""), False),
         (chunked([ONE[:-1], b"\n"], end=b""), False),
         (chunked([ONE.replace(b"\n", b"\r\n")], end=b""), False),
-        (chunked([ONE.replace(b"a", b"\r")], end=b""), False),
+        (chunked([ONE.replace(b'"a"', b'"\r"')], end=b""), False),
         (chunked([b"\n\n"], end=b""), False),
         (chunked([b": comment\n\n"], end=b""), False),
         (chunked([b"\xef\xbb\xbf" + ONE], end=b""), False),

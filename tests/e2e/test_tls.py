@@ -23,7 +23,7 @@ import trustme
 from relay import cli
 from relay.address import parse_upstream
 from relay.config import HealthConfig, LimitsConfig, ListenConfig, PoolConfig, StreamConfig, TimeoutsConfig, TlsConfig
-from relay.net.tls import TlsError, server_context
+from relay.net.tls import TlsError, server_context, wrap
 from relay_bench.engine import Engine, EngineConfig, serve_engine
 from tests.conftest import RunningRelay, running_relay
 from tests.core.captured import CAPTURES, Captured, streams
@@ -79,6 +79,37 @@ async def secured(side: str, engine: str, authority: Authority, **tables: Any) -
             tables["listen"] = ListenConfig(tls=authority.issue())
         relay = await stack.enter_async_context(running_relay(upstream, **tables))
         yield Secured(relay, edge, None if side == "engine" else authority.client())
+
+
+# -- the socket
+
+
+def test_reads_and_looks(authority: Authority) -> None:
+    left, right = socket.socketpair()
+    plain = authority.client()
+    plain.check_hostname = False
+    with (
+        wrap(server_context(authority.issue()), left) as near,
+        plain.wrap_socket(right, do_handshake_on_connect=False) as far,
+    ):
+        near.setblocking(False)
+        far.setblocking(False)
+        for _ in range(8):
+            for end in (far, near):
+                with suppress(BlockingIOError, ssl.SSLWantReadError):
+                    end.do_handshake()
+        with pytest.raises(BlockingIOError):
+            near.recv(1, socket.MSG_PEEK)
+        data = bytes(range(256)) * 130  # more than two records
+        far.sendall(data)
+        assert near.recv(3, socket.MSG_PEEK) == data[:3]
+        assert near.has_more
+        assert near.recv(len(data)) == data  # what was looked at, and what is behind it
+        assert not near.has_more
+        far.sendall(data)
+        assert near.recv(len(data)) == data
+        with pytest.raises(BlockingIOError):
+            near.recv(len(data))
 
 
 # -- streams

@@ -103,7 +103,7 @@ STEPS: Final[dict[str, tuple[Callable[[int], None], int]]] = {
     "finding a counter by five values": (_find, 100_000),
     "observing a value in a histogram": (_observe, 100_000),
     "counting and folding 40 gaps of a stream": (_fold, 5 * STREAMS),
-    "the same, and flushing them": (_flush, 2_000),
+    "counting, folding and flushing 40 gaps of one stream": (_flush, 2_000),
     f"adding up {WORKERS} boards of {POOLS * MODELS} models": (_total, 20),
 }
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 #: Size of the frames measured, with the blank line.
 FRAME_BYTES: Final = 210
-#: Size of a large read, as the pump's receive buffer takes it.
+#: Size of a large read: as much as the pump asks for.
 READ_BYTES: Final = 65536
 
 _MAX_FRAME_BYTES: Final = 1_048_576
