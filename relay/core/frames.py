@@ -2,9 +2,10 @@
 
 The usual case decides the cost. Engines put one frame into one chunk and one chunk into one write, so what a read
 brings is a run of whole chunks, each ending where a frame ends. Such a read goes on untouched, chunk headers and all,
-as the very object that it came in; none of it is copied to be sent. Everything else (frames over several chunks,
-several in one, a body without chunks, a client without them) is decoded, and what is complete of it goes out as one new
-chunk, still as views of the read; only an unfinished frame is kept, in `pending`.
+as one view of the receive buffer: it is not copied to be sent. (It is copied to be looked at, as what is compiled reads
+bytes without calls.) Everything else (frames over several chunks, several in one, a body without chunks, a client
+without them) is decoded, and what is complete of it goes out as one new chunk, still as views of the buffer; only an
+unfinished frame is kept, in `pending`.
 
 Where an editor changes frames, those it is concerned with go the second way, and all others as before.
 """
@@ -144,13 +145,13 @@ class FrameRelay:
             position = end + 2
         return True
 
-    def feed(self, data: bytes, out: Pieces) -> None:
-        """Reads `data` and appends to `out` what can be sent: `data` itself where all of it can go out as it came."""
+    def feed(self, data: bytes, view: memoryview, out: Pieces) -> None:
+        """Reads `data` and appends to `out` what can be sent, as parts of `view`, which is of the same bytes."""
         end = self._whole_chunks(data, 0) if self._is_between_chunks else 0
         if 0 < end == len(data):
-            out.append(data)
+            out.append(view)
         else:
-            self._feed_other(data, end, out)
+            self._feed_other(data, view, end, out)
 
     @property
     def _is_between_chunks(self) -> bool:
@@ -158,10 +159,9 @@ class FrameRelay:
         chunks = self._chunks
         return chunks is not None and chunks.error is None and chunks.is_between_chunks
 
-    def _feed_other(self, data: bytes, position: int, out: Pieces) -> None:
+    def _feed_other(self, data: bytes, view: memoryview, position: int, out: Pieces) -> None:
         """Reads what is behind a run of whole chunks, which ends at `position`; appends to `out` that run, too."""
-        decoder, chunks = self.decoder, self._chunks
-        view, stop = memoryview(data), len(data)
+        decoder, chunks, stop = self.decoder, self._chunks, len(data)
         if position:
             out.append(view[:position])
         payload: Pieces = []

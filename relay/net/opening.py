@@ -91,7 +91,7 @@ class Opening:
         )
         if self.answer.rest or relay.decoder.is_done:  # as is a body of no length
             out: Pieces = []
-            relay.feed(self.answer.rest, out)
+            relay.feed(self.answer.rest, memoryview(self.answer.rest), out)
             if relay.decoder.is_done:
                 relay.finish(out)
             if out or relay.decoder.is_done:

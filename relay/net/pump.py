@@ -1,9 +1,9 @@
 """The pump: every token stream of a worker, served by plain calls while trio sleeps.
 
 Per frame a proxy cannot save the kernel's part: readiness, receive, send. Everything around it is here kept to one
-dictionary look-up, one receive, one pass of `FrameRelay`, one send of what was received. A pair of sockets (engine,
-client) belongs to an exchange; that attaches the engine's socket, waits for it through the pump, then hands it the
-streaming, mostly before the first frame (`Pair.begin`), and sleeps until `Pair.stopped` says why it came back.
+dictionary look-up, one receive into a buffer shared by all pairs, one pass of `FrameRelay`, one send. A pair of sockets
+(engine, client) belongs to an exchange; that attaches the engine's socket, waits for it through the pump, then hands
+it the streaming, mostly before the first frame (`Pair.begin`), and sleeps until `Pair.stopped` says why it came back.
 What is decided per request stays in the exchange, whose coroutine the pump steps when what it waits for has come
 (`relay.net.fiber`); what passes per frame never leaves this module.
 
@@ -55,6 +55,8 @@ class Pump:
         self.limited: set[Source] = set()  #: those waited for up to a limit
         self.streaming: set[Pair] = set()
         self.commented: set[Pair] = set()  #: those whose clients get comments
+        self._buffer = bytearray(RECEIVE_BYTES)
+        self._view = memoryview(self._buffer)
         self._out: Pieces = []
         self._sources: dict[int, Source] = {}
         self.woken: list[tuple[Fiber, Exception | None]] = []  #: in this turn; each to go on, perhaps with an error
@@ -217,23 +219,25 @@ class Pump:
         if flags & ENDS:
             upstream.is_ending = True
         try:
-            data = upstream.sock.recv(RECEIVE_BYTES)
+            received = upstream.sock.recv_into(self._buffer)
         except BlockingIOError:
             return
         except OSError as exc:
             pair.reason = reason_of(exc)
             self._give_back(pair, Stop.SHORTAGE if exc.errno in SHORTAGES else Stop.UPSTREAM_RESET)
             return
-        upstream.took(len(data), RECEIVE_BYTES)
+        upstream.took(received, RECEIVE_BYTES)
+        view = self._view[:received]
+        data = bytes(view)
         if pair.is_beginning and pair.preface is not None and data and relay.passes_unread(data):
-            self._pass_first(pair, upstream, data, now)
+            self._pass_first(pair, upstream, data, view, now)
             return
         finder = relay.finder
         before = finder.frames
         out = self._out
         decoder = relay.decoder
         if data:
-            relay.feed(data, out)
+            relay.feed(data, view, out)
         else:
             decoder.at_close()
         if decoder.is_done:
@@ -268,19 +272,19 @@ class Pump:
                 return
         self._give_back(pair, stop)
 
-    def _pass_first(self, pair: Pair, upstream: Source, data: bytes, now: int) -> None:
+    def _pass_first(self, pair: Pair, upstream: Source, data: bytes, view: memoryview, now: int) -> None:
         """A first read of whole frames, as most are, goes out before anything is read in it: a client waits for that.
 
         To match a form that was not looked at for a while takes longer than all else up to the client.
         """
         relay, out = pair.relay, self._out
         assert relay is not None
-        out.append(data)
+        out.append(view)
         self._send_or_hold(pair, out, now)
         stop = self._flush(pair, out)
         sent_ns = time.monotonic_ns()
         out.clear()
-        relay.feed(data, out)
+        relay.feed(data, view, out)
         out.clear()
         self.frames += relay.finder.frames
         pair.last_read_ns = now

@@ -62,7 +62,7 @@ async def _read_on(pair: Pair, opening: Opening, relay: FrameRelay) -> None:
     data = await wire.receive(pair, opening.connection)
     out: Pieces = []
     if data:
-        relay.feed(data, out)
+        relay.feed(data, memoryview(data), out)
         if relay.decoder.error is not None:
             raise UpstreamProtocolError(f"the engine's stream is malformed: {relay.decoder.error}", phase=Phase.HEAD)
     else:

@@ -18,8 +18,6 @@ from relay.config import Config, TlsConfig
 
 #: The longest record's payload (RFC 8446 §5.1); a read with less room could leave some of it in OpenSSL.
 RECORD_BYTES: Final = 16_384
-#: What is read comes by way of this room: the most that is read at once.
-_room: Final = memoryview(bytearray(65_536))
 
 
 class TlsError(ValueError):
@@ -48,7 +46,7 @@ class TlsSocket(ssl.SSLSocket):
     _ahead = b""  # what was peeked at
     _failure: OSError | None = None  # what the next read is to fail with
 
-    def recv_into(self, buffer: bytearray | memoryview, nbytes: int | None = None, flags: int = 0) -> int:  # type: ignore[override]
+    def recv_into(self, buffer: bytearray, nbytes: int | None = None, flags: int = 0) -> int:  # type: ignore[override]
         """As `socket.recv_into`: what there is, up to the whole buffer, which has room for `RECORD_BYTES` at least."""
         view, size = memoryview(buffer), 0
         if self._ahead:
@@ -74,12 +72,12 @@ class TlsSocket(ssl.SSLSocket):
                 raise
         return size
 
-    def recv(self, buflen: int = RECORD_BYTES, flags: int = 0) -> bytes:
-        """As `socket.recv`, but that `buflen` limits looks alone (``MSG_PEEK``)."""
-        if not flags & socket.MSG_PEEK:
-            return bytes(_room[: self.recv_into(_room)])
+    def recv(self, buflen: int = RECORD_BYTES, flags: int = socket.MSG_PEEK) -> bytes:
+        """A look at what comes next, as `socket.recv` with ``MSG_PEEK``; what reads takes `recv_into`."""
+        assert flags & socket.MSG_PEEK
         if not self._ahead:
-            self._ahead = bytes(_room[: self.recv_into(_room[:RECORD_BYTES])])
+            buffer = bytearray(RECORD_BYTES)
+            self._ahead = bytes(buffer[: self.recv_into(buffer)])
             self.has_more = True
         return self._ahead[:buflen]
 

@@ -59,7 +59,7 @@ def short_cut(route: Route, frames: list[bytes], *, per_read: int = 1) -> tuple[
     relay = FrameRelay(ChunkDecoder(), meter, is_chunked=True, max_frame_bytes=1 << 20)
     for start in range(0, len(frames), per_read):
         read = b"".join(b"%x\r\n%b\r\n" % (len(frame), frame) for frame in frames[start : start + per_read])
-        relay.feed(read, [])
+        relay.feed(read, memoryview(read), [])
     return meter, meter.content_frames - meter.inspected
 
 
@@ -394,7 +394,7 @@ def test_a_chunk_whose_size_lies_is_not_ordinary(route: Route, frame: bytes) -> 
     for size in (len(frame) - 1, len(frame) + 1):
         read = b"%x\r\n%b\r\n" % (size, frame)
         relay = FrameRelay(ChunkDecoder(), Meter(route), is_chunked=True, max_frame_bytes=1 << 20)
-        relay.feed(read, [])
+        relay.feed(read, memoryview(read), [])
         assert relay.decoder.error is not None
 
 

@@ -48,7 +48,7 @@ def through(
     sent = b""
     for begin, end in pairwise([0, *sorted(cuts), len(raw)]):
         out: Pieces = []
-        relay.feed(raw[begin:end], out)
+        relay.feed(raw[begin:end], memoryview(raw[begin:end]), out)
         sent += b"".join(out)
     out = []
     relay.decoder.at_close()
@@ -69,7 +69,7 @@ def through_chunks(
     sent = b""
     for begin, end in pairwise([0, *sorted(cuts), len(raw)]):
         out: Pieces = []
-        relay.feed(raw[begin:end], out)
+        relay.feed(raw[begin:end], memoryview(raw[begin:end]), out)
         sent += b"".join(out)
     assert relay.decoder.is_done
     out = []

@@ -41,7 +41,7 @@ def frame_relay(
 def feed(relay: FrameRelay, piece: bytes) -> bytes:
     """What goes out when `piece` has come in."""
     out: Pieces = []
-    relay.feed(piece, out)
+    relay.feed(piece, memoryview(piece), out)
     return b"".join(out)
 
 
@@ -293,7 +293,7 @@ def test_saturated_reads_come_back_into_step() -> None:
     for cut in range(1, len(chunk)):
         for part in raw[:cut], raw[cut:]:
             out: Pieces = []
-            relay.feed(part, out)
+            relay.feed(part, memoryview(part), out)
         assert b"".join(out).endswith(chunk * 99)
         assert isinstance(out[-1], memoryview)
         assert len(out[-1]) >= 98 * len(chunk)
@@ -314,14 +314,15 @@ def test_the_shortest_frames(frame: bytes) -> None:
 
 
 @pytest.mark.parametrize("number", [1, 2, 50])
-def test_a_run_of_whole_chunks_is_passed_on_as_the_object_it_is(number: int) -> None:
+def test_a_run_of_whole_chunks_is_passed_on_as_the_view_it_is(number: int) -> None:
     relay = frame_relay()
     raw = chunked([FRAME] * number, end=b"")
+    view = memoryview(bytearray(raw))
     for _ in range(3):
         out: Pieces = []
-        relay.feed(raw, out)
+        relay.feed(raw, view, out)
         (piece,) = out
-        assert piece is raw
+        assert piece is view
         assert relay.pending == b""
     assert relay.finder.frames == 3 * number
     assert relay.meter.content_frames == 3 * number
@@ -331,14 +332,15 @@ def test_whole_chunks_before_a_broken_off_one_are_one_view() -> None:
     relay = frame_relay()
     chunk = chunked([FRAME], end=b"")
     read = chunk * 3 + chunk[:40]
+    buffer = bytearray(read)
     out: Pieces = []
-    relay.feed(read, out)
+    relay.feed(read, memoryview(buffer), out)
     (piece,) = out
     assert isinstance(piece, memoryview)
-    assert piece.obj is read
+    assert piece.obj is buffer
     assert piece == chunk * 3
     out = []
-    relay.feed(chunk[40:] + chunk, out)
+    relay.feed(chunk[40:] + chunk, memoryview(chunk[40:] + chunk), out)
     assert dechunk(b"".join(out))[0] == FRAME * 2
     assert b"".join(out) == chunk * 2
     assert isinstance(out[-1], memoryview)  # in step again
@@ -363,7 +365,7 @@ def test_what_looks_like_a_chunk_within_a_chunk_is_payload() -> None:
 
 def test_no_bytes_are_no_frames() -> None:
     out: Pieces = []
-    frame_relay().feed(b"", out)
+    frame_relay().feed(b"", memoryview(b""), out)
     assert out == []
 
 
@@ -371,10 +373,11 @@ def test_no_bytes_are_no_frames() -> None:
 def test_a_chunk_of_many_frames_is_a_view_between_new_headers(is_chunked: bool) -> None:
     relay = frame_relay(is_chunked=is_chunked)
     read = chunked([FRAME * 4], end=b"")
+    buffer = bytearray(read)
     out: Pieces = []
-    relay.feed(read, out)
+    relay.feed(read, memoryview(buffer), out)
     (payload,) = [piece for piece in out if isinstance(piece, memoryview)]
-    assert payload.obj is read
+    assert payload.obj is buffer
     assert payload == FRAME * 4
     assert len(out) == (3 if is_chunked else 1)
     assert dechunk(b"".join(out))[0] == FRAME * 4 if is_chunked else b"".join(out) == FRAME * 4
@@ -383,10 +386,11 @@ def test_a_chunk_of_many_frames_is_a_view_between_new_headers(is_chunked: bool) 
 def test_only_the_unfinished_frame_is_copied() -> None:
     relay = frame_relay(CloseDecoder())
     read = FRAME * 3 + FRAME[:20]
+    buffer = bytearray(read)
     out: Pieces = []
-    relay.feed(read, out)
+    relay.feed(read, memoryview(buffer), out)
     (payload,) = [piece for piece in out if isinstance(piece, memoryview)]
-    assert payload.obj is read
+    assert payload.obj is buffer
     assert payload == FRAME * 3
     assert relay.pending == FRAME[:20]
 
@@ -557,7 +561,8 @@ def seconds_byte_by_byte(size: int) -> float:
     out: Pieces = []
     begun = time.process_time()
     for at in range(len(body)):
-        relay.feed(body[at : at + 1], out)
+        byte = body[at : at + 1]
+        relay.feed(byte, memoryview(byte), out)
     took = time.process_time() - begun
     assert dechunk(b"".join(out))[0] == body
     return took
@@ -571,11 +576,12 @@ def test_a_long_frame_in_single_bytes_takes_linear_time() -> None:
 def test_steady_state_allocates_nothing() -> None:
     relay = frame_relay()
     read = chunked([FRAME] * 50, end=b"")
+    view = memoryview(read)
     out: Pieces = []
 
     def feed_frames(number: int) -> None:
         for _ in range(number // 50):
-            relay.feed(read, out)
+            relay.feed(read, view, out)
             out.clear()
 
     feed_frames(5000)

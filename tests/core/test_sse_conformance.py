@@ -111,7 +111,7 @@ def through(body: bytes, way: Way) -> bytes:
     sent = b""
     for piece in cut_up(raw, way.reads):
         out: Pieces = []
-        relay.feed(piece, out)
+        relay.feed(piece, memoryview(piece), out)
         sent += b"".join(out)
         if way.comments:
             sent += relay.comment

@@ -179,7 +179,7 @@ def seen_by_the_pattern(route: Route, frames: list[bytes]) -> list[int]:
 
         relay._match_ordinary = looked_at  # type: ignore[assignment]
         read = chunk(frame)
-        relay.feed(read, [])
+        relay.feed(read, memoryview(read), [])
     assert relay.meter.content_frames == relay.finder.frames == len(frames)
     return seen
 

@@ -68,10 +68,10 @@ async def test_a_fault_of_the_relays_own_ends_one_stream_and_no_other(
 ) -> None:
     feed = FrameRelay.feed
 
-    def fail_on_the_marked(self: FrameRelay, data: bytes, out: Pieces) -> None:
+    def fail_on_the_marked(self: FrameRelay, data: bytes, view: memoryview, out: Pieces) -> None:
         if self.finder.frames and b"broken" in data:
             raise RuntimeError("a bug")
-        feed(self, data, out)
+        feed(self, data, view, out)
 
     monkeypatch.setattr(FrameRelay, "feed", fail_on_the_marked)
     async with trio.open_nursery() as nursery:

@@ -58,13 +58,8 @@ class ShortSocket(socket.socket):
         return super().sendmsg(*given)
 
     def recv_into(self, *given: Any) -> int:
-        self._call("recv")
+        self._call("recv_into")
         return super().recv_into(*given)
-
-    def recv(self, *given: Any) -> bytes:
-        if not given[1:]:  # else it is a look
-            self._call("recv")
-        return super().recv(*given)
 
 
 class ShortListener(socket.socket):
@@ -99,9 +94,9 @@ async def test_no_memory_to_send_to_a_client_is_no_client_that_left(engine: Engi
     ("fails", "after", "told"),
     [  # head and first frame take three reads at most
         ("send", 0, ("RH", 503)),
-        ("recv", 0, ("RH", 503)),
-        ("recv", 3, ("RD", 200)),
-        ("recv", 5, ("RD", 200)),
+        ("recv_into", 0, ("RH", 503)),
+        ("recv_into", 3, ("RD", 200)),
+        ("recv_into", 5, ("RD", 200)),
     ],
 )
 async def test_no_memory_for_an_engines_socket_is_no_engine_that_failed(
@@ -295,10 +290,10 @@ async def test_what_cannot_be_said_ends_nothing(engine: Engine, monkeypatch: pyt
     """A fault of the relay's own, and an accept that fails, while standard error is on a full disk."""
     feed = FrameRelay.feed
 
-    def fail_on_the_marked(self: FrameRelay, data: bytes, out: Pieces) -> None:
+    def fail_on_the_marked(self: FrameRelay, data: bytes, view: memoryview, out: Pieces) -> None:
         if self.finder.frames and b"broken" in data:
             raise RuntimeError("a bug")
-        feed(self, data, out)
+        feed(self, data, view, out)
 
     accept, failures = socket.socket.accept, [OSError(errno.EMFILE, "Too many open files")]
 

@@ -50,7 +50,7 @@ def _relayed(decoder: ChunkDecoder | CloseDecoder, pieces: list[bytes]) -> tuple
     out: Pieces = []
     sent = bytearray()
     for piece in pieces:
-        relay.feed(piece, out)
+        relay.feed(piece, memoryview(piece), out)
         sent += b"".join(out)
         out.clear()
     decoder.at_close()

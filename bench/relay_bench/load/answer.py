@@ -138,7 +138,7 @@ class Answer:
     def _feed_frames(self, frames: FrameRelay, data: bytes, now_ns: int) -> None:
         meter = self.meter
         before = meter.content_frames
-        frames.feed(data, self._out)
+        frames.feed(data, memoryview(data), self._out)
         if not self.first_byte_ns:
             self.first_byte_ns = now_ns
         decoder = frames.decoder

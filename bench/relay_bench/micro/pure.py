@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 #: Size of the frames measured, with the blank line.
 FRAME_BYTES: Final = 210
-#: Size of a large read: as much as the pump asks for.
+#: Size of a large read, as the pump's receive buffer takes it.
 READ_BYTES: Final = 65536
 
 _MAX_FRAME_BYTES: Final = 1_048_576
@@ -124,6 +124,7 @@ def _ordinary() -> Part:
 
 def _relay(frames_per_read: int, *, hides_usage: bool = False) -> Part:
     read = chunk_of(frame_of()) * frames_per_read
+    view = memoryview(read)
     meter = Meter(Route.CHAT)
     editor = UsageEditor(hides_usage=True) if hides_usage else None
     streamed = FrameRelay(ChunkDecoder(), meter, is_chunked=True, max_frame_bytes=_MAX_FRAME_BYTES, editor=editor)
@@ -132,7 +133,7 @@ def _relay(frames_per_read: int, *, hides_usage: bool = False) -> Part:
     def work(reads: int) -> None:
         before = meter.content_frames
         for _ in range(reads):
-            streamed.feed(read, out)
+            streamed.feed(read, view, out)
             out.clear()
         assert meter.content_frames - before == reads * frames_per_read
 
