@@ -29,8 +29,6 @@ COMMENT_CHUNK: Final = b"%x\r\n%b\r\n" % (len(COMMENT), COMMENT)
 _CR: Final = 0x0D
 _LF: Final = 0x0A
 _DATA: Final = b"data: "
-#: The chunk of the end mark, as engines write it.
-_END_CHUNK: Final = b"e\r\ndata: [DONE]\n\n\r\n"
 _match_opening: Final = ordinary.OPENING.fullmatch
 #: Bytes of a blank line, at most, with the end of the line before it: CR LF CR LF.
 _LONGEST_BLANK: Final = 4
@@ -248,9 +246,6 @@ class FrameRelay:
 
     def _other_chunk(self, data: bytes, position: int) -> int:
         """The end of a whole chunk of one frame that is not ordinary; `position` where there is none."""
-        if self.editor is None and data[position : position + len(_END_CHUNK)] == _END_CHUNK:  # as below, at a quarter
-            self.meter.inspect_data(b"[DONE]")
-            return position + len(_END_CHUNK)
         begin, end = _payload_at(data, position)
         if end < 0:
             return position

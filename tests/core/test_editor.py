@@ -48,8 +48,10 @@ def through(
     sent = b""
     for begin, end in pairwise([0, *sorted(cuts), len(raw)]):
         out: Pieces = []
-        relay.feed(raw[begin:end], memoryview(raw[begin:end]), out)
+        buffer = bytearray(raw[begin:end])
+        relay.feed(bytes(buffer), memoryview(buffer), out)
         sent += b"".join(out)
+        buffer[:] = b"\xaa" * len(buffer)
     out = []
     relay.decoder.at_close()
     relay.finish(out)
@@ -69,8 +71,10 @@ def through_chunks(
     sent = b""
     for begin, end in pairwise([0, *sorted(cuts), len(raw)]):
         out: Pieces = []
-        relay.feed(raw[begin:end], memoryview(raw[begin:end]), out)
+        buffer = bytearray(raw[begin:end])
+        relay.feed(bytes(buffer), memoryview(buffer), out)
         sent += b"".join(out)
+        buffer[:] = b"\xaa" * len(buffer)
     assert relay.decoder.is_done
     out = []
     relay.finish(out)

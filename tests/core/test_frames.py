@@ -39,10 +39,17 @@ def frame_relay(
 
 
 def feed(relay: FrameRelay, piece: bytes) -> bytes:
-    """What goes out when `piece` has come in."""
+    """What goes out when `piece` has come in. The receive buffer is wiped afterwards, as the next read would."""
+    buffer = bytearray(piece)
     out: Pieces = []
-    relay.feed(piece, memoryview(piece), out)
-    return b"".join(out)
+    with memoryview(buffer) as view:
+        relay.feed(piece, view, out)
+        sent = b"".join(out)
+        for part in out:
+            if isinstance(part, memoryview):
+                part.release()
+    buffer[:] = b"\xaa" * len(buffer)
+    return sent
 
 
 def finish(relay: FrameRelay) -> bytes:

@@ -50,9 +50,11 @@ def _relayed(decoder: ChunkDecoder | CloseDecoder, pieces: list[bytes]) -> tuple
     out: Pieces = []
     sent = bytearray()
     for piece in pieces:
-        relay.feed(piece, memoryview(piece), out)
+        buffer = bytearray(piece)
+        relay.feed(piece, memoryview(buffer), out)
         sent += b"".join(out)
         out.clear()
+        buffer[:] = b"\xaa" * len(buffer)
     decoder.at_close()
     if decoder.is_done:
         relay.finish(out)
