@@ -55,6 +55,7 @@ class Server:
 
     @property
     def has_ended(self) -> bool:
+        """Whether the process is gone."""
         return self._process.poll() is not None
 
     def cpu_ns(self) -> int:

@@ -75,6 +75,7 @@ class Bucket:
             self._owed -= self._add(int(self._owed))
 
     def fileno(self) -> int:
+        """The descriptor, which stays this object's."""
         return self.fd
 
     def end(self) -> None:

@@ -28,6 +28,7 @@ class Limit:
         return f"<Limit {self.most} issued={self.issued}>"
 
     def fileno(self) -> int:
+        """The descriptor, which stays this object's."""
         return self.fd
 
     def __del__(self) -> None:
@@ -35,6 +36,7 @@ class Limit:
             os.close(self.fd)  # when also nobody waits for its permits any more
 
     def grow(self) -> None:
+        """Issues the permits that there should be and are not."""
         if self.most > self.issued:
             os.eventfd_write(self.fd, self.most - self.issued)
             self.issued = self.most

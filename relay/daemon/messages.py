@@ -40,7 +40,8 @@ T = TypeVar("T")
 class HasFileno(Protocol):
     """What has a descriptor."""
 
-    def fileno(self) -> int: ...
+    def fileno(self) -> int:
+        """The descriptor."""
 
 
 def parts(items: Sequence[T]) -> Iterator[Sequence[T]]:
@@ -172,6 +173,7 @@ class Copy:
         self._fd = os.dup(file.fileno())
 
     def fileno(self) -> int:
+        """The descriptor."""
         return self._fd
 
     def __del__(self) -> None:

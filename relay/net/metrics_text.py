@@ -91,6 +91,7 @@ class Processes(Collector):
         self._pids = pids
 
     def collect(self) -> Iterator[Metric]:
+        """What `prometheus_client` asks for at each scrape; nothing if none of the processes is left."""
         usages = [usage for pid in self._pids if (usage := process_usage(pid)) is not None]
         if not usages:
             return

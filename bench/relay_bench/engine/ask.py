@@ -29,6 +29,7 @@ class Route(Enum):
 
     @property
     def prompt_field(self) -> str:
+        """The field of the body that holds it."""
         return self.value.rpartition(" ")[2]
 
 

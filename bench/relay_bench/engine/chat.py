@@ -25,6 +25,7 @@ class ChatScript(Script):
         self._others = b',"usage":null' if ask.usage.null_on_others else b""
 
     def steps(self) -> Iterator[list[bytes]]:
+        """The frames of each step of the engine: see `Script`."""
         return self._tool_steps() if self.ask.tool else self._text_steps()
 
     def _text_steps(self) -> Iterator[list[bytes]]:
@@ -57,9 +58,11 @@ class ChatScript(Script):
             yield frames
 
     def content_frame(self, encoded: bytes) -> bytes:
+        """A frame with this much text, as JSON has it: see `Script`."""
         return self._chunk(b'{"content":"%b"}' % encoded, 0, 0, False)
 
     def error_frames(self) -> list[bytes]:
+        """What a failed stream ends with: see `Script`."""
         return openai_error_frames(self.error)
 
     def _delta(self, position: int, choice: int) -> bytes:
@@ -116,6 +119,7 @@ class ChatScript(Script):
         )
 
     def body(self) -> bytes:
+        """The whole answer, for who asked for no stream: see `Script`."""
         ask = self.ask
         return msgspec.json.encode(
             {

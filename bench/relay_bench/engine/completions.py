@@ -24,6 +24,7 @@ class CompletionsScript(Script):
         self._others = b',"usage":null' if ask.usage.null_on_others else b""
 
     def steps(self) -> Iterator[list[bytes]]:
+        """The frames of each step of the engine: see `Script`."""
         choices, last = range(self.ask.choices), self.ask.tokens - 1
         for position in range(last):
             yield [self._chunk(self.token(position, c), c, b"null", self._usage(position + 1)) for c in choices]
@@ -35,9 +36,11 @@ class CompletionsScript(Script):
         yield frames + self._closing()
 
     def content_frame(self, encoded: bytes) -> bytes:
+        """A frame with this much text, as JSON has it: see `Script`."""
         return self._chunk(encoded, 0, b"null", self._others)
 
     def error_frames(self) -> list[bytes]:
+        """What a failed stream ends with: see `Script`."""
         return openai_error_frames(self.error)
 
     def _chunk(self, text: bytes, choice: int, reason: bytes, tail: bytes) -> bytes:
@@ -70,6 +73,7 @@ class CompletionsScript(Script):
         return usage_json(ask.prompt_tokens, ask.completion_tokens, cached=ask.cached_tokens, with_details=details)
 
     def body(self) -> bytes:
+        """The whole answer, for who asked for no stream: see `Script`."""
         ask = self.ask
         return msgspec.json.encode(
             {

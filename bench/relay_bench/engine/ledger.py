@@ -37,6 +37,7 @@ class RequestRecord:
         self.tokens_sent = 0
 
     def as_dict(self) -> dict[str, Any]:
+        """As the engine's account has it."""
         state = self.state.value if self.state is not None else None
         return {"id": self.id, "path": self.path, "state": state, "tokens_sent": self.tokens_sent}
 

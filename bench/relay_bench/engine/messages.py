@@ -22,6 +22,7 @@ class MessagesScript(Script):
     end_mark: ClassVar[bytes] = b"event: message_stop\n"
 
     def steps(self) -> Iterator[list[bytes]]:
+        """The frames of each step of the engine: see `Script`."""
         message = self._message([], None, {"input_tokens": self.ask.prompt_tokens, "output_tokens": 0})
         opening = [_event("message_start", message=message)]
         opening.append(_event("content_block_start", content_block=self._block(whole=False), index=0))
@@ -32,12 +33,14 @@ class MessagesScript(Script):
         yield [*opening, *([self._delta(last)] if last >= 0 else []), *self._closing()]
 
     def content_frame(self, encoded: bytes) -> bytes:
+        """A frame with this much text, as JSON has it: see `Script`."""
         return (
             b"event: content_block_delta\n"
             b'data: {"type":"content_block_delta","delta":{"type":"text_delta","text":"%b"},"index":0}\n\n'
         ) % encoded
 
     def error_frames(self) -> list[bytes]:
+        """What a failed stream ends with: see `Script`."""
         return [_event("error", error={"type": "internal_error", "message": self.error})]
 
     def _delta(self, position: int) -> bytes:
@@ -83,6 +86,7 @@ class MessagesScript(Script):
         }
 
     def body(self) -> bytes:
+        """The whole answer, for who asked for no stream: see `Script`."""
         message = self._message([self._block(whole=True)], self._stop_reason(), self._usage())
         if self.ask.kv_params is not None:  # vLLM leaves out what is null on this route
             message["kv_transfer_params"] = self.ask.kv_params

@@ -27,6 +27,7 @@ class Recording(msgspec.Struct, frozen=True):
 
     @property
     def is_stream(self) -> bool:
+        """Whether it was an event stream."""
         return self.content_type.startswith(b"text/event-stream")
 
     def steps(self) -> Iterator[list[bytes]]:

@@ -28,6 +28,7 @@ class ResponsesScript(Script):
         self._call_id = "chatcmpl-tool-" + suffix
 
     def steps(self) -> Iterator[list[bytes]]:
+        """The frames of each step of the engine: see `Script`."""
         opening = [self._event("response.created", response=self._response("in_progress"))]
         opening.append(self._event("response.in_progress", response=self._response("in_progress")))
         opening.append(self._event("response.output_item.added", item=self._item("in_progress"), output_index=0))
@@ -41,6 +42,7 @@ class ResponsesScript(Script):
         yield [*opening, *([self._delta(last)] if last >= 0 else []), *self._closing()]
 
     def content_frame(self, encoded: bytes) -> bytes:
+        """A frame with this much text, as JSON has it: see `Script`."""
         number, self._number = self._number, self._number + 1
         return (
             b'event: response.output_text.delta\ndata: {"content_index":0,"delta":"%b","item_id":%b,"logprobs":[],'
@@ -48,6 +50,7 @@ class ResponsesScript(Script):
         ) % (encoded, json_string(self._item_id), number)
 
     def error_frames(self) -> list[bytes]:
+        """What a failed stream ends with: see `Script`."""
         fields = {"code": "server_error", "message": self.error, "param": None}
         return [self._event("error", **fields)]
 
@@ -174,4 +177,5 @@ class ResponsesScript(Script):
         }
 
     def body(self) -> bytes:
+        """The whole answer, for who asked for no stream: see `Script`."""
         return msgspec.json.encode(self._response(self._end_status()))

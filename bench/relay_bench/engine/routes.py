@@ -76,6 +76,7 @@ class Request:
 
     @classmethod
     def of(cls, event: h11.Request) -> Request:
+        """That of a head; as uvicorn, it keeps no connection of HTTP/1.0."""
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in event.headers}
         path, _, query = event.target.decode("latin-1").partition("?")
         # uvicorn keeps no HTTP/1.0 connection, whatever it asks for

@@ -70,6 +70,7 @@ class Sequence:
 
     @property
     def has_ended(self) -> bool:
+        """Whether its answer has ended, in whatever way."""
         return self.record.state not in {State.QUEUED, State.RUNNING}
 
 

@@ -55,6 +55,7 @@ class StreamTest(msgspec.Struct, frozen=True):
 
     @property
     def name(self) -> str:
+        """As a table calls it."""
         noun = "stream" if self.streams == 1 else "streams"
         pace = f"a frame each {self.step_ms:g} ms" if self.step_ms else "saturated"
         return f"{self.streams:,} {noun}, {pace}"
