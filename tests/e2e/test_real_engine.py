@@ -208,7 +208,7 @@ def test_a_relay_that_is_stopped_frees_the_engine(model: str, tmp_path: Path) ->
 
 
 class TestOpenAI:
-    """With 1.109 as with 3.52."""
+    """With 1.109 as with 3.54."""
 
     @pytest.fixture
     def openai(self) -> Any:
@@ -258,16 +258,35 @@ class TestOpenAI:
         assert through == direct
 
     def test_async(self, openai: Any, relay: Child, model: str) -> None:
-        async def ask(base: str) -> tuple[str, str]:
+        async def ask(base: str) -> list[str]:
             async with openai.AsyncOpenAI(base_url=f"{base}/v1", api_key="x", max_retries=0) as client:
-                chat = client.chat.completions.create(model=model, stream=True, **CHAT)
-                text = "".join([chunk.choices[0].delta.content or "" async for chunk in await chat])
-                responses = client.responses.create(model=model, stream=True, **BODIES["/v1/responses"])
-                events = [event async for event in await responses]
-            return text, "".join(event.delta for event in events if event.type == "response.output_text.delta")
+                return [await ask_of(client) for ask_of in (chat, completions, responses)]
+
+        async def chat(client: Any) -> str:
+            stream = await client.chat.completions.create(model=model, stream=True, **CHAT)
+            text = "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
+            whole = await client.chat.completions.create(model=model, **CHAT)
+            assert text == whole.choices[0].message.content
+            return text
+
+        async def completions(client: Any) -> str:
+            asked = {"model": model, **BODIES["/v1/completions"]}
+            text = "".join(
+                [chunk.choices[0].text async for chunk in await client.completions.create(stream=True, **asked)]
+            )
+            assert text == (await client.completions.create(**asked)).choices[0].text
+            return text
+
+        async def responses(client: Any) -> str:
+            asked = {"model": model, **BODIES["/v1/responses"]}
+            events = [event async for event in await client.responses.create(stream=True, **asked)]
+            text = "".join(event.delta for event in events if event.type == "response.output_text.delta")
+            assert text == (await client.responses.create(**asked)).output_text
+            return text
 
         direct, through = both(relay, lambda base: asyncio.run(ask(base)))
         assert through == direct
+        assert all(through)
 
     def test_leaving_a_stream_frees_the_engine(self, openai: Any, relay: Child, model: str) -> None:
         with openai.OpenAI(base_url=f"{relay.address}/v1", api_key="x", max_retries=0) as client:
@@ -305,13 +324,15 @@ class TestAnthropic:
         assert through == direct
 
     def test_async(self, anthropic: Any, relay: Child, model: str) -> None:
+        asked = {"model": model, "messages": MESSAGES, "max_tokens": 48}
+
         async def ask(base: str) -> str:
             async with anthropic.AsyncAnthropic(base_url=base, api_key="x", max_retries=0) as client:
-                asked = client.messages.stream(
-                    model=model, messages=MESSAGES, max_tokens=48, extra_body={"temperature": 0}
-                )
-                async with asked as stream:
-                    return "".join([text async for text in stream.text_stream])
+                async with client.messages.stream(extra_body={"temperature": 0}, **asked) as stream:
+                    text = "".join([piece async for piece in stream.text_stream])
+                whole = await client.messages.create(extra_body={"temperature": 0}, **asked)
+            assert text == "".join(block.text for block in whole.content if block.type == "text")
+            return text
 
         direct, through = both(relay, lambda base: asyncio.run(ask(base)))
         assert through == direct
