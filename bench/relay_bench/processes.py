@@ -54,12 +54,35 @@ def memory_bytes(pid: int, *, alone: bool = False) -> int:
     return sum(map(_memory_bytes, [pid] if alone else family(pid)))
 
 
-def _memory_bytes(pid: int) -> int:
+def own_memory_bytes(pid: int) -> int:
+    """Memory of the family that is no file's: anonymous and shared memory, as PSS counts them.
+
+    Pages of programs and libraries are not in it: others share them, too, and what of them is ours by PSS moves as
+    those come and go. Where the kernel does not tell them apart (before 5.3), it is the PSS.
+    """
+    return sum(map(_own_memory_bytes, family(pid)))
+
+
+def _own_memory_bytes(pid: int) -> int:
+    own = _pss_bytes(pid, "Pss_Anon:", "Pss_Shmem:")
+    return _memory_bytes(pid) if own is None else own
+
+
+def _pss_bytes(pid: int, *kinds: str) -> int | None:
+    """What the kernel counts for a process, of some kinds together; None where it does not say."""
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
-    except (OSError, StopIteration):  # another user's process: what is resident, shared or not
-        pass
+    except OSError:  # another user's process, or one that has ended
+        return None
+    found = [int(line.split()[1]) * 1024 for line in lines if line.startswith(kinds)]
+    return sum(found) if found else None
+
+
+def _memory_bytes(pid: int) -> int:
+    pss = _pss_bytes(pid, "Pss:")
+    if pss is not None:
+        return pss
+    # What is resident, shared or not.
     try:
         return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * _PAGE
     except (OSError, IndexError):

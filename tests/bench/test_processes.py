@@ -24,8 +24,10 @@ def test_processes_are_counted_with_their_children() -> None:
             assert process.poll() is None
         assert found[0] == process.pid
         assert processes.memory_bytes(process.pid) > processes.memory_bytes(process.pid, alone=True) > 1 << 20
+        own = processes.own_memory_bytes(process.pid)
+        assert 1 << 16 < own < processes.memory_bytes(process.pid)  # which counts programs and libraries, too
         assert processes.cpu_ns(process.pid) > 0
-    assert processes.cpu_ns(process.pid) == 0
+    assert processes.cpu_ns(process.pid) == processes.own_memory_bytes(process.pid) == 0
     assert processes.family(os.getpid())[0] == os.getpid()
 
 

@@ -23,7 +23,7 @@ def test_a_soak_leaves_nothing_unaccounted(capsysbinary: pytest.CaptureFixture[b
     """Memory is left to longer ones: of seconds, its beginning is the most."""
     status = main(["soak", "--minutes", "0.08", "--quick", "--json"])
     report = msgspec.json.decode(capsysbinary.readouterr().out, type=Report)
-    assert [text for text in report.broken if not text.startswith(("pss", "descriptors"))] == []
+    assert [text for text in report.broken if not text.startswith(("memory", "descriptors"))] == []
     assert status == bool(report.broken)
     assert len(report.promises) == 21
 
@@ -82,5 +82,5 @@ def test_answers_of_engines_that_were_killed(
     ],
 )
 def test_what_is_flat(values: list[float], is_flat: bool) -> None:
-    looks = [Vitals(float(at), value, value) for at, value in enumerate(values)]
-    assert trend(looks, "pss").is_flat(0.02) is is_flat
+    looks = [Vitals(float(at), value, value, 0.0) for at, value in enumerate(values)]
+    assert trend(looks, "memory").is_flat(0.02) is is_flat

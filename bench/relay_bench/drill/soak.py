@@ -267,8 +267,9 @@ def _add_figures(
 
 
 def _judge_vitals(report: Report, plan: Plan, idle: vitals.Vitals, looks: list[vitals.Vitals]) -> None:
-    tenths = [looks[at * len(looks) // 10].pss / 1024 for at in range(10)]
-    report.add("pss at each tenth", f"{' '.join(f'{one:.1f}' for one in tenths)} MiB")
+    for name in ("memory", "pss"):
+        tenths = [getattr(looks[at * len(looks) // 10], name) / 1024 for at in range(10)]
+        report.add(f"{name} at each tenth", f"{' '.join(f'{one:.1f}' for one in tenths)} MiB")
     share = plan.growth if plan.minutes >= plan.short_minutes else plan.short_growth
     for kind, unit in vitals.KINDS.items():
         trend = vitals.trend(looks, kind)

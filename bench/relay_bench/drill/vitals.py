@@ -9,20 +9,22 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 import trio
 
-from relay_bench.processes import descriptors, family, memory_bytes
+from relay_bench.processes import descriptors, family, memory_bytes, own_memory_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-#: What is looked at, and the unit it is told in.
-KINDS: Final = {"pss": "KiB", "descriptors": ""}
+#: What must stay what it is, and the unit it is told in. Of the PSS a part is pages of programs and libraries, which
+#: moves with how many other processes share them, and is no growth of the relay's.
+KINDS: Final = {"memory": "KiB", "descriptors": ""}
 
 
 class Vitals(msgspec.Struct, frozen=True):
     """Of all the relay's processes together, at one moment."""
 
     at_s: float
-    pss: float  #: KiB
+    memory: float  #: KiB: anonymous and shared memory, no file's pages
+    pss: float  #: KiB: with those
     descriptors: float
 
 
@@ -43,7 +45,7 @@ class Trend(msgspec.Struct, frozen=True):
 def look(pid: int) -> Vitals:
     """The vitals now of a process and its descendants."""
     open_now = sum(map(descriptors, family(pid)))
-    return Vitals(time.monotonic(), memory_bytes(pid) / 1024, open_now)
+    return Vitals(time.monotonic(), own_memory_bytes(pid) / 1024, memory_bytes(pid) / 1024, open_now)
 
 
 async def watch(pid: int, every_s: float, seen: list[Vitals]) -> None:
