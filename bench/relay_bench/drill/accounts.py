@@ -2,97 +2,48 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from datetime import datetime
+from collections import Counter
 from typing import TYPE_CHECKING, Final
 
-import msgspec
+from relay_bench.drill.attempts import KILLED, NORMAL, Attempts, Differences, Entry, Kind, Logs
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
+    from relay_bench.drill.attempts import Work
     from relay_bench.drill.mixed import Asked, Seen
     from relay_bench.drill.report import Report
 
-#: A record's outcome where all went well.
-_NORMAL: Final = "--"
-#: An engine logs an answer behind its last byte: how soon after that a killed one may not have, seconds.
-_UNLOGGED_S: Final = 0.25
-#: Examples shown of what does not agree.
-_EXAMPLES: Final = 3
+#: A fault by which an engine sends a frame of content that is no token.
+_HUGE: Final = "huge-frame"
+
+#: What is promised of single requests.
+_STATUSES: Final = "clients' statuses are the records'"
+_BYTES: Final = "every byte of every answer is counted"
+_ENDS: Final = "answers end well where the record says so, and nowhere else"
+_TOKENS: Final = "client, record and request agree on tokens"
+_CUT_TOKENS: Final = "client and record agree on the tokens of cut and faulty answers"
+_FRAMES: Final = "client and record agree on frames"
+_LEFT: Final = "clients that left had no more than the record says"
+_ANSWERED: Final = "what the records say was answered, one engine did, token for token"
+_MADE: Final = "of cut answers, engines made all tokens that the records count"
 
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
-
-
-class Entry(msgspec.Struct):
-    """What is looked at of a record."""
-
-    ts: datetime
-    id: str | None
-    outcome: str
-    status: int | None
-    pool: str | None
-    upstream: str | None
-    stream: bool
-    attempts: int
-    frames: int
-    bytes_out: int
-    completion_tokens: int | None
-    usage: str
-
-    @property
-    def attempt_ids(self) -> list[str]:
-        """What its attempts were called at the engines."""
-        return [f"{self.id}" if number == 1 else f"{self.id}-{number}" for number in range(1, self.attempts + 1)]
-
-
-class Work(msgspec.Struct, frozen=True):
-    """One line of an engine's log."""
-
-    state: str
-    tokens: int
-
-
-class Differences:
-    """What did not agree, by promise."""
-
-    def __init__(self) -> None:
-        self._found: defaultdict[str, list[str]] = defaultdict(list)
-
-    def __repr__(self) -> str:
-        return f"<Differences {dict(self._found)}>"
-
-    def check(self, promise: str, is_kept: bool, seen: object) -> None:
-        """Notes what is not as promised."""
-        found = self._found[promise]
-        if not is_kept:
-            found.append(str(seen))
-
-    def judge(self, report: Report) -> None:
-        """All of it, with a few examples each."""
-        for promise, found in self._found.items():
-            report.judge(promise, not found, f"{len(found):,} do not: {'; '.join(found[:_EXAMPLES])}" if found else "")
 
 
 class Accounts:
     """Takes in records, one by one, and compares."""
 
-    def __init__(
-        self,
-        visits: Mapping[str, tuple[Asked, Seen]],
-        work: Mapping[str, list[Work]],
-        rogue: str,
-        deaths: Mapping[str, Sequence[float]],
-    ) -> None:
+    def __init__(self, visits: Mapping[str, tuple[Asked, Seen]], logs: Logs) -> None:
         self._visits = visits
-        self._work = work  #: of engines that give whole answers, by the id that the request had there
-        self._rogue = rogue
-        self._deaths = deaths  #: of engines, by URL: the time of day
+        self._logs = logs
         self._ids: Counter[str] = Counter()
-        self._claimed: set[str] = set()
         self.ended: Counter[tuple[str, str, str]] = Counter()  #: by pool, status and outcome
         self.sums: Counter[str] = Counter()
-        self._differences = Differences()
+        self.attempts = Attempts(logs)
+        self._differences = Differences(
+            (_STATUSES, _BYTES, _ENDS, _TOKENS, _CUT_TOKENS, _FRAMES, _LEFT, _ANSWERED, _MADE)
+        )
 
     def __repr__(self) -> str:
         return f"<Accounts {self.ended.total()} records of {len(self._visits)} visits>"
@@ -104,39 +55,67 @@ class Accounts:
         self.sums["disconnects"] += entry.outcome.startswith("C")
         self.sums["bytes"] += entry.bytes_out
         self.sums["tokens"] += (entry.completion_tokens or 0) if entry.usage == "engine" else 0
-        self._claimed.update(entry.attempt_ids)
         visit = self._visits.get(entry.id or "")
+        self.attempts.take(entry, visit[0] if visit else None)
         if visit is None:
             return
         self._ids[entry.id or ""] += 1
         asked, seen = visit
-        if not seen.has_left:
+        if seen.has_left:
+            self._compare_leaver(entry, asked, seen)
+        else:
             self._compare_client(entry, asked, seen)
-        if entry.outcome == _NORMAL and entry.status == 200 and entry.upstream != self._rogue:
-            self._compare_engine(entry, asked)
+        if entry.status == 200 and entry.upstream != self._logs.rogue:
+            last = entry.attempt_ids[-1:]
+            works = self._logs.find(Kind.ENGINE, last[0]) if last else ()
+            if entry.outcome == NORMAL:
+                self._compare_engine(entry, asked, works)
+            else:
+                self._compare_cut(entry, asked, works)
 
     def _compare_client(self, entry: Entry, asked: Asked, seen: Seen) -> None:
         check = self._differences.check
-        check("clients' statuses are the records'", seen.status == entry.status, (asked, seen, entry))
-        check("every byte of every answer is counted", seen.received == entry.bytes_out, (asked, seen, entry))
+        check(_STATUSES, seen.status == entry.status, (asked, seen, entry))
+        check(_BYTES, seen.received == entry.bytes_out, (asked, seen, entry))
         if entry.status == 200:
-            is_well = entry.outcome == _NORMAL
-            check("answers end well where the record says so, and nowhere else", seen.is_whole == is_well,
-                  (asked, seen, entry))  # fmt: skip
+            is_well = entry.outcome == NORMAL
+            check(_ENDS, seen.is_whole == is_well, (asked, seen, entry))
             if is_well and not asked.fault:
                 is_right = seen.tokens == entry.completion_tokens == asked.tokens
-                check("client, record and request agree on tokens", is_right, (asked, seen, entry))
+                check(_TOKENS, is_right, (asked, seen, entry))
+            else:
+                # Where the engine counts itself, it does not count what it made no token for.
+                more = is_well and asked.fault.startswith(_HUGE) and entry.usage == "engine"
+                is_right = (seen.tokens or 0) == (entry.completion_tokens or 0) + more
+                check(_CUT_TOKENS, is_right, (asked, seen, entry))
+            if seen.frames is not None and entry.stream:
+                # The relay's own last word is a frame, too.
+                is_right = seen.frames == entry.frames + (not is_well)
+                check(_FRAMES, is_right, (asked, seen, entry))
 
-    def _compare_engine(self, entry: Entry, asked: Asked) -> None:
-        logged = self._work.get(entry.attempt_ids[-1], [])
-        ended = entry.ts.timestamp()
-        if not logged and any(abs(died - ended) < _UNLOGGED_S for died in self._deaths.get(entry.upstream or "", ())):
+    def _compare_leaver(self, entry: Entry, asked: Asked, seen: Seen) -> None:
+        """A client that has left may have had less than went out, and no more."""
+        last_word = entry.outcome != NORMAL and not entry.outcome.startswith("C")
+        is_right = seen.received <= entry.bytes_out and (seen.frames or 0) <= entry.frames + last_word
+        if entry.status == 200:
+            is_right = is_right and (seen.tokens or 0) <= (entry.completion_tokens or 0)
+        self._differences.check(_LEFT, is_right, (asked, seen, entry))
+
+    def _compare_engine(self, entry: Entry, asked: Asked, works: Sequence[Work]) -> None:
+        if works and works[-1].state == KILLED and self._logs.died_at(entry):
             self.sums["unlogged"] += 1
             return
-        done = [work for work in logged if work.state == "completed"]
+        done = [work for work in works if work.state == "completed"]
         is_right = len(done) == 1 and (bool(asked.fault) or done[0].tokens == asked.tokens)
-        self._differences.check("what the records say was answered, one engine did, token for token", is_right,
-                                (asked, entry, done))  # fmt: skip
+        self._differences.check(_ANSWERED, is_right, (asked, entry, works))
+
+    def _compare_cut(self, entry: Entry, asked: Asked, works: Sequence[Work]) -> None:
+        if works and works[-1].state == KILLED:
+            self.sums["uncounted"] += 1
+            return
+        more = asked.fault.startswith(_HUGE)
+        is_right = bool(works) and works[-1].tokens + more >= (entry.completion_tokens or 0)
+        self._differences.check(_MADE, is_right, (asked, entry, works))
 
     def judge(self, report: Report, samples: Samples) -> None:
         """What came of it, beside the metrics."""
@@ -148,18 +127,8 @@ class Accounts:
         alone = sum(self._ids[id_] == 1 for id_ in sent)
         report.judge("each request sent whole has its own", alone == len(sent), f"{alone:,} of {len(sent):,}")
         self._differences.judge(report)
-        self._judge_engines(report)
+        self.attempts.judge(report)
         self._judge_metrics(report, samples)
-
-    def _judge_engines(self, report: Report) -> None:
-        strangers = self._work.keys() - self._claimed
-        report.judge(
-            "every request at an engine is an attempt of a record",
-            not strangers,
-            f"{sum(map(len, self._work.values())):,} requests; {len(strangers)} are nobody's{_some(strangers)}",
-        )
-        twice = {id_ for id_, work in self._work.items() if sum(one.tokens > 0 for one in work) > 1}
-        report.judge("no attempt is generated twice", not twice, f"{len(twice)} were{_some(twice)}")
 
     def _judge_metrics(self, report: Report, samples: Samples) -> None:
         ended: Counter[tuple[str, str, str]] = Counter()
@@ -190,8 +159,3 @@ class Accounts:
 def _total(samples: Samples, name: str, **labels: str) -> int:
     wanted = set(labels.items())
     return round(sum(value for (other, own), value in samples.items() if other == name and wanted <= own))
-
-
-def _some(found: Iterable[str]) -> str:
-    first = sorted(found)[:_EXAMPLES]
-    return f", as {', '.join(first)}" if first else ""

@@ -84,6 +84,7 @@ class Seen(msgspec.Struct, frozen=True, kw_only=True):
     status: int = 0
     received: int = 0  #: bytes, head and framing included
     tokens: int | None = None  #: content frames, or what the answer's usage says
+    frames: int | None = None  #: of a stream, of any kind
     is_whole: bool = False  #: as long as its framing says
 
 
@@ -157,6 +158,7 @@ class Visitor:
             status=answer.status,
             received=answer.bytes_in,
             tokens=_tokens(answer, asked.route),
+            frames=answer.frames if answer.is_stream else None,
             is_whole=answer.is_done and answer.problem is None,
         )
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+import re
 import socket
-from collections import Counter
+from collections import defaultdict
 from typing import Final
 
 import trio
 
+from relay_bench.drill.attempts import Work
 from relay_bench.drill.hangups import RESET
 
 _HEALTHY: Final = b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
@@ -17,6 +19,7 @@ _ROLE: Final = b'data: {"choices":[{"index":0,"delta":{"role":"assistant","conte
 #: Seconds of silence, longer than the relay's limits.
 _STALL_S: Final = 30.0
 _RECEIVE_BYTES: Final = 65536
+_ID: Final = re.compile(rb"\r\nx-request-id: ([^\r]*)\r\n", re.IGNORECASE)
 
 #: What it says before it closes; `None`: it says nothing, and stalls.
 _MISDEEDS: Final[dict[str, bytes | None]] = {
@@ -39,11 +42,11 @@ class Rogue:
 
     def __init__(self, seed: int) -> None:
         self._rng = random.Random(seed)
-        self.misdeeds: Counter[str] = Counter()
+        self.log: defaultdict[str, list[Work]] = defaultdict(list)  #: of requests, by their id here: its misdeeds
         self.url = ""
 
     def __repr__(self) -> str:
-        return f"<Rogue {self.url} {self.misdeeds.total()}>"
+        return f"<Rogue {self.url} {sum(map(len, self.log.values()))}>"
 
     async def serve(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serves until cancelled."""
@@ -60,14 +63,18 @@ class Rogue:
             pass
 
     async def _misbehave(self, stream: trio.SocketStream) -> None:
-        begun = await stream.receive_some(_RECEIVE_BYTES)
-        if begun.startswith(b"GET "):
+        head = bytearray()
+        while b"\r\n\r\n" not in head:
+            received = await stream.receive_some(_RECEIVE_BYTES)
+            if not received:
+                return
+            head += received
+        if head.startswith(b"GET "):
             await stream.send_all(_HEALTHY)
             return
-        if not begun:
-            return
         misdeed = self._rng.choice(tuple(_MISDEEDS))
-        self.misdeeds[misdeed] += 1
+        found = _ID.search(head)
+        self.log[found[1].decode("latin-1") if found else ""].append(Work(self.url, misdeed))
         said = _MISDEEDS[misdeed]
         if said:
             await stream.send_all(said)

@@ -6,7 +6,7 @@ import itertools
 import random
 import secrets
 import time
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -16,15 +16,17 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from relay.core.auth import keys_line
 from relay_bench.drill import vitals
-from relay_bench.drill.accounts import Accounts, Entry, Work
+from relay_bench.drill.accounts import Accounts
+from relay_bench.drill.attempts import KILLED, UNENDED, Entry, Kind, Logs, Work
 from relay_bench.drill.mixed import Asked, Mix, Seen, Visitor, draw
 from relay_bench.drill.report import Report
 from relay_bench.drill.rest import judge_rest
 from relay_bench.drill.rogue import Rogue
 from relay_bench.drill.stage import EngineChild, RelayChild, Scene, Stage, pace, stage
+from relay_bench.engine.ledger import State
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
 #: Pools, each named as its model; the last has prefillers and decoders.
 _POOLS: Final = ("plain", "forced", "split")
@@ -68,7 +70,8 @@ class Site:
         self._flags = flags
         self.groups: dict[str, list[EngineChild]] = {}
         self.all: list[EngineChild] = []
-        self.deaths: defaultdict[str, list[float]] = defaultdict(list)  #: of engines, by URL: the time of day
+        #: Of engines, by URL: from when to when they were, times of day.
+        self.downs: defaultdict[str, list[tuple[float, float]]] = defaultdict(list)
 
     def __repr__(self) -> str:
         return f"<Site {len(self.all)} engines so far, {self.kills} killed>"
@@ -76,7 +79,7 @@ class Site:
     @property
     def kills(self) -> int:
         """How many engines have been killed."""
-        return sum(map(len, self.deaths.values()))
+        return sum(map(len, self.downs.values()))
 
     async def start(self, number: int) -> None:
         """Starts so many of each kind."""
@@ -97,25 +100,48 @@ class Site:
                 await end.wait()
                 return
             before = self.groups[name][at]
+            died = time.time()
             await before.kill()
-            self.deaths[before.url].append(time.time())
             await trio.sleep(down_s)
             again = self.groups[name][at] = await self._here.engine_again(before, *self._flags_of(name))
+            self.downs[before.url].append((died, time.time()))
             self.all.append(again)
 
-    def work(self, *, prefill: bool) -> dict[str, list[Work]]:
-        """What prefillers, or all others, have logged, by the request's id there."""
-        found: defaultdict[str, list[Work]] = defaultdict(list)
-        prefillers = {engine.url for engine in self.groups["prefill"]}
+    def logs(self, rogue: Rogue) -> Logs:
+        """What all have logged. They must have ended."""
+        of: dict[Kind, defaultdict[str, list[Work]]] = {kind: defaultdict(list) for kind in Kind}
+        of[Kind.ROGUE] = rogue.log
+        urls = {name: [engine.url for engine in group] for name, group in self.groups.items()}
         for engine in self.all:
-            if (engine.url in prefillers) is prefill:
-                for id_, state, tokens in engine.log():
-                    found[id_].append(Work(state, tokens))
-        return found
+            kind = Kind.PREFILLER if engine.url in urls["prefill"] else Kind.ENGINE
+            for id_, work in worked(engine.url, engine.log(), was_killed=engine.was_killed):
+                of[kind][id_].append(work)
+        pools = {
+            "plain": [*urls["plain"], rogue.url],
+            "forced": urls["forced"],
+            "split": [*urls["prefill"], *urls["decode"]],
+        }
+        return Logs(of=of, pools=pools, downs=self.downs, rogue=rogue.url)
 
     def _flags_of(self, name: str) -> tuple[str, ...]:
         model = "split" if name in ("prefill", "decode") else name
         return (*self._flags, "--model", model, "--log")
+
+
+def worked(url: str, lines: Iterable[tuple[str, str, int]], *, was_killed: bool) -> Iterator[tuple[str, Work]]:
+    """The requests of one engine's log, with their ids, in the order in which they began."""
+    begun: list[tuple[str, list[Work]]] = []
+    running: defaultdict[str, deque[list[Work]]] = defaultdict(deque)
+    for id_, state, tokens in lines:
+        if state == State.QUEUED.value:
+            begun.append((id_, []))
+            running[id_].append(begun[-1][1])
+        elif running[id_]:
+            running[id_].popleft().append(Work(url, state, tokens))
+        else:  # an end without a beginning: one too many, as it should be found
+            begun.append((id_, [Work(url, state, tokens)]))
+    for id_, ended in begun:
+        yield id_, ended[0] if ended else Work(url, KILLED if was_killed else UNENDED)
 
 
 async def drill(scene: Scene, plan: Plan = FULL) -> Report:
@@ -142,17 +168,21 @@ async def drill(scene: Scene, plan: Plan = FULL) -> Report:
             await engine.stop()
         nursery.cancel_scope.cancel()
         status, faults = relay.process.returncode, relay.faults
-        accounts = Accounts(visits, site.work(prefill=False), rogue.url, site.deaths)
+        logs = site.logs(rogue)
+        accounts = Accounts(visits, logs)
         for entry in relay.records_as(Entry):
             accounts.take(entry)
-        prefills = sum(map(len, site.work(prefill=True).values()))
     report.judge("the relay has met no fault of its own, and ends in order", status == 0 and not faults, faults)
     more = {
-        "misdeeds of the rogue engine": rogue.misdeeds.total(),
         "engines killed": site.kills,
-        "prefills": prefills,
+        "attempts": accounts.attempts.sums["attempts"],
+        **{f"requests in the log of {kind.value}": sum(map(len, logs.of[kind].values())) for kind in Kind},
         "failovers": accounts.sums["failovers"],
-        "answers whose engine was killed before it had logged them": accounts.sums["unlogged"],
+        "attempts that met an engine while it was down": accounts.attempts.sums["unmet"],
+        "legs logged again, lost with a kept connection before": accounts.attempts.sums["again"],
+        "answers whose end a killed engine had not logged": accounts.sums["unlogged"],
+        "prefills whose end a killed engine had not logged": accounts.attempts.sums["unlogged prefills"],
+        "cut answers whose tokens a killed engine had not logged": accounts.sums["uncounted"],
     }
     _add_figures(report, plan, visits, accounts, more)
     accounts.judge(report, samples)

@@ -31,7 +31,7 @@ T = TypeVar("T")
 PATIENCE_S: Final = 20.0
 #: Seconds between two looks at what has no event to wait for.
 LOOK_S: Final = 0.02
-#: An engine's line for a request that has ended.
+#: An engine's line for a request that it has begun, or ended.
 _LOGGED: Final = re.compile(r"<RequestRecord (\S+) \S+ (\w+) tokens_sent=(\d+)>")
 #: Looks of which the best counts.
 _LOOKS: Final = 10
@@ -92,8 +92,13 @@ class Child:
 class EngineChild(Child):
     """A built-in engine."""
 
+    @property
+    def was_killed(self) -> bool:
+        """Whether it has ended by `kill`."""
+        return self.process.returncode == -signal.SIGKILL
+
     def log(self) -> Iterator[tuple[str, str, int]]:
-        """With ``--log``: id, final state and tokens sent of every request that has ended."""
+        """With ``--log``: id, state and tokens sent of every request, as it began (``queued``) and as it ended."""
         with self._said.open() as lines:
             for line in lines:
                 if found := _LOGGED.search(line):

@@ -78,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--captures", default="", metavar="DIR", help="recordings for x-sim-play")
     parser.add_argument("--usage", default="", help="usage for every request, as x-sim-usage (force, details, …)")
     parser.add_argument("--stamp", action="store_true", help="tokens are their number and the monotonic clock in µs")
-    parser.add_argument("--log", action="store_true", help="a line per finished request on standard error")
+    parser.add_argument("--log", action="store_true", help="a line per request begun, and ended, on standard error")
 
 
 def config_of(options: argparse.Namespace) -> EngineConfig:

@@ -147,11 +147,15 @@ class Connection:
     async def _generate(self, request: routes.Request) -> bool:
         """Queue the request's sequence and wait for its end, or for the client's."""
         record = self._ledger.open_record(request.headers.get("x-request-id", ""), request.path, State.QUEUED)
+        self._log(record)  # before any of its answer is sent, so that who has one knows that it is in the log
         try:
             return await self._answer(request, record)
         finally:
-            if self._config.log:
-                print(f"relay-bench engine: {record}", file=sys.stderr, flush=True)
+            self._log(record)
+
+    def _log(self, record: RequestRecord) -> None:
+        if self._config.log:
+            print(f"relay-bench engine: {record}", file=sys.stderr, flush=True)
 
     async def _answer(self, request: routes.Request, record: RequestRecord) -> bool:
         now_s = int(time.time())
