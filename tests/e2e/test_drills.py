@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from relay_bench.drill import affinity, hangups, rolling
 from relay_bench.drill.client import End, Reading
 from relay_bench.drill.command import main
-from relay_bench.drill.report import Report, rendered
+from relay_bench.drill.report import Report, closing, rendered
 from relay_bench.drill.stage import Scene
 from relay_bench.engine.prefix_cache import BLOCK_TOKENS, PrefixCache
 
@@ -235,3 +235,7 @@ def test_a_promise_judged_twice_was_kept_if_it_was_both_times() -> None:
     assert report.broken == ["a", "b"]
     assert report.promises[1].seen == "first"
     assert rendered(report)
+    assert closing(report) == "drill drill: 2 of 2 promises BROKEN: a; b"
+    report.promises.clear()
+    report.judge("c", True)
+    assert closing(report) == "drill drill: all 1 promises kept"

@@ -11,7 +11,7 @@ import trio
 from rich.console import Console
 
 from relay_bench.drill import abuse, affinity, hangups, kill, rolling, soak, split, streams
-from relay_bench.drill.report import DrillError, Report, rendered
+from relay_bench.drill.report import DrillError, Report, closing, rendered
 from relay_bench.drill.stage import Scene
 from relay_bench.groups import leaf
 
@@ -53,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(msgspec.json.encode(report).decode())
     else:
         console.print(rendered(report))
+        print(closing(report))
     return _KEPT if report.is_kept else _BROKEN
 
 

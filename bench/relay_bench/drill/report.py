@@ -82,6 +82,14 @@ def rendered(report: Report) -> RenderableType:
     return Panel(Group(*parts, Text(), verdicts), title=f"drill {report.drill}", title_align="left", border_style=style)
 
 
+def closing(report: Report) -> str:
+    """The report in a line, for logs."""
+    broken, number = report.broken, len(report.promises)
+    if not broken:
+        return f"drill {report.drill}: all {number} promises kept"
+    return f"drill {report.drill}: {len(broken)} of {number} promises BROKEN: {'; '.join(broken)}"
+
+
 def _bars(rows: list[tuple[str, float, str]]) -> Table:
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column()
