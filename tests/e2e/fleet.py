@@ -13,6 +13,7 @@ from typing import Any, Final
 
 import msgspec
 import trio
+import trio.testing
 from prometheus_client.parser import text_string_to_metric_families
 
 from relay import config as settings
@@ -192,6 +193,20 @@ async def running_fleet(
     assert all((upstream.outstanding, upstream.idle) == (0, 0) for upstream in known), known
     assert all((pool.in_flight, pool.queued) == (0, 0) for pool in service.fleet.pools)
     assert relay.worker.budget.used == 0
+
+
+async def close_kept(worker: Worker) -> None:
+    """Closes the connections to engines that are kept for other exchanges, each of which could have carried one.
+
+    Nothing is under way on them, and no engine has closed its end: what was cut short is closed, and never kept.
+    """
+    await trio.testing.wait_all_tasks_blocked()  # the pump has heard of all that has come
+    for upstream in worker.service.fleet.upstreams:
+        kept = upstream.idle
+        good = [connection for _ in range(kept) if (connection := upstream.take_idle(0.0)) is not None]
+        for connection in good:
+            connection.close()
+        assert len(good) == kept, upstream
 
 
 async def eject(relay: RunningFleet, engine: FakeEngine, data: bytes) -> None:

@@ -14,12 +14,13 @@ import trio
 import trio.testing
 
 from relay.address import parse_upstream
-from relay.config import PoolConfig
+from relay.config import PoolConfig, TimeoutsConfig
 from relay.core.board import read
 from relay.core.connectors.base import LegRequest
 from relay.core.request import Route
 from tests.core.captured import Captured, captured
-from tests.e2e.fleet import RunningFleet, answer, running_fleet
+from tests.e2e.fleet import RunningFleet, answer, close_kept, running_fleet
+from tests.e2e.harness import PATIENCE_S
 
 PATHS: Final = {
     Route.CHAT: "/v1/chat/completions",
@@ -133,8 +134,13 @@ class Silence:
 
     def __init__(self, data: bytes = b"") -> None:
         self.begun = trio.Event()
-        self.is_left = trio.Event()
+        self._is_left = trio.Event()
         self._data = data
+
+    async def left(self) -> None:
+        """Waits until its client has left: at once, as nothing but that ends a connection of a `split_pair` so soon."""
+        with trio.fail_after(PATIENCE_S):
+            await self._is_left.wait()
 
     async def __call__(self, asked: Asked, stream: trio.SocketStream) -> None:
         if self._data:
@@ -142,7 +148,7 @@ class Silence:
         self.begun.set()
         with suppress(trio.BrokenResourceError):
             assert not await stream.receive_some(), "another request before the answer"
-        self.is_left.set()
+        self._is_left.set()
         await stream.aclose()
 
 
@@ -231,11 +237,13 @@ async def split_pair(
     engine: dict[str, Any] | None = None,
     **tables: Any,
 ) -> AsyncIterator[Pair]:
-    """A relay in front of such a pool.
+    """A relay in front of such a pool, which keeps an engine's connection for any time.
 
+    So a connection that is closed was closed for what happened on it, and in the end each that is kept has to be good.
     `settings` are the pool's, `engine` each engine's, `tables` the configuration's.
     """
     pair = Pair()
+    tables["timeouts"] = msgspec.structs.replace(tables.get("timeouts", TimeoutsConfig()), upstream_idle_s=0.0)
     async with trio.open_nursery() as nursery:
         urls = {
             "prefill": [await pair.prefill.listen(nursery) for _ in range(prefillers)],
@@ -248,6 +256,7 @@ async def split_pair(
         pool = PoolConfig(**{"connector": connector, **roles, **(settings or {})})
         async with running_fleet(pool, **tables) as pair.relay:
             yield pair
+            await close_kept(pair.relay.worker)
         drains = pair.relay.worker.service.drains
         assert drains.running == 0
         assert not pair.relay.worker.service.callbacks

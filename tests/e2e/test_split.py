@@ -7,7 +7,7 @@ import re
 import socket
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import pytest
 import trio
@@ -396,26 +396,34 @@ async def test_a_prefillers_refusal_is_the_answer(connector: str, stream: bool) 
         got = await ask(pair.relay.port, sent(stream=stream))
         record = await pair.relay.record()
         if connector == "sglang":
-            await silence.is_left.wait()  # it would wait for the prefiller without end
+            await silence.left()  # it would wait for the prefiller without end
         assert len(pair.order) == (2 if connector == "sglang" else 1)
     assert (got.status, got.payload, got.headers["x-why"]) == (400, body_of(BAD_REQUEST), "1")
     assert got.headers["x-request-id"] == record.id
     assert (record.status, record.outcome, record.attempts, record.error) == (400, "--", 1, "too long")
 
 
-FAILURES: Final[dict[str, tuple[Turn, tuple[str, int]]]] = {
-    "500": (says(answer(500, b'{"error":"P"}')), ("UP", 500)),
-    "503": (says(answer(503, b'{"error":"P"}')), ("UP", 503)),
-    "dies": (dies(), ("UP", 502)),
-    "dies in its answer": (dies(PREFILLED[:-9]), ("UP", 502)),
-    "no HTTP": (says(b"220 smtp ready\r\n\r\n"), ("UP", 502)),
-    "too slow": (Silence(), ("uP", 504)),
+class Failed(NamedTuple):
+    """What becomes of a prefiller's failure where nobody takes over."""
+
+    outcome: str
+    status: int
+    code: str = ""  #: empty: the client gets the engine's own answer, which came whole
+
+
+FAILURES: Final[dict[str, tuple[Turn, Failed]]] = {
+    "500": (says(answer(500, b'{"error":"P"}')), Failed("UP", 500)),
+    "503": (says(answer(503, b'{"error":"P"}')), Failed("UP", 503)),
+    "dies": (dies(), Failed("UP", 502, "upstream_disconnected")),
+    "dies in its answer": (dies(PREFILLED[:-9]), Failed("UP", 502, "upstream_disconnected")),
+    "no HTTP": (says(b"220 smtp ready\r\n\r\n"), Failed("UP", 502, "upstream_error")),
+    "too slow": (Silence(), Failed("uP", 504, "upstream_timeout")),
 }
 
 
 @pytest.mark.parametrize(("failure", "told"), FAILURES.values(), ids=FAILURES)
 @pytest.mark.parametrize("connector", ["nixl", "sglang"])
-async def test_another_prefiller_takes_over(connector: str, failure: Turn, told: tuple[str, int]) -> None:
+async def test_another_prefiller_takes_over(connector: str, failure: Turn, told: Failed) -> None:
     async with split_pair(2, 2, connector=connector, timeouts=SLOW) as pair:
         pair.prefill.script = [failure]
         got = await ask(pair.relay.port, sent(x_request_id="own"))
@@ -425,7 +433,8 @@ async def test_another_prefiller_takes_over(connector: str, failure: Turn, told:
         assert (first.id, second.id) == ("own", "own-2")
         assert pair.metric("relay_failovers_total") == 1
         assert pair.metric("relay_upstream_failures_total") == 1
-        assert pair.relay.upstreams[first.engine].failures == 1
+        failed = pair.relay.upstreams[first.engine]
+        assert (failed.failures, failed.idle) == (1, not told.code)
     assert_decoders(got, STREAMS[Route.CHAT])
     assert (record.outcome, record.attempts, record.prefill_upstream) == ("--", 2, second.engine)
     assert got.headers["x-request-id"] == "own"
@@ -471,24 +480,22 @@ async def test_a_prefillers_last_word_counts() -> None:
 @IS_STREAM
 @pytest.mark.parametrize(("failure", "told"), FAILURES.values(), ids=FAILURES)
 @pytest.mark.parametrize("connector", ["nixl", "sglang"])
-async def test_the_last_prefillers_failure_is_told(
-    connector: str, failure: Turn, told: tuple[str, int], stream: bool
-) -> None:
+async def test_the_last_prefillers_failure_is_told(connector: str, failure: Turn, told: Failed, stream: bool) -> None:
     async with split_pair(connector=connector, timeouts=SLOW) as pair:
         pair.prefill.usual = failure
         pair.decode.usual = silence = Silence()
         got = await ask(pair.relay.port, sent(stream=stream))
         record = await pair.relay.record()
         if connector == "sglang":
-            await silence.is_left.wait()
-    outcome, status = told
-    assert (got.status, got.end, record.status, record.attempts) == (status, "whole", status, 1)
-    assert record.outcome == outcome
-    if status in (500, 503):
-        assert got.payload == b'{"error":"P"}'  # the engine's own words
-        assert record.error == f'the prefiller answered {status}: {{"error":"P"}}'
+            await silence.left()
+        assert pair.relay.upstreams[pair.prefill.urls[0]].idle == (not told.code)
+    assert (got.status, got.end, record.status, record.attempts) == (told.status, "whole", told.status, 1)
+    assert record.outcome == told.outcome
+    if told.code:
+        assert got.error["code"] == told.code
     else:
-        assert got.error["code"] in ("upstream_disconnected", "upstream_error", "upstream_timeout")
+        assert got.payload == b'{"error":"P"}'  # the engine's own words
+        assert record.error == f'the prefiller answered {told.status}: {{"error":"P"}}'
 
 
 async def test_attempts_are_bounded() -> None:
@@ -609,7 +616,7 @@ async def test_a_decoders_refusal_ends_the_prefill_leg() -> None:
         pair.prefill.usual = silence = Silence()
         pair.decode.usual = says(BAD_REQUEST)
         got = await ask(pair.relay.port, sent())
-        await silence.is_left.wait()
+        await silence.left()
     assert (got.status, got.payload) == (400, body_of(BAD_REQUEST))
 
 
@@ -638,7 +645,7 @@ async def test_a_role_waits_a_moment_only() -> None:
             frames = await client.frames(1)
             waited = trio.current_time() - began
             assert frames.endswith(role[-60:])
-        await silence.is_left.wait()
+        await silence.left()
         assert (await pair.relay.record()).outcome == "CD"
     assert 0.05 < waited < 0.6
 
@@ -684,7 +691,7 @@ async def test_streams_of_unknown_routes_do_not_wait() -> None:
             began = trio.current_time()
             await client.frames(1)
             assert trio.current_time() - began < 0.09
-        await silence.is_left.wait()
+        await silence.left()
 
 
 # -- what has to be asked, or told, beside the legs
@@ -758,7 +765,7 @@ async def test_only_the_pools_decoders_may_call_back() -> None:
             assert pair.order == "d"
             assert (await call(url, message)).status == 200
             await until(lambda: pair.order == "dp")
-        await silence.is_left.wait()
+        await silence.left()
         record = await pair.relay.record()
         assert (await call(url, message)).status == 200  # too late
     assert (record.outcome, pair.order) == ("CH", "dp")
@@ -779,21 +786,23 @@ def free_port() -> int:
     return port
 
 
-@pytest.mark.parametrize("failure", [says(BAD_REQUEST), dies()], ids=["refuses", "dies"])
-async def test_a_prefillers_failure_ends_a_decoder_that_waits_for_it(failure: Turn) -> None:
+@pytest.mark.parametrize(
+    ("failure", "status", "outcome"), [(says(BAD_REQUEST), 400, "--"), (dies(), 502, "UP")], ids=["refuses", "dies"]
+)
+async def test_a_prefillers_failure_ends_a_decoder_that_waits_for_it(failure: Turn, status: int, outcome: str) -> None:
     async with split_pair(connector="ascend_layerwise") as pair:
-        is_left = trio.Event()
+        silence = Silence()
 
         async def wait_for_blocks(asked: Asked, stream: trio.SocketStream) -> None:
             url = asked.json()["kv_transfer_params"]["metaserver"]
             await call(url, b'{"request_id":"chatcmpl-%b"}' % asked.id.encode())
-            assert not await stream.receive_some()
-            is_left.set()
+            await silence(asked, stream)
 
         pair.decode.usual, pair.prefill.usual = wait_for_blocks, failure
         got = await ask(pair.relay.port, sent())
-        await is_left.wait()
-    assert got.status in (400, 502)
+        await silence.left()
+        record = await pair.relay.record()
+    assert (got.status, record.status, record.outcome) == (status, status, outcome)
 
 
 async def test_a_prefillers_failure_is_all_the_same_once_tokens_flow() -> None:

@@ -69,6 +69,10 @@ class Stand:
         assert isinstance(found, Mortal)
         return found
 
+    def kept(self, mortal: Mortal) -> int:
+        """Connections to one that wait for another exchange."""
+        return self.relay.upstreams[mortal.engine.url].idle
+
     def other(self, mortal: Mortal) -> Mortal:
         role = self.prefillers if mortal in self.prefillers else self.decoders
         return next(each for each in role if each is not mortal)
@@ -127,6 +131,7 @@ async def test_a_prefiller_during_prefill() -> None:
         assert_good(answer, record, attempts=2)
         other = stand.other(dead[0])
         assert record.prefill_upstream == other.engine.url
+        assert stand.kept(dead[0]) == 0
         assert (dead[0].handles, other.handles) == ((0, 0, 0), (1, 1, 0))
         assert states(dead[0].engine) == ["aborted"]
 
@@ -139,6 +144,7 @@ async def test_the_last_prefiller_during_prefill(stream: bool) -> None:
         record = await stand.relay.record()
         assert (answer.status, answer.error["code"]) == (502, "upstream_disconnected")
         assert (record.outcome, record.status, record.attempts) == ("UP", 502, 1)
+        assert stand.kept(prefiller) == 0
         assert stand.decoders[0].engine.requests() == []
 
 
@@ -232,6 +238,7 @@ async def test_a_decoder_before_its_first_frame() -> None:
         assert_good(answer, record, attempts=2)
         other = stand.other(dead[0])
         assert record.upstream == other.engine.url
+        assert stand.kept(dead[0]) == 0
         assert [each["id"] for each in other.engine.requests()] == ["own-2"]
         assert [sum(each.handles[at] for each in stand.prefillers) for at in range(3)] == [2, 2, 0]
         assert states(dead[0].engine) == ["aborted"]
@@ -244,6 +251,7 @@ async def test_the_last_decoder_before_its_first_frame() -> None:
         record = await stand.relay.record()
         assert (answer.status, answer.error["code"]) == (502, "upstream_disconnected")
         assert (record.outcome, record.attempts) == ("UH", 1)
+        assert stand.kept(decoder) == 0
 
 
 async def test_a_decoder_in_mid_stream() -> None:
@@ -257,6 +265,7 @@ async def test_a_decoder_in_mid_stream() -> None:
         assert_cut_off(answer, "upstream_disconnected", frames=len(answer.frames) - 1)
         assert len(answer.frames) >= 3
         assert (record.outcome, record.status, record.attempts, record.usage) == ("UD", 200, 1, "estimated")
+        assert sum(stand.kept(each) for each in stand.decoders) == 0
         assert [sum(each.handles[at] for each in stand.prefillers) for at in range(3)] == [1, 1, 0]
 
 

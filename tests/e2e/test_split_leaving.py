@@ -60,13 +60,19 @@ def counts(pair: Pair) -> tuple[int, int, int]:
     return drains.running, drains.done, drains.failed
 
 
+def kept(pair: Pair) -> list[int]:
+    """How many connections each engine has that wait for another exchange."""
+    return [upstream.idle for upstream in pair.relay.worker.service.fleet.upstreams]
+
+
 @pytest.mark.parametrize("how", ["close", "rst", "fin"])
 @pytest.mark.parametrize("settings", [{}, KEEPS], ids=["drains", "keeps"])
 async def test_during_prefill(how: str, settings: dict[str, Any]) -> None:
     async with split_pair(settings=settings) as pair:
         pair.prefill.usual = silence = Silence()
         await leave(pair, silence.begun, how)
-        await silence.is_left.wait()
+        await silence.left()
+        assert kept(pair) == [0, 0]
         record = await pair.relay.record()
         assert (record.outcome, record.status, pair.order, counts(pair)) == ("CP", 499, "p", (0, 0, 0))
         assert pair.metric("relay_upstream_failures_total") == 0
@@ -79,9 +85,10 @@ async def test_during_both_legs(connector: str) -> None:
         pair.decode.usual = decoding = Silence()
         begun = decoding.begun if connector == "ascend_layerwise" else prefilling.begun
         await leave(pair, begun)
-        await decoding.is_left.wait()
+        await decoding.left()
         if connector == "sglang":
-            await prefilling.is_left.wait()
+            await prefilling.left()
+        assert kept(pair) == [0, 0]
         record = await pair.relay.record()
         assert (record.outcome, counts(pair)) == ("CH", (0, 0, 0))
 
@@ -103,6 +110,7 @@ async def test_handles_are_left_where_that_is_configured() -> None:
     async with split_pair(settings=KEEPS) as pair:
         pair.prefill.usual = late = LateAnswer()
         await leave(pair, late.begun)
+        assert kept(pair) == [0, 0]
         assert ((await pair.relay.record()).outcome, pair.order, counts(pair)) == ("CP", "p", (0, 0, 0))
 
 
@@ -111,7 +119,7 @@ async def test_nothing_is_drained_where_nothing_is_held(data: bytes) -> None:
     async with split_pair() as pair:
         pair.prefill.usual = late = LateAnswer(data)
         await leave(pair, late.begun)
-        assert (pair.order, counts(pair)) == ("p", (0, 0, 0))
+        assert (pair.order, kept(pair), counts(pair)) == ("p", [0, 0], (0, 0, 0))
 
 
 async def test_a_drain_is_no_load_and_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,7 +131,7 @@ async def test_a_drain_is_no_load_and_has_a_limit(monkeypatch: pytest.MonkeyPatc
         await silence.begun.wait()
         assert counts(pair) == (1, 0, 0)
         assert (await ask(pair.relay.port, sent())).status == 200  # in the one place that there is
-        await silence.is_left.wait()
+        await silence.left()
         await until(lambda: counts(pair) == (0, 0, 1))
 
 
@@ -137,7 +145,7 @@ async def test_drains_are_bounded_in_number(monkeypatch: pytest.MonkeyPatch) -> 
         assert counts(pair) == (1, 0, 2)
         assert pair.order == "pdpp"
         await silence.begun.wait()
-    await silence.is_left.wait()
+    await silence.left()
 
 
 @pytest.mark.parametrize("status", [400, 503])
@@ -153,7 +161,8 @@ async def test_once_the_decoder_was_asked_it_is_closed_as_any_stream() -> None:
     async with split_pair() as pair:
         pair.decode.usual = silence = Silence()
         await leave(pair, silence.begun)
-        await silence.is_left.wait()
+        await silence.left()
+        assert kept(pair) == [1, 0]  # the prefiller has answered
         assert ((await pair.relay.record()).outcome, pair.order, counts(pair)) == ("CH", "pd", (0, 0, 0))
 
 
