@@ -18,12 +18,13 @@ from typing import Final, Literal, TypeAlias, get_args
 import pytest
 import trio
 
-from relay.config import StreamConfig
+from relay.config import StreamConfig, TimeoutsConfig
 from relay.net.exchange import Exchange
 from relay.net.fiber import Fiber, current
 from relay.net.pump import Pump
 from relay_bench.engine import Engine
 from tests.conftest import RunningRelay, changes_pump, running_relay
+from tests.e2e.fleet import close_kept
 from tests.e2e.harness import (
     GOOD_ANSWER,
     UNAVAILABLE,
@@ -40,6 +41,8 @@ from tests.e2e.harness import (
 How: TypeAlias = Literal["cut", "close", "rst"]
 #: While the task waits; or once it has been woken and before it runs, so that both reasons meet.
 When: TypeAlias = Literal["waiting", "woken"]
+#: No connection to an engine is closed for its age.
+AGELESS: Final = TimeoutsConfig(upstream_idle_s=0.0)
 #: No exchange here waits so often.
 MOST_WAITS: Final = 60
 
@@ -143,10 +146,23 @@ class EngineView:
         return stats["running"] + stats["queued"]
 
 
+def number_kept(relay: RunningRelay) -> int:
+    """Connections to engines that wait for another exchange."""
+    return sum(upstream.idle for upstream in relay.worker.service.fleet.upstreams)
+
+
 async def at_rest(relay: RunningRelay, engine: EngineView, before: int = 0) -> int:
-    """Waits until nothing is open but what was `before`; answers how many descriptors that is."""
-    await until(lambda: not relay.worker.connections)
-    relay.worker.service.fleet.close_idle()
+    """Waits until nothing is open but what was `before`; answers how many descriptors that is.
+
+    What engines have open until then is what is kept for other exchanges: what was cut short has been closed at once.
+    """
+    service = relay.worker.service
+    await until(lambda: not relay.worker.connections and not service.drains.running)
+    kept = number_kept(relay)
+    await until(lambda: engine.connections == kept)
+    await until(lambda: engine.running == 0)  # nor does it go on with what nobody will read
+    assert number_kept(relay) == kept
+    await close_kept(relay.worker)
     await until(lambda: engine.connections == 0)
     if before:
         await until(lambda: descriptors() <= before)  # the engine may still be accepting, and closing, what is gone
@@ -245,7 +261,7 @@ SCENARIOS: Final = {
 async def test_an_exchange(engine: Engine, scenario: Scenario, how: How, when: When) -> None:
     listener = socket.create_server(("127.0.0.1", 0))
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # a large frame is more than goes out at once
-    async with running_relay(engine.url, listener=listener) as relay:
+    async with running_relay(engine.url, listener=listener, timeouts=AGELESS) as relay:
         assert await interrupt_everywhere(relay, EngineView(engine.stats), scenario, how, when) >= scenario.waits
 
 
@@ -264,7 +280,7 @@ async def test_an_exchange_that_changes_its_answer(
     engine: Engine, stream: StreamConfig, data: bytes, how: How, when: When, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("relay.daemon.worker.Pump", partial(Pump, sweep_s=0.002))  # so often are comments looked for
-    async with running_relay(engine.url, stream=stream) as relay:
+    async with running_relay(engine.url, stream=stream, timeouts=AGELESS) as relay:
         assert await interrupt_everywhere(relay, EngineView(engine.stats), Scenario(data), how, when) >= 3
 
 
@@ -306,7 +322,7 @@ async def test_failing_over(first: bytes, how: How, when: When) -> None:
         listeners = [listener for _ in range(2) for listener in await trio.open_tcp_listeners(0, host="127.0.0.1")]
         await nursery.start(trio.serve_listeners, attempts.serve, listeners)
         urls = [f"http://127.0.0.1:{listener.socket.getsockname()[1]}" for listener in listeners]
-        async with running_relay(*urls) as relay:
+        async with running_relay(*urls, timeouts=AGELESS) as relay:
             waits = await interrupt_everywhere(relay, EngineView(attempts.stats), Scenario(request()), how, when)
             assert waits >= 5
             assert relay.records[-1].attempts == 2

@@ -13,7 +13,7 @@ import trio
 import trio.testing
 
 from relay.address import parse_upstream
-from relay.config import PoolConfig, TimeoutsConfig
+from relay.config import PoolConfig
 from relay.core.request import Route
 from relay.net import drains as drains_module
 from relay.net.drains import Drains
@@ -22,7 +22,7 @@ from tests.core.test_connectors_peers import ids_of, one_token, raw_params
 from tests.e2e.fleet import RunningFleet, answer, running_fleet
 from tests.e2e.harness import Client, ask, request, until
 from tests.e2e.pairs import DECODED, HANDLE, PREFILLED, Asked, Half, Pair, Silence, says, sent, split_pair
-from tests.e2e.test_cancellation import EngineView, How, Scenario, When, interrupt_everywhere
+from tests.e2e.test_cancellation import AGELESS, EngineView, How, Scenario, When, interrupt_everywhere
 from tests.e2e.test_split import call
 
 KEEPS: Final = {"drain_kv": False}
@@ -205,11 +205,9 @@ class Stand:
         self.relay: RunningFleet
 
     def stats(self) -> dict[str, int]:
-        """Of both engines, once the relay has closed what it does not use."""
-        self.relay.worker.service.fleet.close_idle()  # a drain ends when it likes
+        """Of both engines."""
         both = [self.prefiller.stats(), self.decoder.stats()]
-        drains = self.relay.worker.service.drains.running
-        return {name: sum(stats[name] for stats in both) + drains for name in both[0]}
+        return {name: sum(stats[name] for stats in both) for name in both[0]}
 
 
 @asynccontextmanager
@@ -219,7 +217,7 @@ async def standing(connector: str, nursery: trio.Nursery) -> AsyncIterator[Stand
     prefill, decode = (parse_upstream(engine.url) for engine in engines)
     settings: dict[str, Any] = {"prefill": (prefill,), "decode": (decode,), "connector": connector}
     pool = PoolConfig(**settings)
-    async with running_fleet(pool, timeouts=TimeoutsConfig()) as stand.relay:
+    async with running_fleet(pool, timeouts=AGELESS) as stand.relay:
         yield stand
 
 
@@ -296,7 +294,7 @@ async def test_a_decoder_that_calls_back_interrupted_at_each_wait(nursery: trio.
         listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
         nursery.start_soon(trio.serve_listeners, partial(both.serve, half), listeners)
         roles[role] = (parse_upstream(f"http://127.0.0.1:{listeners[0].socket.getsockname()[1]}"),)
-    async with running_fleet(PoolConfig(connector="ascend_layerwise", **roles)) as relay:
+    async with running_fleet(PoolConfig(connector="ascend_layerwise", **roles), timeouts=AGELESS) as relay:
         assert await interrupt_everywhere(relay, EngineView(both.stats), Scenario(request()), how, when) >= 3
         assert not relay.worker.service.callbacks
     nursery.cancel_scope.cancel()
