@@ -1,7 +1,10 @@
 """Every kind of fault, on every side, in every phase of an exchange: what the client is told, and that nothing is left.
 
-The table is the specification: a row for each cell, also for those that cannot be. After each cell the engines' and the
-client's connections are closed, every count and permit is back, and the same relay serves another request.
+The table is the specification: a row for each cell, also for those that cannot be. After each cell there is one record
+for each request, and the metrics say the same; the engines' and the client's connections are closed, but for those of
+engines that have answered to the end; every count and permit is back, and the same relay serves another request.
+
+A split pool's protocol is nixl here, which asks one engine after the other; `test_split` has the others.
 """
 
 from __future__ import annotations
@@ -10,28 +13,33 @@ import itertools
 import os
 import socket
 import struct
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
+from functools import partial
 from typing import Any, Final, NamedTuple, TypeAlias
 
 import pytest
 import trio
 
-from relay.address import parse_upstream
 from relay.config import PoolConfig, StreamConfig, TimeoutsConfig
+from relay.core.board import read
+from relay.net.fleet import Pool
+from relay.net.pool import Upstream
 from relay.net.shares import Permits
-from tests.e2e.fleet import RunningFleet, running_fleet
+from tests.e2e.fleet import RunningFleet, close_kept, engines_of, running_fleet
 from tests.e2e.harness import Client, ask, assert_cut_off, nothing_unreachable, request, until
 from tests.e2e.pairs import PREFILLED, Half, says
 
-#: Phases by the record's letters; ``D`` of a forced stream is the body made of it on its way to the client.
+#: Phases by the record's letters; ``D`` of a forced stream is the body made of it on its way to the client, ``D`` of a
+#: prefiller the body of its answer, which for the record is still ``P``.
 PHASES: Final = {
     ("plain", "client"): "RQCHD",
     ("plain", "engine"): "CHD",
-    ("forced", "client"): "CHD",
+    ("forced", "client"): "RQCHD",
     ("forced", "engine"): "CHD",
-    ("split", "client"): "CPHD",
-    ("split", "prefiller"): "CP",
+    ("split", "client"): "RQCPHD",
+    ("split", "prefiller"): "CPD",
     ("split", "decoder"): "CHD",
 }
 KINDS: Final = ("refuse", "reset", "stall", "half-close", "garbage", "slow")
@@ -91,6 +99,18 @@ plain   engine     D  half-close  frame upstream_disconnected  UD  200
 plain   engine     D  garbage     frame upstream_error         UD  200
 plain   engine     D  slow        whole                        --  200
 
+forced  client     R  refuse      -   a client connects; it has nothing to refuse
+forced  client     R  reset       nothing                      CR  499
+forced  client     R  stall       408 request_timeout          cR  408
+forced  client     R  half-close  closed                       CR  499
+forced  client     R  garbage     400 bad_request              RR  400
+forced  client     R  slow        whole                        --  200
+forced  client     Q  refuse      -   a client connects; it has nothing to refuse
+forced  client     Q  reset       nothing                      CQ  499
+forced  client     Q  stall       429 queue_full               rQ  429
+forced  client     Q  half-close  closed                       CQ  499
+forced  client     Q  garbage     whole, then 400              --  200
+forced  client     Q  slow        -   its request has been read, and nothing goes to it yet
 forced  client     C  refuse      -   a client connects; it has nothing to refuse
 forced  client     C  reset       nothing                      CC  499
 forced  client     C  stall       -   its request has been read, and nothing goes to it yet
@@ -129,6 +149,18 @@ forced  engine     D  half-close  502 upstream_disconnected    UH  502
 forced  engine     D  garbage     502 upstream_error           UH  502
 forced  engine     D  slow        whole                        --  200
 
+split   client     R  refuse      -   a client connects; it has nothing to refuse
+split   client     R  reset       nothing                      CR  499
+split   client     R  stall       408 request_timeout          cR  408
+split   client     R  half-close  closed                       CR  499
+split   client     R  garbage     400 bad_request              RR  400
+split   client     R  slow        whole                        --  200
+split   client     Q  refuse      -   a client connects; it has nothing to refuse
+split   client     Q  reset       nothing                      CQ  499
+split   client     Q  stall       429 queue_full               rQ  429
+split   client     Q  half-close  closed                       CQ  499
+split   client     Q  garbage     whole, then 400              --  200
+split   client     Q  slow        -   its request has been read, and nothing goes to it yet
 split   client     C  refuse      -   a client connects; it has nothing to refuse
 split   client     C  reset       nothing                      CC  499
 split   client     C  stall       -   its request has been read, and nothing goes to it yet
@@ -166,6 +198,12 @@ split   prefiller  P  stall       504 upstream_timeout         uP  504
 split   prefiller  P  half-close  502 upstream_disconnected    UP  502
 split   prefiller  P  garbage     502 upstream_error           UP  502
 split   prefiller  P  slow        whole                        --  200
+split   prefiller  D  refuse      -   it has answered
+split   prefiller  D  reset       502 upstream_disconnected    UP  502
+split   prefiller  D  stall       504 upstream_timeout         uP  504
+split   prefiller  D  half-close  502 upstream_disconnected    UP  502
+split   prefiller  D  garbage     502 upstream_error           UP  502
+split   prefiller  D  slow        whole                        --  200
 
 split   decoder    C  refuse      502 upstream_error           UC  502
 split   decoder    C  reset       502 upstream_disconnected    UH  502
@@ -233,6 +271,7 @@ SHORT: Final = {
     "engine D": "between_tokens_s",
     "prefiller C": "connect_s",
     "prefiller P": "prefill_s",
+    "prefiller D": "prefill_s",
     "decoder C": "connect_s",
     "decoder H": "first_token_s",
     "decoder D": "between_tokens_s",
@@ -260,6 +299,10 @@ def chunk(payload: bytes) -> bytes:
 
 BEGIN: Final = HEAD + chunk(FRAME)
 REST: Final = chunk(LAST) + b"0\r\n\r\n"
+#: A prefiller's answer, in the middle of its body.
+_BODY: Final = PREFILLED.partition(b"\r\n\r\n")[2]
+PREFILL_BEGIN: Final = HEAD.replace(b"text/event-stream", b"application/json") + chunk(_BODY[:9])
+PREFILL_REST: Final = chunk(_BODY[9:]) + b"0\r\n\r\n"
 
 Act: TypeAlias = Callable[[trio.SocketStream], Awaitable[None]]
 
@@ -387,30 +430,48 @@ class Stage:
         self.relay: RunningFleet
         self.held = memoryview(bytearray(8 * 8)).cast("d")  #: permits, of the pool and each engine
 
+    @property
+    def pool(self) -> Pool:
+        (pool,) = self.relay.worker.service.fleet.pools
+        return pool
+
     @contextmanager
     def limited(self, nursery: trio.Nursery) -> Iterator[None]:
-        """Gives the pool and each engine one permit, as where several workers share a limit."""
-        fleet = self.relay.worker.service.fleet
-        all_of_them: list[Any] = [*fleet.pools, *fleet.upstreams]
-        for number, each in enumerate(all_of_them):
+        """Gives the pool, where it has a limit, and each engine one permit, as where several workers share a limit."""
+        pool = self.pool
+        limited: list[Any] = [*([pool] if pool.config.max_in_flight else []), *pool.upstreams]
+        for number, each in enumerate(limited):
             fd = os.eventfd(1, os.EFD_SEMAPHORE | os.EFD_NONBLOCK | os.EFD_CLOEXEC)
             each.permits = Permits(fd, number, self.held)
-            each.permits.on_free = fleet.pools[0].advance
+            each.permits.on_free = partial(self._freed, each)
             nursery.start_soon(each.permits.watch)
         yield
-        for each in all_of_them:
+        for each in limited:
             each.permits = None
 
-    async def at_rest(self, descriptors: int) -> None:
-        """Waits until nothing goes on any more, and so many descriptors are open."""
+    def _freed(self, each: Pool | Upstream) -> None:
+        if isinstance(each, Upstream):
+            self.pool.groups[each.role].refresh(each)
+        self.pool.advance()
+
+    async def at_rest(self, descriptors: int, kept: Collection[str]) -> None:
+        """Waits until nothing goes on any more, and so many descriptors are open.
+
+        To the engines that are `kept` there is one connection each until then, to others none: nothing but what has
+        happened on them closes them.
+        """
         worker = self.relay.worker
         service, pump = worker.service, worker.pump
         await until(lambda: not worker.connections)
-        service.fleet.close_idle()
+        wanted = {name: int(name in kept) for name in self.engines}
+        idle = {url: upstream.idle for url, upstream in self.relay.upstreams.items()}
+        assert {name: idle[engine.url] for name, engine in self.engines.items()} == wanted
+        await until(lambda: {name: engine.connections for name, engine in self.engines.items()} == wanted)
+        await close_kept(worker)
         await until(lambda: not any(engine.connections for engine in self.engines.values()))
         assert not service.active
         assert not service.callbacks
-        assert [(pool.in_flight, pool.queued) for pool in service.fleet.pools] == [(0, 0)]
+        assert (self.pool.in_flight, self.pool.queued) == (0, 0)
         assert [upstream.outstanding for upstream in service.fleet.upstreams] == [0] * len(self.engines)
         assert not any(self.held)
         assert worker.budget.used == 0
@@ -418,9 +479,26 @@ class Stage:
         assert not pump.commented
         await until(lambda: open_descriptors() == descriptors)
 
+    def assert_counted(self, ends: Collection[tuple[str, int]]) -> None:
+        """The metrics have each end, an outcome and a status, as often as it is in `ends`, and nothing under way."""
+        tally = self.relay.worker.service.tally
+        tally.take_in(self.relay.worker.service)
+        counted: Counter[tuple[str, int]] = Counter()
+        under_way = {}
+        for (name, *labels), (value, *_) in read(tally.block).items():
+            if name == "relay_requests_total":
+                _, _, status, outcome = labels
+                counted[outcome, int(status)] += int(value)
+            elif name in ("relay_in_flight", "relay_queue_depth", "relay_upstream_in_flight"):
+                under_way[name, *labels] = value
+        assert counted == Counter(ends)
+        assert len(under_way) == 2 + len(self.engines)
+        assert not any(under_way.values()), under_way
+
 
 @asynccontextmanager
-async def stage(mode: str, **timeouts: float) -> AsyncIterator[Stage]:
+async def stage(mode: str, *, is_pool_limited: bool = True, **timeouts: float) -> AsyncIterator[Stage]:
+    """One exchange at a time, by a limit of the pool, or else of its engines alone."""
     good = BEGIN + REST
     async with trio.open_nursery() as nursery:
         if mode == "split":
@@ -429,10 +507,10 @@ async def stage(mode: str, **timeouts: float) -> AsyncIterator[Stage]:
         else:
             stand = Stage({"engine": Address(good, nursery)})
             of_role = {"upstreams": "engine"}
-        roles: dict[str, Any] = {role: (parse_upstream(stand.engines[name].url),) for role, name in of_role.items()}
-        pool = PoolConfig(**roles, max_in_flight=1, max_queue=1, drain_kv=False)
+        roles: dict[str, Any] = {role: engines_of([stand.engines[name].url], most=1) for role, name in of_role.items()}
+        pool = PoolConfig(**roles, max_in_flight=int(is_pool_limited), max_queue=1, drain_kv=False)
         tables: dict[str, Any] = {
-            "timeouts": TimeoutsConfig(**timeouts),
+            "timeouts": TimeoutsConfig(**{"upstream_idle_s": 0.0, **timeouts}),
             "stream": StreamConfig(force_stream=mode == "forced"),
         }
         async with running_fleet(pool, **tables) as stand.relay:
@@ -452,10 +530,13 @@ def ask_of(cell: Cell) -> bytes:
 def engine_fails(cell: Cell, stand: Stage) -> None:
     """Has an engine do as the cell says to the next request."""
     engine = stand.engines[cell.side]
+    upstream = stand.relay.upstreams[engine.url]
     begin, good = (b"", PREFILLED) if cell.side == "prefiller" else (b"", BEGIN + REST)
     garbage = GARBAGE
     if cell.phase == "D":
-        begin, good, garbage = BEGIN, REST, b"zz\r\n"
+        begin, good = (PREFILL_BEGIN, PREFILL_REST) if cell.side == "prefiller" else (BEGIN, REST)
+        garbage = b"zz\r\n"
+    head = begin[: begin.find(b"\r\n\r\n") + 4]
     acts: dict[str, Act] = {
         "refuse": refuse,
         "reset": reset,
@@ -476,14 +557,19 @@ def engine_fails(cell: Cell, stand: Stage) -> None:
         if begin:
             await stream.send_all(begin)
             # A reset must not overtake what came before it.
-            await until(lambda: stand.relay.worker.pump.frames > 0 or cell.mode == "forced")
+            await until(lambda: upstream.heads.find(head) is not None)
+            if cell.told.startswith("frame"):
+                await until(lambda: stand.relay.worker.pump.frames > 0)
         await act(stream)
 
     engine.once(turn)
 
 
 async def reaches_phase(stand: Stage, phase: str) -> None:
-    await until(lambda: any(exchange.phase.value == phase for exchange in stand.relay.worker.service.active))
+    """Waits until an exchange is in that phase; or is over, where that has a short limit and the machine is busy."""
+    relay = stand.relay
+    active = relay.worker.service.active
+    await until(lambda: bool(relay.records) or any(exchange.phase.value == phase for exchange in active))
 
 
 async def run_engine_cell(cell: Cell, stand: Stage) -> None:
@@ -557,9 +643,11 @@ async def run_client_cell(cell: Cell, stand: Stage) -> None:
             await blocker.send(ask_of(cell))
             await hold.begun.wait()
         await client.send(ask_of(cell))
-        if cell.phase == "D":
-            await reaches_phase(stand, "D")
-        elif cell.phase in "QC":
+        if cell.phase == "Q":
+            await until(lambda: bool(stand.pool.queued or stand.relay.records))
+            # Who waits holds nothing, also no engine of one role while there is none of the other.
+            assert (stand.pool.in_flight, sum(each.outstanding for each in stand.pool.upstreams)) == (1, 1)
+        elif cell.phase in "CD":
             await reaches_phase(stand, cell.phase)
         else:
             await hold.begun.wait()
@@ -610,6 +698,25 @@ async def client_fails_in_its_request(cell: Cell, stand: Stage) -> None:
         await assert_told(cell, client)
 
 
+def ends_of(cell: Cell) -> list[tuple[str, int]]:
+    """Outcome and status of each request of a cell, in any order."""
+    ends = [(cell.outcome, cell.status)]
+    if cell.told.endswith("then 400"):
+        ends.append(("RR", 400))
+    if cell.phase == "Q":
+        ends.append(("--", 200))  # what it waits for
+    return ends
+
+
+def kept_in(cell: Cell, engines: Collection[str]) -> Collection[str]:
+    """The engines that have answered to the end, so that their connections are kept; what was cut short is closed."""
+    if cell.outcome == "--" or cell.phase == "Q":
+        return engines
+    refuses = (cell.side, cell.phase, cell.kind) == ("prefiller", "P", "refuse")
+    is_prefilled = cell.mode == "split" and cell.side != "prefiller" and cell.phase in "CHD"
+    return ["prefiller"] if refuses or is_prefilled else []
+
+
 async def open_all(stand: Stage) -> None:
     for engine in stand.engines.values():
         await engine.open()
@@ -619,23 +726,22 @@ async def open_all(stand: Stage) -> None:
 async def test_a_cell(cell: Cell) -> None:
     limit = SHORT.get(f"{cell.side} {cell.phase}")
     short = {limit: SHORT_S} if limit and cell.kind == "stall" else {}
-    async with stage(cell.mode, **short) as stand:
+    # In the queue of a split pool an engine of each role is waited for, elsewhere a place in the pool.
+    is_pool_limited = (cell.mode, cell.phase) != ("split", "Q")
+    async with stage(cell.mode, is_pool_limited=is_pool_limited, **short) as stand:
         before = open_descriptors()
-        at = 2 if cell.told.endswith("400") and "then" in cell.told else 1
+        ends = ends_of(cell)
         with nothing_unreachable():
             await (run_client_cell if cell.side == "client" else run_engine_cell)(cell, stand)
-            await stand.relay.record(at)
+            await stand.relay.record(len(ends))
             await until(lambda: not stand.relay.worker.connections)
-        letters = [(record.outcome, record.status) for record in stand.relay.records]
-        assert (cell.outcome, cell.status) in letters
-        if at == 2:
-            assert ("RR", 400) in letters
-        if cell.outcome != "--" and cell.phase != "Q":
-            # What was under way has been closed, and not kept for the next.
-            assert not any(each.idle for each in stand.relay.worker.service.fleet.upstreams if each.role != "prefill")
-        await stand.at_rest(before)
+        assert sorted((record.outcome, record.status) for record in stand.relay.records) == sorted(ends)
+        await stand.at_rest(before, kept_in(cell, stand.engines))
+        stand.assert_counted(ends)
 
         following = await ask(stand.relay.port, ask_of(cell))
         assert (following.status, following.end) == (200, "whole")
+        await stand.relay.record(len(ends) + 1)
         assert stand.relay.records[-1].attempts == 1
-        await stand.at_rest(before)
+        await stand.at_rest(before, stand.engines)
+        stand.assert_counted([*ends, ("--", 200)])
