@@ -13,18 +13,20 @@ import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import partial
+from pathlib import Path
 from typing import Final, Literal, TypeAlias, get_args
 
 import pytest
 import trio
 
 from relay.config import StreamConfig, TimeoutsConfig
+from relay.errors import Phase
 from relay.net.exchange import Exchange
 from relay.net.fiber import Fiber, current
 from relay.net.pump import Pump
 from relay_bench.engine import Engine
 from tests.conftest import RunningRelay, changes_pump, running_relay
-from tests.e2e.fleet import close_kept
+from tests.e2e.fleet import FakeEngine, RunningFleet, close_kept, fakes, pool_of, running_fleet
 from tests.e2e.harness import (
     GOOD_ANSWER,
     UNAVAILABLE,
@@ -36,11 +38,14 @@ from tests.e2e.harness import (
     request,
     until,
 )
+from tests.e2e.secure import Authority, behind_tls
 
 #: Draining that has no more time; a client that closes, or resets, its connection.
 How: TypeAlias = Literal["cut", "close", "rst"]
 #: While the task waits; or once it has been woken and before it runs, so that both reasons meet.
 When: TypeAlias = Literal["waiting", "woken"]
+#: Request ids of other clients, whose exchanges are not interrupted.
+BYSTANDERS: Final = ("first", "next")
 #: No connection to an engine is closed for its age.
 AGELESS: Final = TimeoutsConfig(upstream_idle_s=0.0)
 #: No exchange here waits so often.
@@ -113,6 +118,8 @@ async def interrupting(at: int, how: How, when: When, client: Client) -> AsyncIt
     run = Exchange.run
 
     async def watched(self: Exchange) -> bool:
+        if self.id in BYSTANDERS:
+            return await run(self)
         with interruption.around(self):
             return await run(self)
 
@@ -209,9 +216,10 @@ async def interrupt_everywhere(
         assert all(upstream.outstanding == 0 for upstream in service.fleet.upstreams), at
         assert repr(pump).startswith("<Pump pairs=0 streaming=0 "), at
         assert engine.running == 0, at
+        assert all((pool.in_flight, pool.queued) == (0, 0) for pool in service.fleet.pools), at
         assert relay.worker.budget.used == 0, at
 
-        records = relay.records[written:]
+        records = [record for record in relay.records[written:] if record.id not in BYSTANDERS]
         assert len(records) == interruption.begun, at
         *others, outcome = [record.outcome for record in records]
         assert all(each == "--" for each in others), at
@@ -327,3 +335,74 @@ async def test_failing_over(first: bytes, how: How, when: When) -> None:
             assert waits >= 5
             assert relay.records[-1].attempts == 2
         nursery.cancel_scope.cancel()
+
+
+class Queued(Scenario):
+    """A request that waits for the one place there is, which it, or who is behind it in the queue, then gets."""
+
+    def __init__(self, relay: RunningFleet, engine: FakeEngine) -> None:
+        super().__init__(request(x_request_id="own"))
+        self._relay = relay
+        self._engine = engine
+
+    async def play(self, client: Client, how: How) -> list[Answer]:
+        relay, engine = self._relay, self._engine
+        answers: list[Answer] = []
+        is_over = False
+
+        async def wait_for_it() -> None:
+            nonlocal is_over
+            answers.extend(await super(Queued, self).play(client, how))
+            is_over = True
+
+        async def join_queue(name: str) -> None:
+            await until(lambda: name in self._queue or (name == "own" and is_over))
+
+        async with await Client.connect(relay.port) as first, await Client.connect(relay.port) as behind:
+            engine.hold()
+            number = len(engine.asked)
+            await first.send(request(x_request_id="first"))
+            await until(lambda: len(engine.asked) > number)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(wait_for_it)
+                await join_queue("own")
+                await behind.send(request(x_request_id="next"))
+                await join_queue("next")
+                engine.gate.set()
+                for other in (first, behind):
+                    served = await other.answer()
+                    assert (served.status, served.end) == (200, "whole")
+        return answers
+
+    @property
+    def _queue(self) -> set[str]:
+        """The ids of those that wait; none while one is just joining them, or leaving."""
+        service = self._relay.worker.service
+        found = {exchange.id for exchange in service.active if exchange.phase is Phase.QUEUE}
+        return found if len(found) == self._relay.queued else set()
+
+
+@pytest.mark.parametrize("when", get_args(When))
+@pytest.mark.parametrize("how", get_args(How))
+async def test_waiting_in_the_queue(how: How, when: When) -> None:
+    """Its place is given back, or never taken, and who is next in line is served."""
+    async with (
+        fakes("tiny") as (engine,),
+        running_fleet(pool_of(engine.url, max_in_flight=1, max_queue=2), timeouts=AGELESS) as relay,
+    ):
+        view = EngineView(lambda: {"connections_open": engine.connections, "running": 0, "queued": 0})
+        scenario = Queued(relay, engine)
+        assert await interrupt_everywhere(relay, view, scenario, how, when) >= scenario.waits
+        assert ("RQ" if how == "cut" else "CQ") in {record.outcome for record in relay.records}
+
+
+@pytest.mark.parametrize("when", get_args(When))
+@pytest.mark.parametrize("how", get_args(How))
+async def test_an_exchange_with_an_engine_behind_tls(engine: Engine, how: How, when: When, tmp_path: Path) -> None:
+    """Its handshake, too, is waited for."""
+    authority = Authority(tmp_path)
+    async with (
+        behind_tls(engine.url, authority.server()) as edge,
+        running_relay(edge.as_upstream(authority.path), timeouts=AGELESS) as relay,
+    ):
+        assert await interrupt_everywhere(relay, EngineView(engine.stats), Scenario(STREAM), how, when) >= 5
