@@ -45,7 +45,14 @@ async def fetch(
     extensions: dict[str, object] = {"timeout": {"connect": connect_s or None}}
     if server_name is not None:
         extensions["sni_hostname"] = server_name
-    answer = await transport.handle_async_request(httpx.Request("GET", url, headers=fields, extensions=extensions))
+    request, answer = httpx.Request("GET", url, headers=fields, extensions=extensions), None
+    try:
+        answer = await transport.handle_async_request(request)
+    except* trio.Cancelled:  # noqa: ASYNC103 - to connect takes a nursery, which makes a group of it; below, it is alone
+        pass
+    if answer is None:
+        await trio.lowlevel.checkpoint_if_cancelled()
+    assert answer is not None
     body = bytearray()
     try:
         with trio.CancelScope() as reading:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 import httpx
 import pytest
 import trio
+import trio.testing
 
 from relay.net.fetch import fetch, reason_of, transport_of
 
@@ -69,3 +71,28 @@ async def test_why_nobody_answers_is_in_the_systems_words(
         await fetch(transport, url, most_bytes=10)
     await transport.aclose()
     assert reason_of(caught.value) == said
+
+
+async def test_cancelled_while_it_connects_it_raises_what_others_raise(nursery: trio.Nursery) -> None:
+    """And no group, which trio makes of it there, and which who ends an exchange would not know."""
+    with socket.socket() as full, socket.socket() as filler:
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        filler.connect(full.getsockname())
+        url = f"http://127.0.0.1:{full.getsockname()[1]}/"
+
+        async def cancel() -> None:
+            await trio.testing.wait_all_tasks_blocked()
+            scope.cancel()
+
+        transport = transport_of()
+        raised: BaseException | None = None
+        with trio.CancelScope() as scope:
+            nursery.start_soon(cancel)
+            try:
+                await fetch(transport, url, most_bytes=10)
+            except BaseException as exc:
+                raised = exc
+                raise
+        await transport.aclose()
+    assert type(raised) is trio.Cancelled
