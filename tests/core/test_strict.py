@@ -1,4 +1,7 @@
-"""Request strictness: each refusal with its status, and one request in, one request out, by three parsers' accounts."""
+"""Request strictness: each refusal with its status, and what is taken.
+
+Whether others read alike what is taken: see `tests.conformance.test_differential`.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,6 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
 import h11
-import httptools
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -374,102 +376,6 @@ def test_messages_name_the_fault_and_not_the_value() -> None:
     assert "123" not in message
     assert "folded" in refusal(GET + b"X: y\r\n z\r\n\r\n").message
     assert "TLS" in refusal(b"\x16\x03\x01").message
-
-
-# Differential: what the relay takes, llhttp (httptools) reads as the same single message.
-
-
-class Llhttp:
-    """A strict parser of another family, and what it saw."""
-
-    def __init__(self, data: bytes) -> None:
-        self.target = b""
-        self.body = b""
-        self.headers: Headers = []
-        self.begun = 0
-        self.completed = 0
-        self._parser = httptools.HttpRequestParser(self)
-        self._parser.feed_data(data)
-        self.method: bytes = self._parser.get_method()
-
-    def on_message_begin(self) -> None:
-        self.begun += 1
-
-    def on_url(self, url: bytes) -> None:
-        self.target += url
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        if not self.body_begun:
-            self.headers.append((name.lower(), value.strip(b" \t")))
-
-    body_begun = False
-
-    def on_headers_complete(self) -> None:
-        self.body_begun = True
-
-    def on_body(self, body: bytes) -> None:
-        self.body += body
-
-    def on_message_complete(self) -> None:
-        self.completed += 1
-
-
-LINE_ENDS = st.sampled_from([b"\r\n"] * 40 + [b"\n", b"\r", b"\r\r\n", b"\r\n ", b"\n\r\n", b"\r\n\r\n"])
-COLONS = st.sampled_from([b": "] * 8 + [b":", b" : ", b":\t", b":\x0b"])
-ODD = st.sampled_from([bytes([byte]) for byte in b"\0\t \x0b\x0c\x7f\x85\xa0:,;_-\r\n"])
-METHODS = (b"GET", b"POST", b"HEAD", b"OPTIONS", b"PUT", b"DELETE", b"PATCH")
-TARGETS = b"/|/v1/models?a=b|*|http://b/x|a:80|//|/a#b|/\x7f|/%00".split(b"|")
-VERSIONS = [b"HTTP/1.1"] * 10 + b"HTTP/1.0|HTTP/1.2|HTTP/2.0|HTTP/1.|http/1.1".split(b"|")
-NAMES = b"Content-Length|Transfer-Encoding|Content_Length|Host|X-Y|Expect|Accept|TE|Connection".split(b"|")
-VALUES = b"0|5|05|+5|5,5|chunked|CHUNKED|identity|gzip, chunked|a||100-continue|close".split(b"|")
-BODIES = [
-    b"",
-    b"hello",
-    CHUNKS,
-    b"5;a=b\r\nhello\r\n0\r\nX: y\r\n\r\n",
-    b"0\r\n\r\n",
-    b"0\n\n",
-    b"00\r\n\r\n",
-    b"0\r\n\r\nGET /b HTTP/1.1\r\n\r\n",
-]
-
-
-@st.composite
-def odd_requests(draw: st.DrawFn) -> bytes:
-    """Nearly valid requests: most of the grammar kept, a few places spoilt."""
-    data = draw(st.sampled_from([b""] * 5 + [b"\r\n", b"\n"]))
-    start = (draw(st.sampled_from(choice)) for choice in (METHODS, TARGETS, VERSIONS))
-    data += b" ".join(start) + draw(LINE_ENDS) + b"Host: a" + draw(LINE_ENDS)
-    for _ in range(draw(st.integers(0, 3))):
-        data += draw(st.sampled_from(NAMES)) + draw(COLONS) + draw(st.sampled_from(VALUES)) + draw(LINE_ENDS)
-    data += b"\r\n" + draw(st.sampled_from(BODIES))
-    if draw(st.integers(0, 3)) == 0:
-        position = draw(st.integers(0, len(data)))
-        data = data[:position] + draw(ODD) + data[position:]
-    return data
-
-
-def lower_codings(headers: Headers) -> Headers:
-    """As h11 does."""
-    return [(name, value.lower() if name == b"transfer-encoding" else value) for name, value in headers]
-
-
-@given(odd_requests())
-def test_what_is_taken_is_one_message_to_llhttp_too(data: bytes) -> None:
-    try:
-        found = read_request(data)
-    except RequestRefused:
-        return
-    if found is None or found[0].method not in METHODS:  # llhttp knows no others
-        return
-    received, _ = found
-    other = Llhttp(received.consumed)
-    assert (other.begun, other.completed) == (1, 1)
-    assert other.method == received.method
-    assert other.body == received.body
-    assert lower_codings(other.headers) == received.headers
-    path, host = received.destination
-    assert other.target in (path, b"http://" + host + path)
 
 
 def splits(data: bytes) -> Iterator[tuple[bytes, bytes]]:
