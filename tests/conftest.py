@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import socket
+import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, Final, NoReturn
 
 import pytest
 import trio
@@ -27,6 +30,28 @@ changes_pump = pytest.mark.skipif(not pump.__file__.endswith(".py"), reason="the
 
 #: No test waits longer than this for anything.
 TEST_LIMIT_S = 20.0
+
+#: Where this is ``1``, what a test needs of the machine has to be there: see `not_here`.
+_ALL: Final = os.environ.get("RELAY_TEST_ALL") == "1"
+
+
+def not_here(needs: str) -> NoReturn:
+    """Skips a test that needs what this machine has not; fails it with ``RELAY_TEST_ALL=1``."""
+    if _ALL:
+        pytest.fail(f"RELAY_TEST_ALL=1, and it needs {needs}")
+    pytest.skip(f"needs {needs}")
+
+
+@pytest.fixture(scope="session")
+def node_environment() -> dict[str, str]:
+    """Where node finds npm's eventsource-parser."""
+    node, npm = shutil.which("node"), shutil.which("npm")
+    if node is None or npm is None:
+        not_here("node and npm")
+    root = subprocess.run([npm, "root", "-g"], capture_output=True, text=True, check=True, timeout=60).stdout.strip()
+    if not os.path.isdir(f"{root}/eventsource-parser"):
+        not_here("npm's eventsource-parser: npm install -g eventsource-parser")
+    return {**os.environ, "NODE_PATH": root}
 
 
 class RunningRelay:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 import socket
 import struct
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager, suppress
 from typing import Final, Literal
 
 import trio
+import trio.testing
 
 from relay.config import LimitsConfig
 from tests.conftest import RunningRelay, running_relay
@@ -127,6 +128,21 @@ async def exchange(engine: Engine) -> AsyncIterator[tuple[RunningRelay, Tap]]:
         ):
             yield relay, client
         nursery.cancel_scope.cancel()
+
+
+async def url_of(serve: Callable[[trio.SocketStream], Awaitable[None]], nursery: trio.Nursery) -> str:
+    """Where it serves from now on."""
+    listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    nursery.start_soon(trio.serve_listeners, serve, listeners)
+    return f"http://127.0.0.1:{listeners[0].socket.getsockname()[1]}"
+
+
+async def send_in(pieces: Iterable[bytes], stream: trio.SocketStream) -> None:
+    """Each piece when the one before has been read, as far as that can be seen; as many as are wanted."""
+    with suppress(trio.BrokenResourceError):
+        for piece in pieces:
+            await stream.send_all(piece)
+            await trio.testing.wait_all_tasks_blocked()
 
 
 class Forwarded:

@@ -9,20 +9,19 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
 from typing import Final
 
 import h11
 import trio
-import trio.testing
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from relay.config import LimitsConfig
 from tests.conformance import llhttp
 from tests.conformance.made import METHODS, Made, answers, left_as_made, requests, spoilt
-from tests.conformance.peers import MAX_BODY_BYTES
+from tests.conformance.peers import MAX_BODY_BYTES, send_in, url_of
 from tests.conftest import TEST_LIMIT_S, running_relay
 from tests.fuzz import checks
 
@@ -79,21 +78,6 @@ class Engine:
             if not is_answered and b"\r\n\r\n" in self.received[number]:
                 is_answered = True
                 await stream.send_all(_OK)
-
-
-async def url_of(serve: Callable[[trio.SocketStream], Awaitable[None]], nursery: trio.Nursery) -> str:
-    """Where it serves from now on."""
-    listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
-    nursery.start_soon(trio.serve_listeners, serve, listeners)
-    return f"http://127.0.0.1:{listeners[0].socket.getsockname()[1]}"
-
-
-async def send_in(pieces: Iterable[bytes], stream: trio.SocketStream) -> None:
-    """Each piece when the one before has been read, as far as that can be seen; as many as are wanted."""
-    with suppress(trio.BrokenResourceError):
-        for piece in pieces:
-            await stream.send_all(piece)
-            await trio.testing.wait_all_tasks_blocked()
 
 
 async def keep(stream: trio.SocketStream, got: bytearray, ended: trio.Event) -> None:
