@@ -8,6 +8,7 @@ import platform
 import random
 import resource
 import socket
+import sys
 import time
 from pathlib import Path
 
@@ -109,6 +110,34 @@ def descriptors(pid: int) -> int:
         return len(os.listdir(f"/proc/{pid}/fd"))
     except OSError:  # it has just ended
         return 0
+
+
+def open_files(pid: int) -> dict[tuple[int, str], str]:
+    """What each descriptor of the family refers to, as the kernel names it: a path, ``socket:[…]``, ``pipe:[…]``."""
+    found = {}
+    for one in family(pid):
+        for link in _listed(f"/proc/{one}/fd"):
+            with contextlib.suppress(OSError):  # closed meanwhile
+                found[one, link.name] = os.readlink(link)
+    return found
+
+
+def peers() -> dict[str, str]:
+    """The far end of each TCP connection of this machine over IPv4, and its state, by its name in `open_files`."""
+    found = {}
+    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+        _, _, remote, state, *_, inode = line.split()[:10]
+        address, _, port = remote.partition(":")
+        host = socket.inet_ntoa(int(address, 16).to_bytes(4, sys.byteorder))
+        found[f"socket:[{inode}]"] = f"{host}:{int(port, 16)} state {int(state, 16)}"
+    return found
+
+
+def _listed(folder: str) -> list[Path]:
+    try:
+        return list(Path(folder).iterdir())
+    except OSError:  # its process has just ended
+        return []
 
 
 def raise_descriptor_limit() -> None:

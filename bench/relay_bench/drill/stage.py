@@ -19,7 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from relay.core.status import Status, UpstreamStatus
 from relay_bench.drill.report import DrillError
-from relay_bench.processes import descriptors, family
+from relay_bench.processes import descriptors, family, open_files
 from relay_bench.servers import said_url
 
 if TYPE_CHECKING:
@@ -166,12 +166,16 @@ class RelayChild(Child):
         return sum(map(descriptors, family(self.process.pid)))
 
     async def descriptors_at_rest(self) -> int:
-        """The fewest within a while: probes open some, and close them again."""
-        fewest = self.descriptors()
+        """How many stay open for a while: probes open some, and close them again."""
+        lasting = self.open_files()
         for _ in range(_LOOKS):
             await trio.sleep(LOOK_S)
-            fewest = min(fewest, self.descriptors())
-        return fewest
+            lasting &= self.open_files()
+        return len(lasting)
+
+    def open_files(self) -> set[tuple[tuple[int, str], str]]:
+        """What the process and its descendants have open: each descriptor, and what it refers to."""
+        return set(open_files(self.process.pid).items())
 
     def records(self) -> list[dict[str, Any]]:
         """The records it has written; all of them, once it has stopped."""
