@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import pytest
 import trio
+import trio.testing
 
 from relay_bench.drill import abuse
+from relay_bench.drill.attackers import Assault, Attack, Payload, Tally, Way
 from relay_bench.drill.healthy import Healthy
 from relay_bench.drill.report import Report
+from relay_bench.drill.siege import Site
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -33,20 +36,91 @@ def address_of(nursery: trio.Nursery) -> Callable[..., Awaitable[Any]]:
     return start
 
 
+class Besiegers:
+    """Attackers without a process of their own."""
+
+    def __init__(self, nursery: trio.Nursery) -> None:
+        self._nursery = nursery
+
+    async def begin(self, attack: Attack) -> None:
+        self._assault = Assault(attack)
+        self._ended = trio.Event()
+        self._nursery.start_soon(self._attack)
+
+    async def _attack(self) -> None:
+        await self._assault.run()
+        self._ended.set()
+
+    async def end(self, patience_s: float) -> Tally:
+        self._assault.over.set()
+        await self._ended.wait()
+        return self._assault.tally
+
+
+def site_at(address: Any, nursery: trio.Nursery, report: Report, **changes: Any) -> Site:
+    """A site whose relay is this very process."""
+    relay: Any = SimpleNamespace(address=address, process=SimpleNamespace(pid=os.getpid()))
+    plan = msgspec.structs.replace(abuse.QUICK, **changes)
+    besiegers: Any = Besiegers(nursery)
+    return Site(report, relay, [], Healthy(address, 1), besiegers, plan)
+
+
 async def test_silence_is_no_answer(
-    address_of: Callable[..., Awaitable[Any]], autojump_clock: trio.testing.MockClock
+    address_of: Callable[..., Awaitable[Any]], nursery: trio.Nursery, autojump_clock: trio.testing.MockClock
 ) -> None:
     async def say_nothing(stream: trio.SocketStream) -> None:
         async for _ in stream:
             pass
 
     report = Report("abuse")
-    address = await address_of(say_nothing)
-    relay: Any = SimpleNamespace(address=address, process=SimpleNamespace(pid=os.getpid()))
-    site = abuse.Site(report, relay, Healthy(address, 1), abuse.QUICK)
-    await abuse._bombs(site, "bombs", itertools.cycle([b"x"]), {b"431"}, 0, "nothing")
+    site = site_at(await address_of(say_nothing), nursery, report, bombs=3)
+    await abuse._bombs(site, "bombs", (Payload(b"x"),), ("431",), 0, "nothing")
     assert "bombs: told 431" in report.broken
-    assert any("told silence" in promise.seen for promise in report.promises)
+    assert any("told silence: 3" in promise.seen for promise in report.promises)
+
+
+async def test_attackers_come_again(
+    address_of: Callable[..., Awaitable[Any]], nursery: trio.Nursery, autojump_clock: trio.testing.MockClock
+) -> None:
+    """Whom the relay has closed is back at once, for as long as the window lasts."""
+    present: list[int] = []
+    here = 0
+
+    async def refuse(stream: trio.SocketStream) -> None:
+        nonlocal here
+        here += 1
+        present.append(here)
+        await trio.sleep(1)
+        await stream.send_all(b"HTTP/1.1 408 Request Timeout\r\n\r\n")
+        await stream.aclose()
+        here -= 1
+
+    report = Report("abuse")
+    site = site_at(await address_of(refuse), nursery, report, slowloris=3, window_s=9.5, limit_s=1.0)
+    await abuse.slow_heads(site)
+    assert "slowloris on the head: told 408" not in report.broken
+    assert report.figures == [
+        ("slowloris on the head", "30 came, 3 at a time; for 0.00 s at most there was none")
+    ]  # fmt: skip
+    assert len(present) == 30
+    assert max(present) == 3
+
+
+async def test_a_pause_of_the_attack_is_told(
+    address_of: Callable[..., Awaitable[Any]], nursery: trio.Nursery, autojump_clock: trio.testing.MockClock
+) -> None:
+    async def stay_for_long(stream: trio.SocketStream) -> None:
+        await trio.sleep(50)
+
+    assault = Assault(
+        Attack(way=Way.ASK, address=await address_of(stay_for_long), clients=1, payloads=(Payload(b"x"),))
+    )
+    await trio.sleep(7)
+    nursery.start_soon(assault.run)
+    await trio.sleep(3)
+    assault.over.set()
+    await trio.testing.wait_all_tasks_blocked()
+    assert (assault.tally.begun, round(assault.tally.lull_s)) == (1, 7)
 
 
 async def test_one_gap_is_enough_to_know_it(
@@ -65,3 +139,51 @@ async def test_one_gap_is_enough_to_know_it(
     nursery.start_soon(healthy.run, 1)
     assert await healthy.p99_ms(100) > 0
     assert await healthy.p99_ms(100) == 0
+
+
+async def test_a_stream_that_stands_still_is_seen_before_it_goes_on(
+    address_of: Callable[..., Awaitable[Any]], nursery: trio.Nursery, autojump_clock: trio.testing.MockClock
+) -> None:
+    """One freeze is one gap of a stream's many, and may be under way when the window ends."""
+
+    async def freeze(stream: trio.SocketStream) -> None:
+        await stream.receive_some()
+        await stream.send_all(HEAD + TOKEN)
+        for pause_s in [0.1] * 100 + [3.0] + [0.1] * 100 + [30.0]:
+            await trio.sleep(pause_s)
+            await stream.send_all(TOKEN)
+        await trio.sleep_forever()
+
+    healthy = Healthy(await address_of(freeze), 300)
+    nursery.start_soon(healthy.run, 1)
+    await trio.sleep(1)
+    assert healthy.largest_ms() == pytest.approx(100)
+    assert await healthy.p99_ms(21.5) == pytest.approx(100)
+    assert healthy.largest_ms() == pytest.approx(3000)
+    assert healthy.largest_ms() < 200  # it is told once
+    await trio.sleep(10)
+    assert 9_000 < healthy.largest_ms() < 11_000
+    await trio.sleep(100)
+    assert healthy.largest_ms() > 60_000
+
+
+async def test_one_freeze_breaks_a_promise(nursery: trio.Nursery) -> None:
+    report = Report("abuse")
+    site = site_at(("127.0.0.1", 9), nursery, report)
+    site.largest_ms = 60.0
+    for largest_ms, is_kept in ((999.0, True), (1001.0, False)):
+        site.healthy._largest_ms = largest_ms
+        site.judge_largest(str(largest_ms))
+        assert report.promises[-1].is_kept is is_kept
+
+
+async def test_an_answer_that_never_begins_is_a_gap(
+    address_of: Callable[..., Awaitable[Any]], nursery: trio.Nursery, autojump_clock: trio.testing.MockClock
+) -> None:
+    async def say_nothing(stream: trio.SocketStream) -> None:
+        await trio.sleep_forever()
+
+    healthy = Healthy(await address_of(say_nothing), 200)
+    nursery.start_soon(healthy.run, 1)
+    await trio.sleep(5)
+    assert healthy.largest_ms() == pytest.approx(5000)

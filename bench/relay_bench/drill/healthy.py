@@ -24,6 +24,8 @@ class Healthy:
         self._address = address
         self._tokens = tokens
         self._gaps_ms = array("d")
+        self._since: dict[int, float] = {}  # of those that wait, by number: when they began to (trio's clock)
+        self._largest_ms = 0.0  # of the waits that have ended since `largest_ms` was asked for
         self.whole = 0
         self.failures: list[str] = []
         self._over = trio.Event()
@@ -48,12 +50,18 @@ class Healthy:
         gaps_ms = sorted(self._gaps_ms[before:])
         return percentile(gaps_ms, 0.99) if gaps_ms else 0.0
 
+    def largest_ms(self) -> float:
+        """The longest wait since it was asked for last: in a stream, before its first bytes, or not over yet."""
+        now, largest_ms = trio.current_time(), self._largest_ms
+        self._largest_ms = 0.0
+        return max([largest_ms, *((now - since) * 1e3 for since in self._since.values())])
+
     async def _ask(self, number: int) -> None:
         asks = self._asks(number)
         while not self._over.is_set():
             try:
                 async with await trio.open_tcp_stream(*self._address) as stream:
-                    while not self._over.is_set() and await self._read(stream, next(asks)):
+                    while not self._over.is_set() and await self._read(stream, number, next(asks)):
                         self.whole += 1
             except (OSError, trio.BrokenResourceError) as error:
                 self.failures.append(str(error))
@@ -62,18 +70,25 @@ class Healthy:
         while True:
             yield b"".join(Ask(id=f"healthy-{number}", tokens=self._tokens).encode())
 
-    async def _read(self, stream: trio.SocketStream, asked: bytes) -> bool:
+    async def _read(self, stream: trio.SocketStream, number: int, asked: bytes) -> bool:
         """One answer; whether the connection takes another request."""
         answer = Answer(Route.CHAT)
-        await stream.send_all(asked)
-        last_ns = 0
-        while not answer.is_done:
-            data = await stream.receive_some(READ_BYTES)
-            now_ns = time.monotonic_ns()
-            if data and last_ns:
-                self._gaps_ms.append((now_ns - last_ns) / 1e6)
-            last_ns = now_ns
-            answer.feed(data, now_ns)
+        begun = False
+        self._since[number] = trio.current_time()
+        try:
+            await stream.send_all(asked)
+            while not answer.is_done:
+                data = await stream.receive_some(READ_BYTES)
+                now = trio.current_time()
+                waited_ms = (now - self._since[number]) * 1e3
+                self._largest_ms = max(self._largest_ms, waited_ms)
+                if data and begun:
+                    self._gaps_ms.append(waited_ms)
+                begun = True
+                self._since[number] = now
+                answer.feed(data, time.monotonic_ns())
+        finally:
+            del self._since[number]
         label, detail = answer.fault(self._tokens, is_exact=True)
         if label:
             self.failures.append(f"{label} {detail}")
