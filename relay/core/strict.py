@@ -60,7 +60,6 @@ _HEAD = re.compile(
 _FRAMING_FIELD = re.compile(rb"(?i)\r\n(content[-_]length|transfer[-_]encoding):([^\r]*)")
 _LENGTH = re.compile(rb"[0-9]{1,19}")  # 19 digits fit into 64 bits everywhere
 
-_EMPTY_LINE_WITHOUT_CR = re.compile(rb"[^\r]\n\r?\n|\n\n")
 _BARE_LF = re.compile(rb"(?<!\r)\n")
 _BARE_CR = re.compile(rb"\r(?!\n)")
 _ANY_VERSION = re.compile(rb"[^ ]+ [^ ]+ HTTP/([0-9]\.[0-9])")
@@ -133,7 +132,9 @@ def head_end(data: bytes | bytearray, searched: int = 0, *, max_head_bytes: int 
         raise _line_too_long(MAX_REQUEST_LINE_BYTES)
     if end > 3 or len(data) > max_head_bytes:
         raise RequestRefused(431, "headers_too_large", f"the request's head exceeds {max_head_bytes} bytes")
-    if _EMPTY_LINE_WITHOUT_CR.search(data, start) is not None:
+    # An empty line without its CR, or behind a line without; one with both is not there. To look for it by a pattern
+    # took ten times as long as all else here, and was two thirds of what a flood of large heads cost.
+    if data.find(b"\n\n", start) >= 0 or data.find(b"\n\r\n", start + 1) >= 0:
         raise _bad_request("a line of the head ends in LF alone; lines end in CR LF (RFC 9112 §2.2)")
     return 0
 
