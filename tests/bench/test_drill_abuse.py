@@ -171,6 +171,7 @@ async def test_one_freeze_breaks_a_promise(nursery: trio.Nursery) -> None:
     report = Report("abuse")
     site = site_at(("127.0.0.1", 9), nursery, report)
     site.largest_ms = 60.0
+    await trio.lowlevel.checkpoint()
     for largest_ms, is_kept in ((999.0, True), (1001.0, False)):
         site.healthy._largest_ms = largest_ms
         site.judge_largest(str(largest_ms))
