@@ -80,12 +80,11 @@ class Engine:
                 await stream.send_all(_OK)
 
 
-async def keep(stream: trio.SocketStream, got: bytearray, ended: trio.Event) -> None:
+async def keep(stream: trio.SocketStream, got: bytearray) -> None:
     """All that comes up to the end."""
     with suppress(trio.BrokenResourceError):
         async for data in stream:
             got += data
-    ended.set()
 
 
 async def forward(made: list[Made]) -> tuple[list[bytes], llhttp.Messages]:
@@ -95,11 +94,11 @@ async def forward(made: list[Made]) -> tuple[list[bytes], llhttp.Messages]:
         url = await url_of(engine.serve, nursery)
         limits = LimitsConfig(max_head_bytes=4096, max_body_bytes=MAX_BODY_BYTES)
         async with running_relay(url, limits=limits) as relay, await relay.connect() as client:
-            got, ended = bytearray(), trio.Event()
-            nursery.start_soon(keep, client, got, ended)
+            got = bytearray()
             with trio.fail_after(TEST_LIMIT_S):
-                await send_in([piece for message in made for piece in message.pieces] + [_FILLER], client)
-                await ended.wait()
+                async with trio.open_nursery() as reading:
+                    reading.start_soon(keep, client, got)
+                    await send_in([piece for message in made for piece in message.pieces] + [_FILLER], client)
         nursery.cancel_scope.cancel()
     return engine.received, llhttp.responses(bytes(got))
 
