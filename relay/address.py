@@ -33,6 +33,8 @@ _HOST_NAME = re.compile(rf"(?=.{{1,253}}\.?\Z)(?![.-]){_LABEL}(\.{_LABEL})*(?<!-
 _DIGITS_AND_DOTS = re.compile(r"[0-9.]+")
 _ZONE = re.compile(r"[A-Za-z0-9._-]+")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+# A comma before what begins an engine's URL, or behind a port. (A socket's path may have commas, and colons.)
+_SEVERAL = re.compile(r".*,\s*(dns\+)?(https?://|unix:/)|(?!unix:).*:\d+/?,", re.IGNORECASE)
 
 
 class Address(msgspec.Struct, frozen=True):
@@ -138,6 +140,9 @@ def parse_address_or_off(text: str) -> Address | None:
 
 def parse_upstream(text: str) -> UpstreamConfig:
     """Read an engine's URL. Raises `ValueError` saying what is wrong and what is allowed."""
+    if _SEVERAL.match(text):
+        allowed = "repeat the flag, once for each engine, or in the file give each a string of its own"
+        raise ValueError(f"is more than one engine; {allowed}")
     if text.startswith(_UNIX_PREFIX):
         path = _unix_path(text)
         return UpstreamConfig(url=_UNIX_PREFIX + path, host="", port=0, unix_path=path, authority="localhost")

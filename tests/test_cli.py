@@ -169,6 +169,10 @@ def test_without_an_upstream_serve_says_what_to_do(refused: Callable[..., str], 
         (["--admin", "on"], '--admin: "on" has no port'),
         (["--upstream", "ftp://a"], '--upstream: "ftp://a" is not an engine\'s URL'),
         (["--upstream", "http://a/v1"], "--upstream: "),
+        (
+            ["--decode", "http://a:8000,http://b:8001"],
+            '--decode: "http://a:8000,http://b:8001" is more than one engine; repeat the flag, once for each engine',
+        ),
         (["--upstream", "http://127.0.0.1:8080"], "--upstream: http://127.0.0.1:8080 is this relay itself"),
         (["--balance", "fastest"], '--balance: "fastest" is not valid; allowed: "least_outstanding", "round_robin", '),
         (

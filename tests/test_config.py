@@ -670,6 +670,18 @@ def test_an_engine_at_each_address_of_a_name() -> None:
         ("http://me:secret@a:1", "user name or password"),
         ("http://a:1\r\nX", "has no valid port"),
         ("unix:a", "is not a unix socket's absolute path"),
+        *[
+            (text, "is more than one engine; repeat the flag, once for each engine, or in the file give each a string")
+            for text in (
+                "http://a:8000,http://b:8001",
+                "http://a/, HTTPS://b",
+                "unix:/a,unix:/b",
+                "dns+http://a:1,dns+http://b:1",
+                "http://a:1,b:1",
+                "http://[::1]:1/,[::2]:1",
+            )
+        ],
+        ("http://a,b:1", "has no valid host"),
     ],
 )
 def test_what_is_no_upstream(text: str, said: str) -> None:
@@ -678,6 +690,11 @@ def test_what_is_no_upstream(text: str, said: str) -> None:
     assert said in str(caught.value)
 
 
-def test_a_password_is_not_repeated(problems: Callable[[str], list[str]]) -> None:
-    (line,) = problems("[[pool]]\nupstreams = ['http://me:secret@a:1']")
+def test_a_sockets_path_may_have_commas() -> None:
+    assert parse_upstream("unix:/run/a:80,b").unix_path == "/run/a:80,b"
+
+
+@pytest.mark.parametrize("url", ["http://me:secret@a:1", "http://a:1,http://me:secret@b:1"])
+def test_a_password_is_not_repeated(url: str, problems: Callable[[str], list[str]]) -> None:
+    (line,) = problems(f"[[pool]]\nupstreams = ['{url}']")
     assert "secret" not in line
