@@ -70,15 +70,22 @@ def _serve(arguments: argparse.Namespace) -> int:
         return _with_flags(config, arguments)
 
     from relay.daemon import process, supervisor
+    from relay.net.guard import GuardError
+    from relay.net.tls import TlsError
 
     process.prepare_signals()
-    if arguments.config is None:
-        return supervisor.run(settings.check(override(Config()), source="relay serve"))
 
     def load() -> Config:
         return settings.load(arguments.config, override)
 
-    return supervisor.run(load(), load)
+    try:
+        if arguments.config is None:
+            return supervisor.run(settings.check(override(Config()), source="relay serve"))
+        return supervisor.run(load(), load)
+    except (GuardError, TlsError) as error:
+        for problem in error.problems:
+            print(f"{arguments.config or 'relay serve'}:{problem}", file=sys.stderr)
+        return _WRONG_USAGE
 
 
 def _status(arguments: argparse.Namespace) -> int:
@@ -92,16 +99,18 @@ def _check(arguments: argparse.Namespace) -> int:
     from relay.net.guard import Guard, GuardError
 
     config = settings.load(arguments.config)
-    errors, doubts = [], [*settings.doubts(config)]
+    errors: list[str] = []
+    doubts = [*settings.doubts(config)]
     try:
         names = Guard.read(config.auth).unmatched_limits()
         doubts += [Problem(f'auth.limits."{name}"', f"fits no key of {config.auth.keys_file}") for name in names]
     except GuardError as error:
-        errors.append(str(error))
+        errors += error.problems
     try:
         tls.read(config)
     except tls.TlsError as error:
-        errors += [f"{arguments.config}:{problem}" for problem in error.problems]
+        errors += error.problems
+    errors = [f"{arguments.config}:{problem}" for problem in errors]
     warnings = [Problem(doubt.key, f"warning: {doubt.message}").line(arguments.config) for doubt in doubts]
     for line in (*errors, *warnings):
         print(line, file=sys.stderr)

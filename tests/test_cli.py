@@ -567,10 +567,30 @@ def test_check_reads_the_keys(file: Callable[[str], str], tmp_path: Path, capsys
     keys.write_text("alice:not-a-digest\n")
     path = file(f'[[pool]]\nupstreams = ["http://a:1"]\n[auth]\nkeys_file = "{keys}"\n')
     assert main(["check", "--config", path]) == 2
-    assert f"{keys}:1:" in capsys.readouterr().err
+    assert capsys.readouterr().err.startswith(f"{path}:auth.keys_file: {keys}:1: ")
     keys.unlink()
     assert main(["check", "--config", path]) == 2
-    assert capsys.readouterr().err == f"{keys}: cannot be read: No such file or directory (auth.keys_file)\n"
+    assert capsys.readouterr().err == f"{path}:auth.keys_file: {keys}: cannot be read: No such file or directory\n"
+
+
+@pytest.mark.parametrize(
+    ("key", "table"),
+    [
+        ("auth.keys_file", "[auth]\nkeys_file = '{none}'"),
+        ("auth.upstream_key_file", "[auth]\nupstream_key_file = '{none}'"),
+        ("listen.tls.cert", "[listen]\ntls = {{ cert = '{none}', key = '{path}' }}"),
+    ],
+)
+def test_serve_tells_of_files_it_cannot_read_as_check_does(
+    key: str, table: str, file: Callable[[str], str], tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    """And with its status, which systemd does not start it again for."""
+    none, path = tmp_path / "none", tmp_path / "relay.toml"
+    file("[[pool]]\nupstreams = ['http://a:1']\n" + table.format(none=none, path=path))
+    said = f"{path}:{key}: {none}: cannot be read: No such file or directory"
+    assert refused("check", "--config", str(path)) == said
+    result = run_relay("serve", "--config", str(path))
+    assert (result.returncode, result.stdout, result.stderr) == (2, "", f"{said}\n")
 
 
 def test_check_reads_all_other_files(
@@ -583,7 +603,7 @@ def test_check_reads_all_other_files(
     )
     assert main(["check", "--config", path]) == 2
     assert capsys.readouterr().err.splitlines() == [
-        f"{none}: cannot be read: No such file or directory (auth.keys_file)",
+        f"{path}:auth.keys_file: {none}: cannot be read: No such file or directory",
         f"{path}:pool[0].upstreams[1].ca: {none}: cannot be read: No such file or directory",
         f"{path}:listen.tls.cert: {none}: cannot be read: No such file or directory",
         f"{path}:listen.tls.key: {none}: cannot be read: No such file or directory",

@@ -30,7 +30,7 @@ from relay.daemon.scoreboard import Scoreboard
 from relay.net import tls
 from relay.net.admin import Admin
 from relay.net.callbacks import Callbacks, ListenError
-from relay.net.guard import Guard, GuardError
+from relay.net.guard import Guard
 from relay.net.notices import Priority, say
 from relay.net.pump import Pump
 from relay.net.roster import Roster
@@ -43,12 +43,15 @@ ROOM: Final = 64
 
 
 def run(config: Config, load_config: Callable[[], Config] | None = None) -> int:
-    """Runs the daemon until SIGTERM or SIGINT; the process's exit status. `load_config` reads it again: SIGHUP."""
+    """Runs the daemon until SIGTERM or SIGINT; the process's exit status. `load_config` reads it again: SIGHUP.
+
+    Raises GuardError or TlsError, before anything is opened: files that the configuration names cannot be used.
+    """
     try:
         raise_descriptor_limit()
         guard, files = Guard.read(config.auth), tls.read(config)
         listeners, admin = open_listeners(config)
-    except (GuardError, StartError, tls.TlsError) as exc:
+    except StartError as exc:
         say(f"relay: {exc}", Priority.ERROR)
         return 1
     tls.take_on(files)

@@ -24,7 +24,11 @@ NO_LIMITS: Final = KeyLimitsConfig()
 
 
 class GuardError(Exception):
-    """The files of keys cannot be used; the message has a line for each reason."""
+    """The files of keys cannot be used; each of the `problems` says by which setting, and why."""
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__("; ".join(problems))
+        self.problems = problems
 
 
 class Credentials(msgspec.Struct, frozen=True, array_like=True):
@@ -60,13 +64,14 @@ class Guard:
             try:
                 names = parse_keys(_read(config.keys_file, "auth.keys_file")).names
             except KeysError as error:
-                lines = [f"{config.keys_file}:{problem.line}: {problem.message}" for problem in error.problems]
-                raise GuardError("\n".join(lines)) from None
+                where = f"auth.keys_file: {config.keys_file}"
+                lines = [f"{where}:{problem.line}: {problem.message}" for problem in error.problems]
+                raise GuardError(*lines) from None
         if config.upstream_key_file:
             try:
                 upstream_key = parse_upstream_key(_read(config.upstream_key_file, "auth.upstream_key_file"))
             except ValueError as error:
-                raise GuardError(f"{config.upstream_key_file}: {error}") from None
+                raise GuardError(f"auth.upstream_key_file: {config.upstream_key_file}: {error}") from None
         guard = cls(config, Credentials(names, upstream_key))
         if len(guard.limits) > MOST_LIMITED_KEYS:
             message = f"limits {len(guard.limits)} keys; allowed: {MOST_LIMITED_KEYS}, as each takes descriptors"
@@ -100,4 +105,4 @@ def _read(path: str, setting: str) -> bytes:
     try:
         return Path(path).read_bytes()
     except OSError as error:
-        raise GuardError(f"{path}: cannot be read: {error.strerror} ({setting})") from None
+        raise GuardError(f"{setting}: {path}: cannot be read: {error.strerror}") from None

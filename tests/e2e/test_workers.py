@@ -286,7 +286,7 @@ async def test_keys_are_read_once_for_all_workers(engine: Engine, tmp_path: Path
         keys.unlink()
         relay.process.signal(signal.SIGHUP)
         await relay.process.prints(lambda: b"not reloaded: " in relay.process.stderr)
-        assert f"not reloaded: {keys}: cannot be read: No such file".encode() in relay.process.stderr
+        assert f"not reloaded: auth.keys_file: {keys}: cannot be read: No such file".encode() in relay.process.stderr
         victim, _ = relay.workers
         os.kill(victim, signal.SIGKILL)
         await relay.replaces(victim)
