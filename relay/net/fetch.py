@@ -70,7 +70,7 @@ def reason_of(error: Exception) -> str:
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, ssl.SSLError | socket.gaierror):
-            return tls.reason_of(cause)
+            return tls.reason_of_server(cause)
         if isinstance(cause, OSError) and cause.errno is not None and cause.errno in errno.errorcode:
             return os.strerror(cause.errno)  # trio's text has the address, which whoever asks has told
         tried = cause.exceptions if isinstance(cause, BaseExceptionGroup) else ()  # an address each

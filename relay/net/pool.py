@@ -197,7 +197,7 @@ class Upstream:
             message = f"no connection to the engine within connect_s = {connect_s:g} s"
             raise UpstreamTimeout(message, phase=Phase.CONNECT) from None
         except (tls.TlsError, ssl.SSLError) as exc:
-            reason = str(exc) if isinstance(exc, tls.TlsError) else tls.reason_of(exc)
+            reason = str(exc) if isinstance(exc, tls.TlsError) else tls.reason_of_server(exc)
             reason = reason.partition(", certificate is not valid for ")[0]  # who was asked for is not for clients
             raise UpstreamUnreachable(f"cannot connect to the engine: {reason}", phase=Phase.CONNECT) from None
         except OSError as exc:
