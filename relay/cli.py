@@ -164,9 +164,11 @@ class _Parser(argparse.ArgumentParser):
     def refuse(self, unknown: Sequence[str]) -> NoReturn:
         """Arguments that nobody has taken; here rather than in the parser of all commands, which has none to show."""
         flag = next((word for word in unknown if word.startswith("-")), "").partition("=")[0]
-        near = difflib.get_close_matches(flag, self._option_string_actions, n=1)
-        hint = f"; perhaps {near[0]} is meant" if near else ""
-        if flag in near:
+        # Without the dashes, which make any two alike.
+        names = {known.lstrip("-"): known for known in self._option_string_actions}
+        near = difflib.get_close_matches(flag.lstrip("-"), names, n=1, cutoff=0.7)
+        hint = f"; perhaps {names[near[0]]} is meant" if near else ""
+        if flag in self._option_string_actions:
             hint = f"; flags stand behind {self.prog}"
         self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
 

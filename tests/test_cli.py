@@ -206,6 +206,10 @@ def test_wrong_usage(arguments: list[str], refused: Callable[..., str]) -> None:
             "relay serve: unrecognized arguments: --upstreams http://a:1; perhaps --upstream is meant (see relay serve",
         ),
         (["serve", "--forcestream"], "relay serve: unrecognized arguments: --forcestream; perhaps --force-stream is"),
+        (["serve", "--worker", "2"], "relay serve: unrecognized arguments: --worker 2; perhaps --workers is meant"),
+        (["serve", "--model", "foo"], "relay serve: unrecognized arguments: --model foo (see relay serve --help"),
+        (["serve", "--relod"], "relay serve: unrecognized arguments: --relod (see relay serve --help"),
+        (["serve", "--health=/up"], "relay serve: unrecognized arguments: --health=/up (see relay serve --help"),
         (["--watch", "status"], "relay status: unrecognized arguments: --watch; flags stand behind relay status (see"),
         (
             ["serve", "a", "--upstrem=b"],
