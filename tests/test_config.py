@@ -650,6 +650,22 @@ def test_an_engine_at_each_address_of_a_name() -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
+        ("drain_s = 3\n", "drain_s: is not a known name; drain_s stands in [daemon]; allowed: listen, "),
+        ("upstreams = ['http://a:1']\n", "upstreams: is not a known name; upstreams stands in [[pool]]; allowed: "),
+        ("[timeouts]\nforce_stream = true\n", "timeouts.force_stream: is not a known name; force_stream stands in "
+         "[[pool]] and [stream]; allowed: client_head_s, "),
+    ],
+)  # fmt: skip
+def test_a_key_in_the_wrong_table_is_told_where_it_stands(
+    text: str, said: str, problems: Callable[[str], list[str]]
+) -> None:
+    lines = problems(text)
+    assert lines[0].startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
         ("dns+unix:/a", "has no name to resolve"),
         ("dns+dns+http://a:1", "has no name to resolve"),
         ("dns+a:1", "is not an engine's URL"),

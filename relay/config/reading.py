@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeVar, get_args,
 import msgspec
 
 from relay.address import Address, UpstreamConfig, parse_address, parse_address_or_off, parse_upstream
-from relay.config.tables import Table, UpstreamTable
+from relay.config.tables import Config, Table, UpstreamTable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -147,9 +147,23 @@ def _read_whole_table(setting: Any, value: Any, key: str, problems: list[Problem
 
 
 def _unknown(path: str, name: str, known: list[str]) -> Problem:
-    meant = difflib.get_close_matches(name, known, n=1)
-    hint = f"; perhaps {meant[0]} is meant" if meant else ""
+    if homes := _tables_with(name):
+        hint = f"; {name} stands in {' and '.join(homes)}"
+    else:
+        meant = difflib.get_close_matches(name, known, n=1)
+        hint = f"; perhaps {meant[0]} is meant" if meant else ""
     return Problem(path, f"is not a known name{hint}; allowed: {', '.join(known)}")
+
+
+def _tables_with(name: str) -> list[str]:
+    """The tables that have a setting of this name, as the file has them; without those of the user's names."""
+    homes = []
+    for field in msgspec.structs.fields(Config):
+        is_list = get_origin(field.type) is tuple
+        table = get_args(field.type)[0] if is_list else field.type
+        if _is_table(table) and name in (own.encode_name for own in msgspec.structs.fields(table)):
+            homes.append(f"[[{field.encode_name}]]" if is_list else f"[{field.encode_name}]")
+    return homes
 
 
 def _without_meta(setting: Any) -> Any:
