@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import gzip
 import json
 from functools import partial
@@ -20,6 +21,7 @@ from relay_bench.doctor.mends import MENDS
 from relay_bench.doctor.observe import Observation, Patient, timed_frames
 from relay_bench.engine import Engine, EngineConfig, serve_engine
 from relay_bench.load.datasets import ENDPOINTS, Ask, Form
+from relay_bench.load.run import LoadError, model_of
 from relay_bench.load.target import resolve
 from tests.bench.loading import engine_child
 
@@ -306,3 +308,21 @@ def test_the_command(url: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert [finding["code"] for finding in report["findings"]] == ["end_mark"]
     assert report["findings"][0]["mends"]
     assert cli.main(["doctor", url, "--output-len", "0"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("status", "wanted"), [(401, "--api-key"), (403, "--api-key"), (404, "--model"), (200, "--model")]
+)
+async def test_the_flag_that_a_server_without_a_model_to_tell_wants(
+    status: int, wanted: str, nursery: trio.Nursery
+) -> None:
+    async def refuse(stream: trio.SocketStream) -> None:
+        async with stream:
+            assert await stream.receive_some()
+            await stream.send_all(f"HTTP/1.1 {status} So\r\ncontent-length: 2\r\n\r\n{{}}".encode())
+
+    (listener,) = await nursery.start(partial(trio.serve_tcp, refuse, 0, host="127.0.0.1"))
+    target = resolve(f"http://127.0.0.1:{listener.socket.getsockname()[1]}")
+    with trio.fail_after(LIMIT_S), pytest.raises(LoadError, match=rf"names no model \({status} {{}}\); use {wanted}$"):
+        await model_of(argparse.Namespace(model="", dataset_name="random"), target, Route.CHAT, {})
+    nursery.cancel_scope.cancel()

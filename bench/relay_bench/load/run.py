@@ -196,4 +196,5 @@ async def model_of(options: argparse.Namespace, target: Target, route: Route, he
         if answer.problem:
             raise LoadError(f"{asked} does not answer ({': '.join(answer.problem)})") from None
         said = f"{answer.status} {answer.body[:100].decode('utf-8', 'replace')}"
-        raise LoadError(f"{asked} names no model ({said}); use --model") from None
+        wanted = "--api-key" if answer.status in (401, 403) else "--model"
+        raise LoadError(f"{asked} names no model ({said}); use {wanted}") from None
