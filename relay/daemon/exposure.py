@@ -26,7 +26,7 @@ def exposures(listeners: Iterable[socket.socket], guard: Guard) -> set[str]:
 
 
 def warn_of(lines: Iterable[str]) -> None:
-    """Tells of `exposures` that have not been told of."""
+    """Tells of `exposures`, and what else is a warning, that have not been told of."""
     for line in sorted(lines):
         say(f"relay: warning: {line}", Priority.WARNING)
 

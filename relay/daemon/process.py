@@ -12,7 +12,7 @@ from typing import Final
 
 import trio
 
-from relay.config import Config, DaemonConfig, LogConfig
+from relay.config import Config, DaemonConfig, LimitsConfig, LogConfig
 from relay.core.timeline import Record, record_text
 from relay.daemon import systemd
 from relay.daemon.listeners import StartError
@@ -30,6 +30,10 @@ DRAIN_EXTENDED_S: Final = 15.0
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 #: Fewer descriptors are no limit to serve under: the processes themselves have some twenty.
 _LEAST_DESCRIPTORS: Final = 64
+#: What a process has beside its connections, with some to spare.
+_OWN_DESCRIPTORS: Final = 32
+#: ``max_connections`` by default is what no machine should exceed: nobody is told before there is room for so few.
+_FEW_CONNECTIONS: Final = 1024
 
 
 def count_of(config: Config) -> int:
@@ -47,6 +51,18 @@ def raise_descriptor_limit() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     if 0 <= hard < _LEAST_DESCRIPTORS:  # less: RLIM_INFINITY
         raise StartError(f"open files are limited to {hard}; raise that (ulimit -Hn, LimitNOFILE=): 2 for each stream")
+
+
+def shortages(limits: LimitsConfig) -> set[str]:
+    """A line where the descriptors a process may have are too few for as many connections as are allowed."""
+    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    room = max(0, most - _OWN_DESCRIPTORS) // 2
+    allowed = limits.max_connections
+    wanted = _FEW_CONNECTIONS if allowed == LimitsConfig().max_connections else allowed
+    if most < 0 or room >= wanted:  # less: RLIM_INFINITY
+        return set()
+    cure = "raise that (ulimit -Hn, LimitNOFILE=): 2 for each stream; or lower limits.max_connections"
+    return {f"open files are limited to {most}, enough for {room} of {allowed} connections; {cure}"}
 
 
 def prepare_signals() -> None:

@@ -24,7 +24,15 @@ from relay.daemon.crew import Crew
 from relay.daemon.exposure import exposures, warn_of
 from relay.daemon.forker import Forker
 from relay.daemon.listeners import Listeners, StartError, announce, announce_admin, open_listeners
-from relay.daemon.process import CUT_S, GRACE_S, count_of, raise_descriptor_limit, receive_signals, tell_of_drain
+from relay.daemon.process import (
+    CUT_S,
+    GRACE_S,
+    count_of,
+    raise_descriptor_limit,
+    receive_signals,
+    shortages,
+    tell_of_drain,
+)
 from relay.daemon.reload import ReloadBySignal, left_for_restart, read_again, reload_and_tell
 from relay.daemon.scoreboard import Scoreboard
 from relay.net import tls
@@ -55,7 +63,7 @@ def run(config: Config, load_config: Callable[[], Config] | None = None) -> int:
         say(f"relay: {exc}", Priority.ERROR)
         return 1
     tls.take_on(files)
-    warn_of(exposures(listeners.sockets, guard))
+    warn_of(exposures(listeners.sockets, guard) | shortages(config.limits))
     if (count := count_of(config)) == 1:
         return trio.run(alone.serve, config, guard, files.server, listeners, admin, load_config)
     scoreboard = Scoreboard(max(ROOM, 2 * count))
@@ -181,6 +189,7 @@ class Supervisor:
                     raise ValueError("the daemon is draining")
                 self.crew.key_limits.prepare(guard.limits)
                 known, urls = exposures(self._listeners.sockets, self.service.guard), self._listeners.urls
+                known |= shortages(self.service.config.limits)
                 gone = self._listeners.change(config.listen.addresses)
             except (ValueError, OSError):
                 prepared.close()
@@ -193,7 +202,7 @@ class Supervisor:
             self._callbacks.take_on(prepared)
             self.crew.resize(count)
             announce(self._listeners.urls, urls)
-            warn_of(exposures(self._listeners.sockets, guard) - known)
+            warn_of((exposures(self._listeners.sockets, guard) | shortages(config.limits)) - known)
             return left_for_restart(config, self._started_with)
 
     def stop(self) -> None:

@@ -20,7 +20,7 @@ from relay.core.timeline import Record
 from relay.daemon.exposure import exposures, warn_of
 from relay.daemon.key_limits import KeyLimits, OwnKeyLimits
 from relay.daemon.listeners import Listeners, announce
-from relay.daemon.process import CUT_S, count_of
+from relay.daemon.process import CUT_S, count_of, shortages
 from relay.daemon.reload import left_for_restart, read_again, reload_and_tell
 from relay.errors import ExchangeError, RequestRefused
 from relay.net import callbacks, poller, sockets, tls
@@ -125,6 +125,7 @@ class Worker:
                     raise ValueError("the daemon is draining")
                 self._key_limits.prepare(guard.limits)
                 known, urls = exposures(self.listeners.sockets, self.service.guard), self.listeners.urls
+                known |= shortages(self.service.config.limits)
                 self.listeners.change(config.listen.addresses)
             except (ValueError, OSError):
                 prepared.close()
@@ -137,7 +138,7 @@ class Worker:
             self._callbacks.take_on(prepared)
             self.accept_anew()
             announce(self.listeners.urls, urls)
-            warn_of(exposures(self.listeners.sockets, guard) - known)
+            warn_of((exposures(self.listeners.sockets, guard) | shortages(config.limits)) - known)
             # A control process has what workers are forked from, and that is there before trio runs.
             is_alone = config.daemon.workers == self._started_with.daemon.workers or count_of(config) == 1
             return left_for_restart(config, self._started_with, () if is_alone else ("daemon.workers",))

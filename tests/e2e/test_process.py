@@ -6,17 +6,20 @@ import errno
 import json
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 import trio
 
+from relay.config import LimitsConfig
+from relay.daemon.process import shortages
 from relay_bench.engine import Engine
 from tests.e2e.fleet import fakes
 from tests.e2e.harness import Client, ask, request, states, until
@@ -76,10 +79,16 @@ os.execve(sys.argv[3], sys.argv[3:], os.environ | passed)
 
 @asynccontextmanager
 async def relay_serve(
-    *arguments: str, listen: str = "127.0.0.1:0", passed: Mapping[str, socket.socket] | None = None
+    *arguments: str,
+    listen: str = "127.0.0.1:0",
+    passed: Mapping[str, socket.socket] | None = None,
+    start: Sequence[str] = (),
 ) -> AsyncIterator[Process]:
-    """A running relay, with sockets as systemd passes them; its output is read to the end when the block is left."""
-    command = [sys.executable, "-m", "relay", "serve", "--listen", listen, "--admin", "off", *arguments]
+    """A running relay, with sockets as systemd passes them; its output is read to the end when the block is left.
+
+    `start`: what runs the command that it gets.
+    """
+    command = [*start, sys.executable, "-m", "relay", "serve", "--listen", listen, "--admin", "off", *arguments]
     fds = [sock.fileno() for sock in (passed or {}).values()]
     if passed:
         command = [sys.executable, "-c", _PASS_SOCKETS, ",".join(map(str, fds)), ":".join(passed), *command]
@@ -213,6 +222,51 @@ def test_next_to_no_descriptors() -> None:
     ended = subprocess.run([*shell, *command], capture_output=True, check=False, text=True, timeout=START_S)
     said = "relay: open files are limited to 40; raise that (ulimit -Hn, LimitNOFILE=): 2 for each stream\n"
     assert (ended.returncode, ended.stderr) == (1, said)
+
+
+#: Starts a command that may have so few descriptors.
+_LIMITED = ("sh", "-c", 'ulimit -n 256; exec "$0" "$@"')
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+async def test_fewer_descriptors_than_connections_may_need_are_told_of(tmp_path: Path, workers: int) -> None:
+    """Once for each setting that they are too few for, be it the default."""
+    config = tmp_path / "relay.toml"
+
+    def write(limits: str) -> None:
+        pool = "[[pool]]\nupstreams = ['http://127.0.0.1:1']\n"
+        config.write_text(f"[daemon]\nworkers = {workers}\n[health]\ninterval_s = 0\n{limits}{pool}")
+
+    write("")
+    async with relay_serve("--config", str(config), start=_LIMITED) as relay:
+        await relay.prints(lambda: b"listening" in relay.stderr)
+        for number, limits in enumerate(("", "[limits]\nmax_connections = 113\n", "[limits]\nmax_connections = 112\n")):
+            write(limits)
+            relay.signal(signal.SIGHUP)
+            await relay.prints(lambda: relay.stderr.count(b"relay: reloaded\n") == number + 1)  # noqa: B023
+        relay.signal(signal.SIGTERM)
+        assert await relay.ended() == 0
+
+    def said(allowed: int) -> str:
+        cure = "raise that (ulimit -Hn, LimitNOFILE=): 2 for each stream; or lower limits.max_connections"
+        limited = "relay: warning: open files are limited to 256, enough for 112"
+        return f"{limited} of {allowed} connections; {cure}"
+
+    first, _, *rest = relay.stderr.decode().splitlines()
+    reloaded = "relay: reloaded"
+    assert (first, rest) == (said(20_000), [reloaded, said(113), reloaded, reloaded])
+
+
+def test_the_default_is_told_of_where_next_to_nothing_is_left_of_it() -> None:
+    most, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    told = []
+    for limit in (2079, 2080):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+        try:
+            told.append((len(shortages(LimitsConfig())), len(shortages(LimitsConfig(max_connections=2000)))))
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    assert told == [(1, 1), (0, 1)]
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
