@@ -105,6 +105,7 @@ class Upstream:
         self.shares: Shares | None = None  #: where its load is shown to other workers
         self.permits: Permits | None = None  #: its limit's places, where it is one over several workers
         self.endpoint: Endpoint | None = None  #: as its connector sees it; a prefiller's, with what had to be asked for
+        self.lack_told_at = float("-inf")  #: when it was last said that a prefiller gives no handle (monotonic clock)
         self.heads = KnownHeads()  #: of its answers
         self._idle: deque[UpstreamConnection] = deque()
 

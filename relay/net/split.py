@@ -152,7 +152,7 @@ class SplitAttempt:
         hand_over = plan.hand_over(answer.body)
         self._place.release("prefill")
         if hand_over.is_missing:
-            exchange.service.tally.prefilled_without_kv()
+            exchange.service.tally.prefilled_without_kv(pool, self._place.upstreams["prefill"])
             if pool.config.on_missing_kv == "error":
                 raise UpstreamProtocolError("the prefiller's answer holds no handle", phase=Phase.PREFILL)
         if pool.config.cached_tokens_from == "prefill" and hand_over.holds_kv:

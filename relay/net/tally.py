@@ -13,15 +13,19 @@ from relay.core.board import BOARD_BYTES, Board, Buckets
 from relay.core.cost import Sum
 from relay.core.metrics import GaugeFamily
 from relay.errors import ExchangeError, Side, UpstreamRecomputed
+from relay.net.notices import Priority, say
 
 if TYPE_CHECKING:
     from relay.core.board import Block
     from relay.net.exchange import Exchange
+    from relay.net.fleet import Pool
     from relay.net.pool import Upstream
     from relay.net.service import Service
 
 #: How often what is under way is looked at: gaps of running streams, gauges, and the event loop's lag.
 BEAT_S: Final = 1.0
+#: Seconds between two complaints about a prefiller: it is set up wrongly, and each request shows it.
+COMPLAINT_S: Final = 60.0
 
 _FAILED: Final = metrics.RESPONSE_CLASSES.index("failed")
 
@@ -70,9 +74,19 @@ class Tally:
         """Another attempt is made because one has failed."""
         self._failovers.add()
 
-    def prefilled_without_kv(self) -> None:
-        """A prefiller's answer held no handle."""
+    def prefilled_without_kv(self, pool: Pool, prefiller: Upstream) -> None:
+        """A prefiller's answer held no handle: one line, however often it happens."""
         self.board.counter(metrics.PREFILL_WITHOUT_KV).add()
+        now = time.monotonic()
+        if now - prefiller.lack_told_at >= COMPLAINT_S:
+            prefiller.lack_told_at = now
+            is_error = pool.config.on_missing_kv == "error"
+            result = "the request fails (on_missing_kv)" if is_error else "a decoder computes the prompt again"
+            say(
+                f"relay: pool {pool.name}: {prefiller.config.url} prefilled and gave no handle, so {result}; if it "
+                f"goes on, look at its --kv-transfer-config, and the pool's connector: {pool.config.connector}",
+                Priority.WARNING,
+            )
 
     def drained(self, *, is_done: bool) -> None:
         """A handle whose client had left was freed, or could not be."""

@@ -19,6 +19,7 @@ from relay.core.connectors import CONNECTORS
 from relay.core.document import edit
 from relay.core.request import Route
 from relay.net.pool import UpstreamConnection
+from relay.net.tally import COMPLAINT_S
 from tests.core.test_connectors_peers import Refused, address_in, ids_of, need, one_token, parsed, raw_params
 from tests.e2e.fleet import answer
 from tests.e2e.harness import Answer, Client, ask, assert_cut_off, request, until
@@ -528,7 +529,33 @@ async def test_without_a_handle_the_decoder_is_alone(stream: bool) -> None:
     assert_decoders(got, decoders_answer(Route.CHAT, stream=stream))
 
 
-async def test_a_missing_handle_may_be_an_error() -> None:
+async def test_a_prefiller_without_handles_is_told_of_once_in_a_while(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Each of them, and again when a minute is over."""
+    async with split_pair(2, settings={"name": "long", "balance": "round_robin"}) as pair:
+        pair.prefill.usual = says(WITHOUT_HANDLE)
+        for _ in range(4):
+            assert (await ask(pair.relay.port, sent())).status == 200
+        first = capsys.readouterr().err.splitlines()
+        for prefiller in pair.relay.worker.service.fleet.pools[0].groups["prefill"].upstreams.values():
+            prefiller.lack_told_at -= COMPLAINT_S
+        for _ in range(4):
+            assert (await ask(pair.relay.port, sent())).status == 200
+        again = capsys.readouterr().err.splitlines()
+        assert pair.metric("relay_prefill_without_kv_total") == 8
+    advice = "if it goes on, look at its --kv-transfer-config, and the pool's connector: nixl"
+    assert (
+        sorted(first)
+        == sorted(again)
+        == sorted(
+            f"relay: pool long: {url} prefilled and gave no handle, so a decoder computes the prompt again; {advice}"
+            for url in pair.prefill.urls
+        )
+    )
+
+
+async def test_a_missing_handle_may_be_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     async with split_pair(settings={"on_missing_kv": "error"}) as pair:
         pair.prefill.usual = says(WITHOUT_HANDLE)
         got = await ask(pair.relay.port, sent())
@@ -536,6 +563,7 @@ async def test_a_missing_handle_may_be_an_error() -> None:
         assert pair.metric("relay_prefill_without_kv_total") == 1
     assert (got.status, got.error["code"], pair.order) == (502, "upstream_error", "p")
     assert record.outcome == "UP"
+    assert "gave no handle, so the request fails (on_missing_kv);" in capsys.readouterr().err
 
 
 async def test_a_missing_handle_leads_to_another_prefiller() -> None:
