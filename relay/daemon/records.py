@@ -12,11 +12,14 @@ import os
 import select
 import socket
 import stat
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import Final
 
 import trio
+
+from relay.net.notices import Priority, say
 
 #: Bytes of lines waiting to be written; a stalled reader costs this much memory.
 MAX_WAITING_BYTES: Final = 4_194_304
@@ -25,6 +28,8 @@ MAX_WAITING_BYTES: Final = 4_194_304
 _WRITE_BYTES: Final = select.PIPE_BUF
 #: How long the last lines may take at the end of the process.
 FLUSH_S: Final = 1.0
+#: Seconds between two complaints that lines cannot be written.
+COMPLAINT_S: Final = 60.0
 
 
 class RecordWriter:
@@ -36,6 +41,8 @@ class RecordWriter:
         self._waiting_bytes = 0
         self._writing = b""  # taken from the lines, and not yet written: survives a cancelled wait
         self._is_torn = False  # a line was written in part, and its rest is lost unless it is still in `_writing`
+        self._complained_at = float("-inf")
+        self._has_complained = False  # and nothing was written since
         self._wake = trio.Event()
         self._fileno, self._write, self._can_wait = _open_write(fileno)
 
@@ -70,15 +77,27 @@ class RecordWriter:
                 written = self._write(self._writing)
                 self._is_torn = self._writing[written - 1 : written] != b"\n"
                 self._writing = self._writing[written:]
+                if self._has_complained:
+                    self._has_complained = False
+                    say("relay: records are written again")
             except BlockingIOError:
                 is_full = True
-            except OSError:  # the reader is gone, or the disk full
+            except OSError as exc:  # the reader is gone, or the disk full
+                self._complain(exc)
                 self.on_drop(self._writing.count(b"\n") - self._writing.startswith(b"\n"))
                 self._writing = b""
             if is_full:
                 if not self._can_wait:
                     return
                 await trio.lowlevel.wait_writable(self._fileno)
+
+    def _complain(self, exc: OSError) -> None:
+        """One line, however often it happens. Not of a reader that is too slow: standard error may be its, and wait."""
+        now = time.monotonic()
+        if now - self._complained_at >= COMPLAINT_S:
+            self._complained_at = now
+            self._has_complained = True
+            say(f"relay: cannot write records to standard output: {exc.strerror}; dropping them", Priority.WARNING)
 
     def _take(self) -> bytes:
         """The next lines, as many as one write takes; behind half a line they begin a new one."""

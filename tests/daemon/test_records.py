@@ -6,6 +6,7 @@ import os
 import resource
 from pathlib import Path
 
+import pytest
 import trio
 import trio.testing
 
@@ -47,7 +48,7 @@ def test_what_does_not_fit_is_dropped_and_counted() -> None:
     os.close(writing)
 
 
-async def test_a_line_that_a_full_disk_cut_spoils_no_other(tmp_path: Path) -> None:
+async def test_a_line_that_a_full_disk_cut_spoils_no_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The file may grow to so many bytes, and later to more, as a disk that somebody makes room on."""
     dropped: list[int] = []
     path = tmp_path / "records"
@@ -76,3 +77,23 @@ async def test_a_line_that_a_full_disk_cut_spoils_no_other(tmp_path: Path) -> No
     assert [len(line) for line in lines[:3]] == [399, 399, 200]
     assert lines[3:] == [b"first", b"second", b""]
     assert sum(dropped) == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == "relay: cannot write records to standard output: File too large; dropping them"
+    assert second == "relay: records are written again"
+
+
+async def test_a_reader_that_has_gone_is_told_of_once(capsys: pytest.CaptureFixture[str]) -> None:
+    reading, writing = os.pipe()
+    writer = RecordWriter(writing)
+    dropped: list[int] = []
+    writer.on_drop = dropped.append
+    os.close(reading)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(writer.run)
+        for _ in range(3):
+            writer.put(b"lost\n")
+            await trio.testing.wait_all_tasks_blocked()
+        nursery.cancel_scope.cancel()
+    os.close(writing)
+    assert dropped == [1, 1, 1]
+    assert capsys.readouterr().err == "relay: cannot write records to standard output: Broken pipe; dropping them\n"
