@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import trio
+
+#: One part in so many of the limit is for bodies that are complete with what is asked for.
+_RESERVE: Final = 8
 
 
 class BodyBudget:
     """How many bytes of request bodies a worker holds at once; beyond that, readers wait.
 
-    Where bodies that are half read fill it, all of them wait, until ``client_body_s`` refuses the first and so makes
-    room for the others. Nobody is let in beyond the limit to prevent that: its size is the promise.
+    Bodies that are half read may fill it up to a reserve. So they keep out neither each other's ends nor requests that
+    come whole; where they have filled the rest, they wait until ``client_body_s`` refuses the first. Nobody is let in
+    beyond the limit: its size is the promise.
     """
 
     def __init__(self, limit: int) -> None:
@@ -20,16 +26,20 @@ class BodyBudget:
     def __repr__(self) -> str:
         return f"<BodyBudget {self.used} of {self.limit}>"
 
-    def take_now(self, size: int) -> bool:
-        """Holds `size` more bytes, if there is room for them. What is alone may be larger than the limit."""
-        if self.used and self.used + size > self.limit:
+    def take_now(self, size: int, *, held: int = 0, is_half_read: bool = False) -> bool:
+        """Holds `size` more bytes of a body, of which so many are `held`, if there is room for them.
+
+        What is alone may be larger than the limit.
+        """
+        limit = self.limit - (self.limit // _RESERVE if is_half_read else 0)
+        if self.used > held and self.used + size > limit:
             return False
         self.used += size
         return True
 
-    async def take(self, size: int) -> None:
+    async def take(self, size: int, *, held: int = 0, is_half_read: bool = False) -> None:
         """Waits until `size` more bytes may be held; the caller bounds the wait."""
-        while not self.take_now(size):
+        while not self.take_now(size, held=held, is_half_read=is_half_read):
             await self._waiting.park()
 
     def resize(self, limit: int) -> None:

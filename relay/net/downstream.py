@@ -302,7 +302,7 @@ class ClientConnection:
             # What has come, not what is announced: a client that sends nothing must not take the others' room.
             arrived = min(len(buffer), length)
             if arrived > self._held:
-                await self._hold(arrived - self._held)
+                await self._hold(arrived - self._held, is_half_read=arrived < length)
             if arrived == length:
                 break
             if not await self._more():
@@ -323,7 +323,7 @@ class ClientConnection:
             if len(body) > limit:
                 raise _too_large(limit)
             if len(body) > self._held:
-                await self._hold(len(body) - self._held)
+                await self._hold(len(body) - self._held, is_half_read=not decoder.is_done)
             if decoder.is_done:
                 break
             if not await self._more():
@@ -331,13 +331,13 @@ class ClientConnection:
         strict.check_trailers(decoder.trailer_names)
         request.body = bytes(body)
 
-    async def _hold(self, size: int) -> None:
+    async def _hold(self, size: int, *, is_half_read: bool) -> None:
         """Counts body bytes against the worker's budget; waits for room, up to ``client_body_s`` for all of a body."""
-        if not self._budget.take_now(size):
+        if not self._budget.take_now(size, held=self._held, is_half_read=is_half_read):
             began_ns = time.monotonic_ns()
             async with in_task():
                 with trio.move_on_after(max(0.0, (self._limit_s or math.inf) - self._room_ns / 1e9)) as limit:
-                    await self._wait_for_room(size)
+                    await self._wait_for_room(size, is_half_read=is_half_read)
             waited_ns = time.monotonic_ns() - began_ns
             self._room_ns += waited_ns
             if self._limit_at_ns:
@@ -347,14 +347,14 @@ class ClientConnection:
                 raise RequestRefused(503, "no_upstream", message, phase=Phase.QUEUE, retry_after_s=1)
         self._held += size
 
-    async def _wait_for_room(self, size: int) -> None:
+    async def _wait_for_room(self, size: int, *, is_half_read: bool) -> None:
         """Takes it as soon as there is some. Raises ClientGone where the client leaves meanwhile, and so makes some."""
         is_taken = False
         while not is_taken:
             if self.source.is_ending:
                 raise ClientGone("the client left before its request had been read", phase=Phase.QUEUE)
             with trio.move_on_after(ROOM_LOOK_S):
-                await self._budget.take(size)
+                await self._budget.take(size, held=self._held, is_half_read=is_half_read)
                 is_taken = True
 
     async def _send_continue(self) -> None:

@@ -90,7 +90,7 @@ def test_abuse_of_a_relay_without_limits() -> None:
         "from relay.net.downstream import ClientConnection",
         "worker.Worker._is_full = False",
         "ClientConnection._limit_now = lambda self: 0",
-        "BodyBudget.take_now = lambda self, size: True",
+        "BodyBudget.take_now = lambda self, size, **_: True",
         "refuse = worker.refuse",
         "async def freeze(*of_whom):",
         "    kept.append(of_whom)",

@@ -360,6 +360,27 @@ async def test_waiting_for_the_budget_is_not_the_clients_time(engine: Engine) ->
         assert (await second.answer()).status != 408
 
 
+@pytest.mark.parametrize("framing", [b"content-length: 2000\r\n\r\n", b"transfer-encoding: chunked\r\n\r\n7d0\r\n"])
+async def test_bodies_that_are_half_read_keep_out_none_that_comes_whole(engine: Engine, framing: bytes) -> None:
+    body = b'{"model":"tiny","messages":[{"role":"user","content":"x"}]' + b" " * 1941
+    end = b"}\r\n0\r\n\r\n" if b"chunked" in framing else b"}"
+    async with (
+        running_relay(engine.url, limits=LimitsConfig(max_buffered_bytes=4000)) as relay,
+        await Client.connect(relay.port) as first,
+        await Client.connect(relay.port) as second,
+    ):
+        budget = relay.worker.budget
+        await first.send(POST + framing + body)
+        await until(lambda: budget.used == 1999)
+        await second.send(POST + framing + body[:1400])
+        await until(lambda: budget.used == 3399)
+        await second.send(body[1400:])
+        assert (await ask(relay.port, request())).status == 200
+        for client in (first, second):
+            await client.send(end)
+            assert (await client.answer()).status == 200
+
+
 async def test_who_leaves_while_it_waits_for_the_budget_gives_its_part_back(engine: Engine) -> None:
     async with (
         running_relay(engine.url, limits=LimitsConfig(max_buffered_bytes=1000)) as relay,
