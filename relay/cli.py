@@ -70,22 +70,15 @@ def _serve(arguments: argparse.Namespace) -> int:
         return _with_flags(config, arguments)
 
     from relay.daemon import process, supervisor
-    from relay.net.guard import GuardError
-    from relay.net.tls import TlsError
 
     process.prepare_signals()
 
     def load() -> Config:
         return settings.load(arguments.config, override)
 
-    try:
-        if arguments.config is None:
-            return supervisor.run(settings.check(override(Config()), source="relay serve"))
-        return supervisor.run(load(), load)
-    except (GuardError, TlsError) as error:
-        for problem in error.problems:
-            print(f"{arguments.config or 'relay serve'}:{problem}", file=sys.stderr)
-        return _WRONG_USAGE
+    if arguments.config is None:
+        return supervisor.run(settings.check(override(Config()), source="relay serve"))
+    return supervisor.run(load(), load, source=arguments.config)
 
 
 def _status(arguments: argparse.Namespace) -> int:

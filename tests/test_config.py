@@ -651,6 +651,7 @@ def test_an_engine_at_each_address_of_a_name() -> None:
     ("text", "said"),
     [
         ("drain_s = 3\n", "drain_s: is not a known name; drain_s stands in [daemon]; allowed: listen, "),
+        ("[listen]\naddress = '127.0.0.1:1'\n", "listen.address: is not a known name; perhaps addresses is meant; "),
         ("upstreams = ['http://a:1']\n", "upstreams: is not a known name; upstreams stands in [[pool]]; allowed: "),
         ("[timeouts]\nforce_stream = true\n", "timeouts.force_stream: is not a known name; force_stream stands in "
          "[[pool]] and [stream]; allowed: client_head_s, "),

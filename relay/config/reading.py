@@ -36,6 +36,8 @@ class Problem(NamedTuple):
 # Reading: a value goes in; a setting comes out, or `_WRONG` after a line was added to `problems`.
 
 _WRONG: Any = object()
+#: So alike that a name is taken for a misspelt one, though another table has it as it is.
+_MISSPELT = 0.85
 
 _TEXT_READERS: dict[Any, Callable[[str], Any]] = {
     Address: parse_address,
@@ -147,11 +149,11 @@ def _read_whole_table(setting: Any, value: Any, key: str, problems: list[Problem
 
 
 def _unknown(path: str, name: str, known: list[str]) -> Problem:
-    if homes := _tables_with(name):
+    meant, homes, hint = difflib.get_close_matches(name, known, n=1), _tables_with(name), ""
+    if homes and not difflib.get_close_matches(name, meant, cutoff=_MISSPELT):
         hint = f"; {name} stands in {' and '.join(homes)}"
-    else:
-        meant = difflib.get_close_matches(name, known, n=1)
-        hint = f"; perhaps {meant[0]} is meant" if meant else ""
+    elif meant:
+        hint = f"; perhaps {meant[0]} is meant"
     return Problem(path, f"is not a known name{hint}; allowed: {', '.join(known)}")
 
 

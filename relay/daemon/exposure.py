@@ -1,4 +1,4 @@
-"""Listeners that others than this machine's users may reach, in clear text or without a key."""
+"""What is likely not meant: listeners that others may reach, in clear text or without a key; too few descriptors."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import socket
 from collections.abc import Iterable
 
 from relay.address import Address
+from relay.config import LimitsConfig
+from relay.daemon.process import shortages
 from relay.net.guard import Guard
 from relay.net.notices import Priority, say
 from relay.net.tls import TlsListener
@@ -25,8 +27,13 @@ def exposures(listeners: Iterable[socket.socket], guard: Guard) -> set[str]:
     return lines
 
 
+def warnings_of(listeners: Iterable[socket.socket], guard: Guard, limits: LimitsConfig) -> set[str]:
+    """All there is to warn of, at the start and by a reload: `exposures`, and descriptors that are too few."""
+    return exposures(listeners, guard) | shortages(limits)
+
+
 def warn_of(lines: Iterable[str]) -> None:
-    """Tells of `exposures`, and what else is a warning, that have not been told of."""
+    """Tells of `warnings_of` that have not been told of."""
     for line in sorted(lines):
         say(f"relay: warning: {line}", Priority.WARNING)
 

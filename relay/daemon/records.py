@@ -42,7 +42,6 @@ class RecordWriter:
         self._writing = b""  # taken from the lines, and not yet written: survives a cancelled wait
         self._is_torn = False  # a line was written in part, and its rest is lost unless it is still in `_writing`
         self._complained_at = float("-inf")
-        self._has_complained = False  # and nothing was written since
         self._wake = trio.Event()
         self._fileno, self._write, self._can_wait = _open_write(fileno)
 
@@ -77,9 +76,6 @@ class RecordWriter:
                 written = self._write(self._writing)
                 self._is_torn = self._writing[written - 1 : written] != b"\n"
                 self._writing = self._writing[written:]
-                if self._has_complained:
-                    self._has_complained = False
-                    say("relay: records are written again")
             except BlockingIOError:
                 is_full = True
             except OSError as exc:  # the reader is gone, or the disk full
@@ -92,11 +88,10 @@ class RecordWriter:
                 await trio.lowlevel.wait_writable(self._fileno)
 
     def _complain(self, exc: OSError) -> None:
-        """One line, however often it happens. Not of a reader that is too slow: standard error may be its, and wait."""
+        """One line a minute, however often it happens. The metric counts them, and those of a slow reader, too."""
         now = time.monotonic()
         if now - self._complained_at >= COMPLAINT_S:
             self._complained_at = now
-            self._has_complained = True
             say(f"relay: cannot write records to standard output: {exc.strerror}; dropping them", Priority.WARNING)
 
     def _take(self) -> bytes:

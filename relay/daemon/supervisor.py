@@ -21,24 +21,16 @@ import trio
 from relay.config import Config
 from relay.daemon import alone, follower, systemd
 from relay.daemon.crew import Crew
-from relay.daemon.exposure import exposures, warn_of
+from relay.daemon.exposure import warn_of, warnings_of
 from relay.daemon.forker import Forker
 from relay.daemon.listeners import Listeners, StartError, announce, announce_admin, open_listeners
-from relay.daemon.process import (
-    CUT_S,
-    GRACE_S,
-    count_of,
-    raise_descriptor_limit,
-    receive_signals,
-    shortages,
-    tell_of_drain,
-)
+from relay.daemon.process import CUT_S, GRACE_S, count_of, raise_descriptor_limit, receive_signals, tell_of_drain
 from relay.daemon.reload import ReloadBySignal, left_for_restart, read_again, reload_and_tell
 from relay.daemon.scoreboard import Scoreboard
 from relay.net import tls
 from relay.net.admin import Admin
 from relay.net.callbacks import Callbacks, ListenError
-from relay.net.guard import Guard
+from relay.net.guard import Guard, GuardError
 from relay.net.notices import Priority, say
 from relay.net.pump import Pump
 from relay.net.roster import Roster
@@ -50,10 +42,11 @@ BEAT_S: Final = 1.0
 ROOM: Final = 64
 
 
-def run(config: Config, load_config: Callable[[], Config] | None = None) -> int:
+def run(config: Config, load_config: Callable[[], Config] | None = None, *, source: str = "relay serve") -> int:
     """Runs the daemon until SIGTERM or SIGINT; the process's exit status. `load_config` reads it again: SIGHUP.
 
-    Raises GuardError or TlsError, before anything is opened: files that the configuration names cannot be used.
+    `source` is the file that the configuration is of. Where one that it names cannot be used, the status is 1 and not
+    the configuration's own: it may come later (a mount, a certificate), and systemd tries again.
     """
     try:
         raise_descriptor_limit()
@@ -62,8 +55,11 @@ def run(config: Config, load_config: Callable[[], Config] | None = None) -> int:
     except StartError as exc:
         say(f"relay: {exc}", Priority.ERROR)
         return 1
+    except (GuardError, tls.TlsError) as exc:
+        say("\n".join(f"{source}:{problem}" for problem in exc.problems), Priority.ERROR)
+        return 1
     tls.take_on(files)
-    warn_of(exposures(listeners.sockets, guard) | shortages(config.limits))
+    warn_of(warnings_of(listeners.sockets, guard, config.limits))
     if (count := count_of(config)) == 1:
         return trio.run(alone.serve, config, guard, files.server, listeners, admin, load_config)
     scoreboard = Scoreboard(max(ROOM, 2 * count))
@@ -188,8 +184,8 @@ class Supervisor:
                 if not self.service.is_ready:
                     raise ValueError("the daemon is draining")
                 self.crew.key_limits.prepare(guard.limits)
-                known, urls = exposures(self._listeners.sockets, self.service.guard), self._listeners.urls
-                known |= shortages(self.service.config.limits)
+                known = warnings_of(self._listeners.sockets, self.service.guard, self.service.config.limits)
+                urls = self._listeners.urls
                 gone = self._listeners.change(config.listen.addresses)
             except (ValueError, OSError):
                 prepared.close()
@@ -202,7 +198,7 @@ class Supervisor:
             self._callbacks.take_on(prepared)
             self.crew.resize(count)
             announce(self._listeners.urls, urls)
-            warn_of((exposures(self._listeners.sockets, guard) | shortages(config.limits)) - known)
+            warn_of(warnings_of(self._listeners.sockets, guard, config.limits) - known)
             return left_for_restart(config, self._started_with)
 
     def stop(self) -> None:

@@ -17,10 +17,10 @@ import trio
 from relay.config import Config, LogConfig
 from relay.core.request_head import HeadReader
 from relay.core.timeline import Record
-from relay.daemon.exposure import exposures, warn_of
+from relay.daemon.exposure import warn_of, warnings_of
 from relay.daemon.key_limits import KeyLimits, OwnKeyLimits
 from relay.daemon.listeners import Listeners, announce
-from relay.daemon.process import CUT_S, count_of, shortages
+from relay.daemon.process import CUT_S, count_of
 from relay.daemon.reload import left_for_restart, read_again, reload_and_tell
 from relay.errors import ExchangeError, RequestRefused
 from relay.net import callbacks, poller, sockets, tls
@@ -124,8 +124,8 @@ class Worker:
                 if not self.service.is_ready:
                     raise ValueError("the daemon is draining")
                 self._key_limits.prepare(guard.limits)
-                known, urls = exposures(self.listeners.sockets, self.service.guard), self.listeners.urls
-                known |= shortages(self.service.config.limits)
+                known = warnings_of(self.listeners.sockets, self.service.guard, self.service.config.limits)
+                urls = self.listeners.urls
                 self.listeners.change(config.listen.addresses)
             except (ValueError, OSError):
                 prepared.close()
@@ -138,7 +138,7 @@ class Worker:
             self._callbacks.take_on(prepared)
             self.accept_anew()
             announce(self.listeners.urls, urls)
-            warn_of((exposures(self.listeners.sockets, guard) | shortages(config.limits)) - known)
+            warn_of(warnings_of(self.listeners.sockets, guard, config.limits) - known)
             # A control process has what workers are forked from, and that is there before trio runs.
             is_alone = config.daemon.workers == self._started_with.daemon.workers or count_of(config) == 1
             return left_for_restart(config, self._started_with, () if is_alone else ("daemon.workers",))

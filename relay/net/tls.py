@@ -143,7 +143,7 @@ def reason_of_server(error: OSError) -> str:
     """The same of a server that was called, with what to do where its answer was none of TLS's records."""
     reason = reason_of(error)
     if isinstance(error, ssl.SSLError) and error.reason == "WRONG_VERSION_NUMBER":
-        return f"{reason}: it seems to speak plain HTTP, and then its URL begins with http://"
+        return f"{reason}: it seems to speak plain HTTP (http:// in its URL)"
     return reason
 
 

@@ -511,7 +511,7 @@ async def test_an_engine_that_does_not_speak_tls() -> None:
 async def test_an_engine_that_answers_a_handshake_in_plain_words(engine: Engine) -> None:
     """Without a limit, so that it is the answer that ends it."""
     url, timeouts = engine.url.replace("http:", "https:"), TimeoutsConfig(connect_s=0.0)
-    said = "wrong version number: it seems to speak plain HTTP, and then its URL begins with http://"
+    said = "wrong version number: it seems to speak plain HTTP (http:// in its URL)"
     async with running_relay(url, timeouts=timeouts) as relay, await Client.connect(relay.port) as client:
         answer = await client.ask(request())
         assert (answer.status, answer.error["code"]) == (502, "upstream_error")

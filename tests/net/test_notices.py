@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import select
 
 import pytest
 
+from relay.net import notices
 from relay.net.notices import Priority, say, say_fault
 
 
@@ -46,3 +48,22 @@ def test_a_fault_is_an_error_with_its_trace(capfd: pytest.CaptureFixture[str], m
     assert lines[0] == "<3>relay: internal error: ValueError('no')"
     assert lines[1] == "<3>Traceback (most recent call last):"
     assert all(line.startswith("<3>") for line in lines)
+
+
+def test_a_reader_that_does_not_read_stops_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    reading, writing = os.pipe()
+    with os.fdopen(reading, "rb") as reader, os.fdopen(writing, "w") as stderr:
+        monkeypatch.setattr(notices, "_STDERR", stderr.fileno())
+        monkeypatch.setattr("sys.stderr", stderr)
+        said = 0
+        while select.select([], [stderr], [], 0)[1]:
+            say(f"{said:07}" + "x" * 1000)
+            said += 1
+        say("lost")
+        os.read(reader.fileno(), 2 * select.PIPE_BUF)
+        say("heard")
+        stderr.close()
+        lines = reader.read().splitlines()
+    assert said > 1
+    assert lines[-2][:7] == b"%07d" % (said - 1)
+    assert lines[-1] == b"heard"
