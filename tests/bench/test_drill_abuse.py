@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import socket
+from contextlib import suppress
 from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -14,6 +16,7 @@ import trio.testing
 
 from relay_bench.drill import abuse
 from relay_bench.drill.attackers import Assault, Attack, Payload, Tally, Way
+from relay_bench.drill.hangups import RESET
 from relay_bench.drill.healthy import Healthy
 from relay_bench.drill.report import Report
 from relay_bench.drill.siege import Site
@@ -59,7 +62,7 @@ class Besiegers:
 
 def site_at(address: Any, nursery: trio.Nursery, report: Report, **changes: Any) -> Site:
     """A site whose relay is this very process."""
-    relay: Any = SimpleNamespace(address=address, process=SimpleNamespace(pid=os.getpid()))
+    relay: Any = SimpleNamespace(address=address, process=SimpleNamespace(pid=os.getpid()), descriptors=lambda: 0)
     plan = msgspec.structs.replace(abuse.QUICK, **changes)
     besiegers: Any = Besiegers(nursery)
     return Site(report, relay, [], Healthy(address, 1), besiegers, plan)
@@ -77,6 +80,41 @@ async def test_silence_is_no_answer(
     await abuse._bombs(site, "bombs", (Payload(b"x"),), ("431",), 0, "nothing")
     assert "bombs: told 431" in report.broken
     assert any("told silence: 3" in promise.seen for promise in report.promises)
+
+
+async def _live(stream: trio.SocketStream) -> None:
+    if b"/-/live" in await stream.receive_some():
+        await stream.send_all(b"HTTP/1.1 200 OK\r\n\r\n")
+
+
+async def _tell_503(stream: trio.SocketStream) -> None:
+    await stream.send_all(b"HTTP/1.1 503 Service Unavailable\r\n\r\n")
+
+
+async def _reset(stream: trio.SocketStream) -> None:
+    stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+
+
+async def _close(stream: trio.SocketStream) -> None:
+    pass
+
+
+@pytest.mark.parametrize(("handler", "told"), [(_live, ""), (_tell_503, "503"), (_close, "closed"), (_reset, "reset")])
+async def test_who_comes_and_goes_looks_whether_it_is_let_in(
+    address_of: Callable[..., Awaitable[Any]],
+    nursery: trio.Nursery,
+    handler: Callable[[trio.SocketStream], Awaitable[None]],
+    told: str,
+) -> None:
+    async def serve(stream: trio.SocketStream) -> None:
+        with suppress(trio.BrokenResourceError):
+            await handler(stream)
+
+    report = Report("abuse")
+    await abuse.churn(site_at(await address_of(serve), nursery, report, window_s=0.1))
+    (promise,) = (promise for promise in report.promises if promise.text == "connection churn: none is refused")
+    assert promise.is_kept is not bool(told)
+    assert told in promise.seen
 
 
 async def test_attackers_come_again(

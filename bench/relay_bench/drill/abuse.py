@@ -240,16 +240,25 @@ async def _newcomer(site: Site) -> float:
 
 
 async def churn(site: Site) -> None:
-    """Connections begun and left at once: in silence, in mid-head, by reset."""
+    """Connections begun and left at once: in silence, in mid-head, by reset. Others look if they are let in."""
     name, plan, descriptors = "connection churn", site.plan, site.relay.descriptors()
-    attack = Attack(way=Way.LEAVE, address=site.relay.address, clients=plan.churn, payloads=(Payload(_HEAD),))
+    attack = Attack(
+        way=Way.LEAVE, address=site.relay.address, clients=plan.lookers + plan.churn, lookers=plan.lookers,
+        payloads=(Payload(_HEAD),),
+    )  # fmt: skip
     async with site.under(name, attack) as siege:
         await site.judge_healthy(name)
     await _newcomer(site)  # is behind all that have not been accepted yet
     await trio.sleep(1)
     left = site.relay.descriptors() - descriptors
     site.judge(name, "no descriptor stays", left <= 2 * plan.healthy, f"{left:+} of {siege.tally.begun:,}")
-    site.judge(name, "none is refused", not siege.tally.answers, siege.tally.told)
+    tally = siege.tally
+    site.judge(
+        name,
+        "none is refused",
+        tally.looked > 0 and not tally.answers,
+        f"told {tally.told}, by {tally.looked:,} that looked",
+    )
     site.judge_memory(name, siege.grown, 8 * MIB, "a constant")
 
 

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 _SLOW_BYTES: Final = 2048
 _SEGMENT_BYTES: Final = 1000
 _SLOW_S: Final = 1.0
+#: Seconds for which lookers look: more than the time to be accepted behind a full backlog of those that have left.
+_LOOK_S: Final = 0.25
 #: Seconds until an attacker comes again that could not connect.
 _PAUSE_S: Final = 0.05
 #: Source addresses: each has some 28,000 ports, and one that was left behind rests for a minute (RFC 9293, TIME-WAIT).
@@ -59,6 +61,7 @@ class Attack(msgspec.Struct, frozen=True, kw_only=True):
     way: Way
     address: tuple[str, int]
     clients: int  #: at a time
+    lookers: int = 0  #: of them, who say nothing, look for a while whether they are let in, and leave
     payloads: tuple[Payload, ...]  #: in turn
     every_s: float = 0.0  #: between two bytes that drip
     patience_s: float = 30.0  #: after which one without an answer gives up
@@ -68,6 +71,7 @@ class Tally(msgspec.Struct):
     """What became of them."""
 
     begun: int = 0  #: connections
+    looked: int = 0  #: of these, lookers'
     answers: dict[str, int] = {}  #: by status; ``closed``, ``reset``, ``silence``, or why none was connected
     longest_s: float = 0.0  #: from connected to answered
     lull_s: float = 0.0  #: the longest time without any of them, from the word to begin to the word to stop
@@ -99,14 +103,14 @@ class Assault:
     async def run(self) -> None:
         """Attacks. Those that wait for an answer when it is over still get it."""
         async with trio.open_nursery() as nursery:
-            for _ in range(self.attack.clients):
-                nursery.start_soon(self._come_again)
+            for number in range(self.attack.clients):
+                nursery.start_soon(self._come_again, number)
             await self.over.wait()
             self._note_lull()
             if self.attack.way is Way.SIP:  # which has no end of its own
                 nursery.cancel_scope.cancel()
 
-    async def _come_again(self) -> None:
+    async def _come_again(self, number: int) -> None:
         while not self.over.is_set():
             with trio.socket.socket() as sock:
                 if self.attack.way is Way.SIP:  # the peer learns of it when they connect
@@ -120,7 +124,7 @@ class Assault:
                     await trio.sleep(_PAUSE_S)
                 else:
                     with self._counted():
-                        await self._attack(trio.SocketStream(sock), next(self._payloads))
+                        await self._attack(trio.SocketStream(sock), next(self._payloads), number)
 
     @contextmanager
     def _counted(self) -> Iterator[None]:
@@ -138,7 +142,10 @@ class Assault:
         if not self._present:
             self.tally.lull_s = max(self.tally.lull_s, trio.current_time() - self._alone_at)
 
-    async def _attack(self, stream: trio.SocketStream, payload: bytes) -> None:
+    async def _attack(self, stream: trio.SocketStream, payload: bytes, number: int) -> None:
+        if number < self.attack.lookers:
+            await self._look(stream)
+            return
         match self.attack.way:
             case Way.LEAVE:
                 await self._leave(stream, payload, self.tally.begun)
@@ -146,6 +153,12 @@ class Assault:
                 await self._sip(stream, payload)
             case _:
                 await self._wait_for_answer(stream, payload)
+
+    async def _look(self, stream: trio.SocketStream) -> None:
+        """Waits for a word that nobody is owed who has said none."""
+        with trio.move_on_after(_LOOK_S):
+            self.tally.count(await _answer(stream))
+        self.tally.looked += 1
 
     async def _leave(self, stream: trio.SocketStream, payload: bytes, number: int) -> None:
         if number % 3:
@@ -167,15 +180,19 @@ class Assault:
         with trio.move_on_after(self.attack.patience_s) as patience:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(_send, stream, payload, self.attack.every_s)
-                try:
-                    answer = bytes(await stream.receive_some(65536))[9:12].decode("latin-1") or "closed"
-                except trio.BrokenResourceError:
-                    answer = "reset"
-                self.tally.count(answer)
+                self.tally.count(await _answer(stream))
                 self.tally.longest_s = max(self.tally.longest_s, trio.current_time() - began)
                 nursery.cancel_scope.cancel()
         if patience.cancelled_caught:
             self.tally.count("silence")
+
+
+async def _answer(stream: trio.SocketStream) -> str:
+    """The status of what comes; or how nothing came."""
+    try:
+        return bytes(await stream.receive_some(65536))[9:12].decode("latin-1") or "closed"
+    except trio.BrokenResourceError:
+        return "reset"
 
 
 async def _send(stream: trio.SocketStream, data: bytes, every_s: float = 0.0) -> None:

@@ -43,6 +43,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     idle: int = 50_000
     max_connections: int = 20_000
     churn: int = 20  #: that come and go, at a time
+    lookers: int = 200  #: beside them, that look whether they are let in before they go
     limit_s: float = 2.0  #: client_head_s and client_body_s
     patience_s: float = 10.0  #: beyond that, of attackers: bombs are megabytes each
     idle_s: float = 30.0  #: client_idle_s: of thousands of silent clients, the kernel loses a few last words
