@@ -24,6 +24,7 @@ from relay_bench.drill.siege import Site
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
+PATIENCE_S = 20.0
 HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\n"
 TOKEN = b'data: {"choices":[{"index":0,"delta":{"content":"a"}}]}\n\n'
 
@@ -226,3 +227,44 @@ async def test_an_answer_that_never_begins_is_a_gap(
     nursery.start_soon(healthy.run, 1)
     await trio.sleep(5)
     assert healthy.largest_ms() == pytest.approx(5000)
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "answers", "is_kept"),
+    [
+        (["CD"] * 3, {}, True),
+        (["CD"] * 4, {}, True),
+        (["CD"] * 2, {}, False),  # fewer than were to come
+        ([], {}, False),
+        (["CD", "CD", "UD"], {}, False),
+        (["CD"] * 3, {"503": 1}, False),
+        (["CD"] * 3, {"closed": 1}, False),
+        (["CD"] * 3, {"not connected": 1}, False),
+    ],
+)
+def test_slow_readers_are_all_let_in_and_stay(outcomes: list[str], answers: dict[str, int], is_kept: bool) -> None:
+    records = [{"id": "slow", "outcome": outcome} for outcome in outcomes]
+    report = Report("abuse")
+    abuse._judge_slow_readers(report, [*records, {"id": "healthy-1", "outcome": "--"}], 3, Tally(answers=answers))
+    assert report.promises[0].text == "slow readers: none is cut off"
+    assert report.is_kept is is_kept
+
+
+async def test_a_slow_reader_that_gets_another_answer_is_refused(
+    address_of: Callable[..., Awaitable[Any]], nursery: trio.Nursery
+) -> None:
+    has_left = trio.Event()
+
+    async def refuse(stream: trio.SocketStream) -> None:
+        await stream.receive_some()
+        await _tell_503(stream)
+        assert not await stream.receive_some()
+        has_left.set()
+
+    address = await address_of(refuse)
+    assault = Assault(Attack(way=Way.SIP, address=address, clients=1, payloads=(Payload(b"x"),)))
+    nursery.start_soon(assault.run)
+    with trio.fail_after(PATIENCE_S):
+        await has_left.wait()
+    assault.over.set()
+    assert assault.tally.answers.keys() == {"503"}

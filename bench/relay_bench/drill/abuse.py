@@ -11,7 +11,7 @@ from typing import Any, Final
 import msgspec
 import trio
 
-from relay_bench.drill.attackers import Attack, Payload, Way, attackers
+from relay_bench.drill.attackers import Attack, Payload, Tally, Way, attackers
 from relay_bench.drill.client import Ask
 from relay_bench.drill.healthy import Healthy
 from relay_bench.drill.report import Report
@@ -23,7 +23,8 @@ from relay_bench.drill.stage import Scene, holds, pace, stage
 #: Descriptors kept back for other things.
 _SPARE: Final = 2_000
 _HEAD: Final = b"POST /v1/chat/completions HTTP/1.1\r\nhost: drill\r\ncontent-type: application/json\r\n"
-#: What slow readers call their requests.
+_SLOW_READERS: Final = "slow readers"
+#: What they call their requests.
 _SLOW: Final = "slow"
 #: What is added to a limit for the time until it is looked at, on a busy machine.
 _LATE_S: Final = 2.0
@@ -68,22 +69,23 @@ async def drill(scene: Scene, plan: Plan = FULL) -> Report:
                 await attack(site)
             healthy.stop()
         await judge_rest(report, relay, engines, descriptors, scene.settle_s)
-        _judge_slow_readers(report, await records_of(report, relay))
+        _judge_slow_readers(report, await records_of(report, relay), plan.slow_readers, site.tallies[_SLOW_READERS])
     failures = healthy.failures
     report.judge("nor does a healthy client fail between two attacks", not failures, f"{len(failures)}: {failures[:1]}")
     report.add("healthy streams", f"{healthy.whole:,} whole, {len(failures)} failed")
     return report
 
 
-def _judge_slow_readers(report: Report, records: list[dict[str, Any]]) -> None:
-    """What their records say: they themselves see the end of a stream only behind all that the kernel has kept."""
+def _judge_slow_readers(report: Report, records: list[dict[str, Any]], wanted: int, tally: Tally) -> None:
+    """What their records say: they themselves see the end of a stream only behind all that the kernel has kept.
+
+    Each of those that are wanted has one, and no reader has seen an end, or another answer than a stream.
+    """
     outcomes = Counter(record["outcome"] for record in records if record["id"] == _SLOW)
-    is_kept = bool(outcomes) and all(outcome.startswith("C") for outcome in outcomes)  # the client has left
-    report.judge(
-        "slow readers: none is cut off",
-        is_kept,
-        ", ".join(f"{outcome}: {number:,}" for outcome, number in outcomes.items()),
-    )
+    have_left = all(outcome.startswith("C") for outcome in outcomes)  # they themselves
+    is_kept = have_left and outcomes.total() >= wanted and not tally.answers
+    ends = ", ".join(f"{outcome}: {number:,}" for outcome, number in outcomes.items())
+    report.judge(f"{_SLOW_READERS}: none is cut off", is_kept, f"{ends or 'none'}; told {tally.told}")
 
 
 def _within_descriptors(report: Report, plan: Plan) -> Plan:
@@ -132,13 +134,18 @@ async def _slowloris(site: Site, name: str, begin: bytes, limit: str, why: str) 
 
 async def slow_readers(site: Site) -> None:
     """Streams of large frames, of which a little is read now and then."""
-    name, plan, kernel = "slow readers", site.plan, _socket_bytes()
+    name, plan, kernel = _SLOW_READERS, site.plan, _socket_bytes()
     head, body = Ask(id=_SLOW, tokens=100_000).encode()
     fault = b"\r\nx-sim-fault: huge-frame:%d" % plan.frame_bytes
     payload = Payload(head.replace(b"\r\nhost", fault + b"\r\nhost", 1) + body)
     attack = Attack(way=Way.SIP, address=site.relay.address, clients=plan.slow_readers, payloads=(payload,))
+
+    async def are_in() -> bool:
+        return len([True for one in await site.relay.exchanges() if one["id"] == _SLOW]) >= plan.slow_readers
+
     async with site.under(name, attack) as siege:
         await trio.sleep(plan.window_s / 2)
+        await holds(are_in, _FULL_S)  # or their records tell
         await site.judge_healthy(name)
         held = (_socket_bytes() - kernel) / MIB
     site.report.add("the kernel's socket buffers beside slow readers", f"{held:,.0f} MiB")

@@ -168,10 +168,16 @@ class Assault:
 
     async def _sip(self, stream: trio.SocketStream, payload: bytes) -> None:
         await _send(stream, payload)
+        answer = await _answer(stream, _SLOW_BYTES)
+        if answer != "200":
+            self.tally.count(answer)
+            return
         try:
-            while await stream.receive_some(_SLOW_BYTES):  # noqa: ASYNC110 — it is slow on purpose
+            while True:
                 await trio.sleep(_SLOW_S)
-            self.tally.count("closed")
+                if not await stream.receive_some(_SLOW_BYTES):
+                    self.tally.count("closed")
+                    return
         except trio.BrokenResourceError:
             self.tally.count("reset")
 
@@ -187,10 +193,10 @@ class Assault:
             self.tally.count("silence")
 
 
-async def _answer(stream: trio.SocketStream) -> str:
-    """The status of what comes; or how nothing came."""
+async def _answer(stream: trio.SocketStream, most: int = 65536) -> str:
+    """The status of what comes, of which no more than so many bytes are read; or how nothing came."""
     try:
-        return bytes(await stream.receive_some(65536))[9:12].decode("latin-1") or "closed"
+        return bytes(await stream.receive_some(most))[9:12].decode("latin-1") or "closed"
     except trio.BrokenResourceError:
         return "reset"
 

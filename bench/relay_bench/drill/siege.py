@@ -105,6 +105,7 @@ class Site:
         self.healthy = healthy
         self.attackers = attackers
         self.plan = plan
+        self.tallies: dict[str, Tally] = {}  #: of the attacks that are over, by name
         self.p99_ms = 0.0  #: of the healthy without any attack
         self.largest_ms = 0.0  #: the same
 
@@ -122,7 +123,7 @@ class Site:
         async with self.memory_watched() as peak:
             await self.attackers.begin(attack)
             yield siege
-            siege.tally = tally = await self.attackers.end(attack.patience_s)
+            siege.tally = tally = self.tallies[name] = await self.attackers.end(attack.patience_s)
         siege.grown = peak.bytes
         self.judge_largest(name)
         came = f"{tally.begun:,} came, {attack.clients:,} at a time; for {tally.lull_s:.2f} s at most there was none"
