@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -268,3 +268,23 @@ async def test_a_slow_reader_that_gets_another_answer_is_refused(
         await has_left.wait()
     assault.over.set()
     assert assault.tally.answers.keys() == {"503"}
+
+
+async def test_who_cannot_connect_gives_up() -> None:
+    """Where the backlog is full, the kernel does not say so."""
+    with ExitStack() as kept:
+        listener = kept.enter_context(socket.create_server(("127.0.0.1", 0), backlog=1))
+        for _ in range(4):
+            filler = kept.enter_context(socket.socket())
+            filler.setblocking(False)
+            filler.connect_ex(listener.getsockname())
+        attack = Attack(
+            way=Way.ASK, address=listener.getsockname(), clients=2, payloads=(Payload(b"x"),), patience_s=0.1
+        )
+        assault = Assault(attack)
+        with trio.fail_after(PATIENCE_S):
+            async with trio.open_nursery() as attackers:
+                attackers.start_soon(assault.run)
+                await trio.testing.wait_all_tasks_blocked()
+                assault.over.set()
+        assert assault.tally.answers.keys() == {"not connected"}

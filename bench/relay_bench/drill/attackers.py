@@ -64,7 +64,7 @@ class Attack(msgspec.Struct, frozen=True, kw_only=True):
     lookers: int = 0  #: of them, who say nothing, look for a while whether they are let in, and leave
     payloads: tuple[Payload, ...]  #: in turn
     every_s: float = 0.0  #: between two bytes that drip
-    patience_s: float = 30.0  #: after which one without an answer gives up
+    patience_s: float = 30.0  #: after which one gives up that is not connected; and one without an answer
 
 
 class Tally(msgspec.Struct):
@@ -116,15 +116,24 @@ class Assault:
                 if self.attack.way is Way.SIP:  # the peer learns of it when they connect
                     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _SLOW_BYTES)
                     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, _SEGMENT_BYTES)
-                try:
-                    await sock.bind((f"127.0.2.{1 + self.tally.begun % _SOURCES}", 0))
-                    await sock.connect(self.attack.address)
-                except OSError as error:
-                    self.tally.count(error.strerror or str(error))
-                    await trio.sleep(_PAUSE_S)
-                else:
+                if await self._is_connected(sock):
                     with self._counted():
                         await self._attack(trio.SocketStream(sock), next(self._payloads), number)
+                else:
+                    await trio.sleep(_PAUSE_S)
+
+    async def _is_connected(self, sock: trio.socket.SocketType) -> bool:
+        """Connects; whether it has. Behind a full backlog the kernel would ask again for two minutes."""
+        with trio.move_on_after(self.attack.patience_s):
+            try:
+                await sock.bind((f"127.0.2.{1 + self.tally.begun % _SOURCES}", 0))
+                await sock.connect(self.attack.address)
+            except OSError as error:
+                self.tally.count(error.strerror or str(error))
+                return False
+            return True
+        self.tally.count("not connected")
+        return False
 
     @contextmanager
     def _counted(self) -> Iterator[None]:
@@ -248,7 +257,7 @@ class Attackers:
     async def end(self, patience_s: float) -> Tally:
         """Has them stop, and those get their answer that wait for one. Raises `DrillError`."""
         await self._stdin.send_all(b"\n")
-        return msgspec.json.decode(await self.said(patience_s), type=Tally)
+        return msgspec.json.decode(await self.said(2 * patience_s), type=Tally)  # to connect, and for an answer
 
     async def said(self, patience_s: float) -> bytes:
         """Their next line. Raises `DrillError`."""
