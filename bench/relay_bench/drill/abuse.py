@@ -64,7 +64,8 @@ async def drill(scene: Scene, plan: Plan = FULL) -> Report:
             nursery.start_soon(healthy.run, plan.healthy)
             await trio.sleep(1)
             healthy.largest_ms()  # beginning together is the harness's doing
-            site.p99_ms, site.largest_ms = await healthy.p99_ms(plan.window_s), healthy.largest_ms()
+            async with site.memory_watched():  # as beside each attack
+                site.p99_ms, site.largest_ms = await healthy.p99_ms(plan.window_s), healthy.largest_ms()
             for attack in ATTACKS:
                 await attack(site)
             healthy.stop()
