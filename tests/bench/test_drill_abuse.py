@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
+import time
 from contextlib import ExitStack, suppress
 from functools import partial
 from types import SimpleNamespace
@@ -289,3 +291,36 @@ async def test_who_cannot_connect_gives_up() -> None:
                 await trio.testing.wait_all_tasks_blocked()
                 assault.over.set()
         assert assault.tally.answers.keys() == {"not connected"}
+
+
+async def test_an_answer_is_timed_as_it_comes_not_as_it_is_read() -> None:
+    """The attackers' process has the lowest priority."""
+    may_answer, has_answered = threading.Event(), threading.Event()
+
+    def answer(listener: socket.socket) -> None:
+        sock, _ = listener.accept()
+        with sock:
+            sock.recv(1000)
+            assert may_answer.wait(PATIENCE_S)
+            sock.sendall(b"HTTP/1.1 408 Request Timeout\r\n\r\n")
+            has_answered.set()
+            sock.recv(1000)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(PATIENCE_S)
+        attack = Attack(way=Way.DRIP, address=listener.getsockname(), clients=1, payloads=(Payload(b"x"),), every_s=100)
+        assault = Assault(attack)
+        began = time.monotonic()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(trio.to_thread.run_sync, answer, listener)
+            nursery.start_soon(assault.run)
+            with trio.fail_after(PATIENCE_S):
+                while not assault.tally.begun:
+                    await trio.testing.wait_all_tasks_blocked(0.01)
+            assault.over.set()
+            may_answer.set()
+            assert has_answered.wait(PATIENCE_S)
+            took_s = time.monotonic() - began
+            time.sleep(0.5)  # noqa: ASYNC251 — nobody has a turn
+    assert assault.tally.answers == {"408": 1}
+    assert assault.tally.longest_s < took_s + 0.1

@@ -10,6 +10,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from contextlib import asynccontextmanager, contextmanager, suppress
 from enum import Enum
 from typing import TYPE_CHECKING, Final
@@ -30,6 +31,9 @@ _SEGMENT_BYTES: Final = 1000
 _SLOW_S: Final = 1.0
 #: Seconds for which lookers look: more than the time to be accepted behind a full backlog of those that have left.
 _LOOK_S: Final = 0.25
+#: Where struct tcp_info (linux/tcp.h) has the milliseconds since data was last sent, and since some last came.
+_SINCE_SENT: Final = 44
+_SINCE_RECEIVED: Final = 52
 #: Seconds until an attacker comes again that could not connect.
 _PAUSE_S: Final = 0.05
 #: Source addresses: each has some 28,000 ports, and one that was left behind rests for a minute (RFC 9293, TIME-WAIT).
@@ -73,7 +77,7 @@ class Tally(msgspec.Struct):
     begun: int = 0  #: connections
     looked: int = 0  #: of these, lookers'
     answers: dict[str, int] = {}  #: by status; ``closed``, ``reset``, ``silence``, or why none was connected
-    longest_s: float = 0.0  #: from connected to answered
+    longest_s: float = 0.0  #: from the beginning sent to the answer come, of what drips
     lull_s: float = 0.0  #: the longest time without any of them, from the word to begin to the word to stop
 
     @property
@@ -160,7 +164,9 @@ class Assault:
                 await self._leave(stream, payload, self.tally.begun)
             case Way.SIP:
                 await self._sip(stream, payload)
-            case _:
+            case Way.DRIP:
+                await self._drip(stream, payload)
+            case Way.ASK:
                 await self._wait_for_answer(stream, payload)
 
     async def _look(self, stream: trio.SocketStream) -> None:
@@ -190,16 +196,23 @@ class Assault:
         except trio.BrokenResourceError:
             self.tally.count("reset")
 
-    async def _wait_for_answer(self, stream: trio.SocketStream, payload: bytes) -> None:
-        began = trio.current_time()
+    async def _drip(self, stream: trio.SocketStream, payload: bytes) -> None:
+        """Times the answer by the kernel's account: this process may wait long for its turn."""
+        await _send(stream, payload)
+        began = _last(stream, _SINCE_SENT)
+        if await self._wait_for_answer(stream, b""):
+            self.tally.longest_s = max(self.tally.longest_s, _last(stream, _SINCE_RECEIVED) - began)
+
+    async def _wait_for_answer(self, stream: trio.SocketStream, payload: bytes) -> bool:
+        """Whether there is one."""
         with trio.move_on_after(self.attack.patience_s) as patience:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(_send, stream, payload, self.attack.every_s)
                 self.tally.count(await _answer(stream))
-                self.tally.longest_s = max(self.tally.longest_s, trio.current_time() - began)
                 nursery.cancel_scope.cancel()
         if patience.cancelled_caught:
             self.tally.count("silence")
+        return not patience.cancelled_caught
 
 
 async def _answer(stream: trio.SocketStream, most: int = 65536) -> str:
@@ -216,6 +229,13 @@ async def _send(stream: trio.SocketStream, data: bytes, every_s: float = 0.0) ->
         while every_s:
             await trio.sleep(every_s)
             await stream.send_all(b"x")
+
+
+def _last(stream: trio.SocketStream, since: int) -> float:
+    """When data was last sent, or came; monotonic, seconds."""
+    info = stream.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, since + 4)
+    assert isinstance(info, bytes)
+    return time.monotonic() - int.from_bytes(info[since:], sys.byteorder) / 1e3
 
 
 class Lines:
