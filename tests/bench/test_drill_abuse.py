@@ -324,3 +324,24 @@ async def test_an_answer_is_timed_as_it_comes_not_as_it_is_read() -> None:
             time.sleep(0.5)  # noqa: ASYNC251 — nobody has a turn
     assert assault.tally.answers == {"408": 1}
     assert assault.tally.longest_s < took_s + 0.1
+
+
+class _Engine:
+    def __init__(self, connections: int) -> None:
+        self._connections = connections
+
+    async def counts(self) -> dict[str, int]:
+        return {"connections_open": self._connections + 1}  # and who asks
+
+
+@pytest.mark.parametrize(("clients", "is_kept"), [(500, True), (502, True), (503, False)])
+async def test_connections_to_engines_take_no_clients_place(clients: int, is_kept: bool) -> None:
+    """Those in use, kept or probing, however many."""
+    report = Report("abuse")
+    relay: Any = SimpleNamespace(descriptors=lambda: 7 + 100 + 40 + clients)
+    engines: Any = [_Engine(100), _Engine(40)]
+    nobody: Any = None
+    site = Site(report, relay, engines, nobody, nobody, abuse.QUICK, at_rest=7)
+    assert await site.clients() == clients
+    abuse._judge_open(site, "idle connections", clients)
+    assert report.is_kept is is_kept

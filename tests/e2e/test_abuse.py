@@ -31,7 +31,7 @@ CRITERIA: Final = {
         "memory grows by no more than 5.2 MiB (20 × a read of 64 KiB, and 4 MiB)",
     ),
     "idle connections": (
-        "no more are open than max_connections = 500, and 10 to engines",
+        "no more are open than max_connections = 500, and 2 just begun to engines",
         "9 in 10 of max_connections are in use",
         "who idles longest makes room, others wait, and none is refused",
         "a newcomer is answered within 5 s",
@@ -103,7 +103,7 @@ def test_abuse_of_a_relay_without_limits() -> None:
     assert {
         "slowloris on the head: told 408",
         "slowloris on the body: told 408",
-        "idle connections: no more are open than max_connections = 500, and 10 to engines",
+        "idle connections: no more are open than max_connections = 500, and 2 just begun to engines",
         "idle connections: who idles longest makes room, others wait, and none is refused",
         "bodies held: told 408 or 503",
         "bodies held: memory grows by no more than 48.0 MiB (max_buffered_bytes, twice, and 8 MiB)",

@@ -219,19 +219,24 @@ async def idle_connections(site: Site) -> None:
             await site.judge_healthy(name)
             await crowd.begun()
             reached = await holds(is_full, _FULL_S)
-            open_now = site.relay.descriptors() - site.at_rest
+            most = max(most, await site.clients())
             took_s = await _newcomer(site)
         fared = await crowd.fared()
     site.judge_largest(name)
-    seen = f"{open_now:,}, of {plan.idle:,} silent clients"
-    site.judge(name, f"no more are open than max_connections = {limit:,}, and {plan.healthy:,} to engines",
-               open_now <= limit + plan.healthy, seen)  # fmt: skip
+    _judge_open(site, name, most)
     site.judge(name, "9 in 10 of max_connections are in use", reached, f"{most:,}")
     broken = "".join(f", {error}: {number:,}" for error, number in fared.broken.items())
     site.judge(name, "who idles longest makes room, others wait, and none is refused", fared.left > 0 and not broken,
                f"{fared.begun:,} came, {fared.left:,} made room{broken}")  # fmt: skip
     site.judge(name, f"a newcomer is answered within {_NEWCOMER_S:g} s", took_s < _NEWCOMER_S, f"{took_s:.2f} s")
     site.judge_memory(name, peak.bytes, limit * 8192 + 8 * MIB, f"{limit:,} × 8 KiB, and 8 MiB")
+
+
+def _judge_open(site: Site, name: str, most: int) -> None:
+    """The most clients that were open at a look. To each engine the relay may have connected since that had counted."""
+    limit, late = site.plan.max_connections, len(site.engines)
+    site.judge(name, f"no more are open than max_connections = {limit:,}, and {late} just begun to engines",
+               most <= limit + late, f"{most:,}, of {site.plan.idle:,} silent clients")  # fmt: skip
 
 
 async def _newcomer(site: Site) -> float:
