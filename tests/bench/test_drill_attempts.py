@@ -10,7 +10,7 @@ import pytest
 
 from relay.core.request import Route
 from relay_bench.drill.accounts import Accounts
-from relay_bench.drill.attempts import KILLED, UNENDED, Attempts, Entry, Kind, Logs, Work
+from relay_bench.drill.attempts import KILLED, UNENDED, Attempts, Differences, Entry, Kind, Logs, Work
 from relay_bench.drill.mixed import Asked, Seen
 from relay_bench.drill.report import Report
 from relay_bench.drill.soak import worked
@@ -102,6 +102,31 @@ def broken_by(
 
 def test_what_agrees() -> None:
     assert broken_by(lines())[0] == []
+
+
+def test_what_was_compared_is_told_and_in_a_long_soak_it_is_something() -> None:
+    differences = Differences(("never met", "met"))
+    for seen in range(1_200):
+        differences.check("met", True, seen)
+    for is_long, broken in ((False, []), (True, ["never met"])):
+        report = Report("soak")
+        differences.judge(report, is_long=is_long)
+        assert [promise.seen for promise in report.promises] == ["0 compared", "1,200 compared"]
+        assert report.broken == broken
+    differences.check("met", False, "this one")
+    differences.judge(report, is_long=True)
+    assert (report.broken, report.promises[1].seen) == (["never met", "met"], "1,201 compared, 1 do not: this one")
+
+
+def test_a_soak_in_which_nothing_was_met() -> None:
+    """Each promise of single requests tells of it."""
+    for is_long in (False, True):
+        report = Report("soak")
+        accounts = Accounts({}, Logs(of={}, pools={}, downs={}))
+        accounts.judge(report, {}, is_long=is_long)
+        empty = [promise for promise in report.promises if promise.seen == "0 compared"]
+        assert len(empty) == 21
+        assert report.broken == [promise.text for promise in empty if is_long]
 
 
 _WHOLE_ERRORS: Final = "of the rogue engine's answers, errors alone are whole"

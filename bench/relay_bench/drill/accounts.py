@@ -117,8 +117,8 @@ class Accounts:
         is_right = bool(works) and works[-1].tokens + more >= (entry.completion_tokens or 0)
         self._differences.check(_MADE, is_right, (asked, entry, works))
 
-    def judge(self, report: Report, samples: Samples) -> None:
-        """What came of it, beside the metrics."""
+    def judge(self, report: Report, samples: Samples, *, is_long: bool = False) -> None:
+        """What came of it, beside the metrics. `is_long`: as in `Differences.judge`."""
         sent = [id_ for id_, (_, seen) in self._visits.items() if seen.is_sent]
         records = self.ended.total()
         report.judge(
@@ -126,8 +126,8 @@ class Accounts:
         )
         alone = sum(self._ids[id_] == 1 for id_ in sent)
         report.judge("each request sent whole has its own", alone == len(sent), f"{alone:,} of {len(sent):,}")
-        self._differences.judge(report)
-        self.attempts.judge(report)
+        self._differences.judge(report, is_long=is_long)
+        self.attempts.judge(report, is_long=is_long)
         self._judge_metrics(report, samples)
 
     def _judge_metrics(self, report: Report, samples: Samples) -> None:

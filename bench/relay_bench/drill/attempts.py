@@ -116,23 +116,29 @@ class Logs(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Differences:
-    """What did not agree, by promise. Each is judged, even where nothing was met that could break it."""
+    """What did not agree, by promise. Each is judged, and tells how much was met that could have broken it."""
 
     def __init__(self, promises: Iterable[str]) -> None:
         self._found: dict[str, list[str]] = {promise: [] for promise in promises}
+        self._compared: Counter[str] = Counter()
 
     def __repr__(self) -> str:
         return f"<Differences {self._found}>"
 
     def check(self, promise: str, is_kept: bool, seen: object) -> None:
         """Notes what is not as promised."""
+        self._compared[promise] += 1
         if not is_kept:
             self._found[promise].append(str(seen))
 
-    def judge(self, report: Report) -> None:
-        """All of it, with a few examples each."""
+    def judge(self, report: Report, *, is_long: bool) -> None:
+        """All of it, with a few examples each. Where it took long, something must have been compared for each."""
         for promise, found in self._found.items():
-            report.judge(promise, not found, f"{len(found):,} do not: {'; '.join(found[:_EXAMPLES])}" if found else "")
+            compared = self._compared[promise]
+            seen = f"{compared:,} compared"
+            if found:
+                seen += f", {len(found):,} do not: {'; '.join(found[:_EXAMPLES])}"
+            report.judge(promise, not found and (compared > 0 or not is_long), seen)
 
 
 class Attempts:
@@ -212,15 +218,15 @@ class Attempts:
         elif entry.is_answered:
             check(_there(Kind.ENGINE), bool(engine), (entry, engine))
 
-    def judge(self, report: Report) -> None:
-        """What came of it."""
+    def judge(self, report: Report, *, is_long: bool = False) -> None:
+        """What came of it. `is_long`: as in `Differences.judge`."""
         for kind in Kind:
             for id_, works in self._logs.of.get(kind, {}).items():
                 if id_ not in self._claimed:
                     self._differences.check(_right(kind), False, (id_, works))
                 for work in works:
                     self._differences.check(_ENDED, work.state != UNENDED, (id_, work))
-        self._differences.judge(report)
+        self._differences.judge(report, is_long=is_long)
 
 
 def _there(kind: Kind) -> str:

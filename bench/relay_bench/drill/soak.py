@@ -185,7 +185,7 @@ async def drill(scene: Scene, plan: Plan = FULL) -> Report:
         "cut answers whose tokens a killed engine had not logged": accounts.sums["uncounted"],
     }
     _add_figures(report, plan, visits, accounts, more)
-    accounts.judge(report, samples)
+    accounts.judge(report, samples, is_long=plan.minutes >= plan.short_minutes)
     _judge_vitals(report, plan, idle, looks)
     return report
 
