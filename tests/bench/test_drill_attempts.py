@@ -48,7 +48,7 @@ def entry(id_: str, **changes: Any) -> Entry:
 #: Of each kind one, and what the logs say of it: an answer, one over two engines, an error of the rogue engine, an
 #: answer in the second attempt, a stream that its engine cut, one whose client left.
 RECORDS: Final = (
-    entry("whole"),
+    entry("whole", total_ms=2000.0),
     entry("split", pool="split", upstream=DECODER, prefill_upstream=PREFILLER),
     entry("bad", upstream=ROGUE, status=500, completion_tokens=None, usage="none"),
     entry("again", attempts=2),
@@ -221,7 +221,9 @@ def test_what_clients_had_that_left(tokens: int, frames: int, received: int, exp
     ("log", "died_s", "unlogged", "expected"),
     [
         ([KILLED], 0.1, 1, []),  # behind the answer, and before its end was logged
+        ([KILLED], -1.0, 1, []),  # the same, and the record was late
         ([KILLED], 5.0, 0, [ANSWERED]),
+        ([KILLED], -5.0, 0, [ANSWERED]),  # before it began, and back
         (["aborted"], 0.1, 0, [ANSWERED]),  # not excused: it knew of this one's end
         ([], 0.1, 0, [ANSWERED, IN_LOG.format("an engine")]),  # nor this: what has an answer was logged before
     ],

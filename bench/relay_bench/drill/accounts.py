@@ -102,7 +102,7 @@ class Accounts:
         self._differences.check(_LEFT, is_right, (asked, seen, entry))
 
     def _compare_engine(self, entry: Entry, asked: Asked, works: Sequence[Work]) -> None:
-        if works and works[-1].state == KILLED and self._logs.died_at(entry):
+        if works and works[-1].state == KILLED and self._logs.was_killed(entry):
             self.sums["unlogged"] += 1
             return
         done = [work for work in works if work.state == "completed"]

@@ -29,7 +29,7 @@ _COMPLETED: Final = "completed"
 #: What makes an engine close a connection without a word: on a kept one, the request is sent once more.
 _SILENT: Final = ("die-before-head", "rst-before-head")
 #: By how much the times of day of two processes, taken behind what they are of, may be off, seconds.
-_LATE_S: Final = 0.25
+_APART_S: Final = 0.25
 #: The rogue engine's whole answers: their statuses.
 _WHOLE: Final = ("500", "503")
 _ROGUE_WHOLE: Final = "of the rogue engine's answers, errors alone are whole"
@@ -103,16 +103,21 @@ class Logs(msgspec.Struct, frozen=True, kw_only=True):
 
     def was_down(self, entry: Entry, url: str | None = None) -> bool:
         """Whether an engine was, that of a URL or any of its pool, at some time while the exchange lasted."""
-        ended = entry.ts.timestamp()
-        began = ended - (entry.total_ms or 0.0) / 1000
+        began, ended = _lasted(entry)
         urls = self.pools.get(entry.pool or "", ()) if url is None else (url,)
         downs = [down for url in urls for down in self.downs.get(url, ())]
-        return any(died < ended + _LATE_S and began - _LATE_S < back for died, back in downs)
+        return any(died < ended and began < back for died, back in downs)
 
-    def died_at(self, entry: Entry) -> bool:
-        """Whether its engine was killed when it ended."""
-        ended = entry.ts.timestamp()
-        return any(abs(died - ended) < _LATE_S for died, _ in self.downs.get(entry.upstream or "", ()))
+    def was_killed(self, entry: Entry) -> bool:
+        """Whether its engine was, while the exchange lasted: behind its last byte perhaps, the record being late."""
+        began, ended = _lasted(entry)
+        return any(began < died < ended for died, _ in self.downs.get(entry.upstream or "", ()))
+
+
+def _lasted(entry: Entry) -> tuple[float, float]:
+    """From when to when at most the exchange has lasted, times of day."""
+    ended = entry.ts.timestamp()
+    return ended - (entry.total_ms or 0.0) / 1000 - _APART_S, ended + _APART_S
 
 
 class Differences:
