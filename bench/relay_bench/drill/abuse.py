@@ -27,7 +27,7 @@ _SLOW_READERS: Final = "slow readers"
 #: What they call their requests.
 _SLOW: Final = "slow"
 #: What is added to a limit for the time until it is looked at, on a busy machine.
-_LATE_S: Final = 2.0
+_OVERRUN_S: Final = 2.0
 #: Seconds for a newcomer to be answered where others keep all places.
 _NEWCOMER_S: Final = 5.0
 #: Seconds for the relay to have let in as many as it may, once as many have come.
@@ -128,8 +128,8 @@ async def _slowloris(site: Site, name: str, begin: bytes, limit: str, why: str) 
         await site.judge_healthy(name)
     site.judge_told(name, siege.tally, "408")
     longest_s = siege.tally.longest_s
-    site.judge(name, f"each within {limit} = {plan.limit_s:g} s and {_LATE_S:g} s",
-               longest_s <= plan.limit_s + _LATE_S, f"the slowest after {longest_s:.2f} s")  # fmt: skip
+    site.judge(name, f"each within {limit} = {plan.limit_s:g} s and {_OVERRUN_S:g} s",
+               longest_s <= plan.limit_s + _OVERRUN_S, f"the slowest after {longest_s:.2f} s")  # fmt: skip
     site.judge_memory(name, siege.grown, plan.slowloris * plan.head_bytes + 4 * MIB, why)
 
 

@@ -39,7 +39,7 @@ _PAUSE_S: Final = 0.05
 #: Source addresses: each has some 28,000 ports, and one that was left behind rests for a minute (RFC 9293, TIME-WAIT).
 _SOURCES: Final = 200
 #: Seconds for the process to begin, and for the last attackers to end beyond their own patience.
-_LATE_S: Final = 30.0
+_PROCESS_S: Final = 30.0
 
 
 class Way(Enum):
@@ -281,7 +281,7 @@ class Attackers:
 
     async def said(self, patience_s: float) -> bytes:
         """Their next line. Raises `DrillError`."""
-        with trio.move_on_after(patience_s + _LATE_S):
+        with trio.move_on_after(patience_s + _PROCESS_S):
             if line := await self._lines.next():
                 return line
         raise DrillError("the attackers' process does not do as it is told")

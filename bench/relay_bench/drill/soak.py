@@ -62,7 +62,7 @@ FULL = Plan()
 QUICK = Plan(minutes=0.1, clients=32, pause_s=0.2, kill_every_s=1.5, down_s=0.2, look_every_s=0.3)
 
 
-class Site:
+class Engines:
     """The engines of a soak, by pool and role; those that died stay known by their logs."""
 
     def __init__(self, here: Stage, flags: tuple[str, ...]) -> None:
@@ -74,7 +74,7 @@ class Site:
         self.downs: defaultdict[str, list[tuple[float, float]]] = defaultdict(list)
 
     def __repr__(self) -> str:
-        return f"<Site {len(self.all)} engines so far, {self.kills} killed>"
+        return f"<Engines {len(self.all)} engines so far, {self.kills} killed>"
 
     @property
     def kills(self) -> int:
@@ -154,27 +154,27 @@ async def drill(scene: Scene, plan: Plan = FULL) -> Report:
     rogue = Rogue(plan.seed)
     async with stage(scene) as here, trio.open_nursery() as nursery:
         await nursery.start(rogue.serve)
-        site = Site(here, pace(plan.ttft_ms, plan.step_ms))
-        await site.start(plan.engines)
-        relay = await _relay(here, plan, site, rogue, secrets_of)
+        engines = Engines(here, pace(plan.ttft_ms, plan.step_ms))
+        await engines.start(plan.engines)
+        relay = await _relay(here, plan, engines, rogue, secrets_of)
         idle = vitals.look(relay.process.pid)
         descriptors = await relay.descriptors_at_rest()
-        await _load(relay, plan, mix, site, visits, looks)
-        await judge_rest(report, relay, site.alive, descriptors, scene.settle_s)
+        await _load(relay, plan, mix, engines, visits, looks)
+        await judge_rest(report, relay, engines.alive, descriptors, scene.settle_s)
         await trio.sleep(_BEAT_S)
         samples = await relay.metrics()
         await relay.stop()
-        for engine in site.alive:
+        for engine in engines.alive:
             await engine.stop()
         nursery.cancel_scope.cancel()
         status, faults = relay.process.returncode, relay.faults
-        logs = site.logs(rogue)
+        logs = engines.logs(rogue)
         accounts = Accounts(visits, logs)
         for entry in relay.records_as(Entry):
             accounts.take(entry)
     report.judge("the relay has met no fault of its own, and ends in order", status == 0 and not faults, faults)
     more = {
-        "engines killed": site.kills,
+        "engines killed": engines.kills,
         "attempts": accounts.attempts.sums["attempts"],
         **{f"requests in the log of {kind.value}": sum(map(len, logs.of[kind].values())) for kind in Kind},
         "failovers": accounts.sums["failovers"],
@@ -190,10 +190,10 @@ async def drill(scene: Scene, plan: Plan = FULL) -> Report:
     return report
 
 
-async def _relay(here: Stage, plan: Plan, site: Site, rogue: Rogue, keys: Mapping[str, str]) -> RelayChild:
+async def _relay(here: Stage, plan: Plan, engines: Engines, rogue: Rogue, keys: Mapping[str, str]) -> RelayChild:
     keys_file = here.folder / "keys"
     keys_file.write_text("".join(f"{keys_line(name, secret.encode())}\n" for name, secret in keys.items()))
-    urls = {name: [engine.url for engine in group] for name, group in site.groups.items()}
+    urls = {name: [engine.url for engine in group] for name, group in engines.groups.items()}
     settings = {
         "listen.addresses": '["127.0.0.1:0"]',
         "admin.address": f'"unix:{here.folder}/admin"',
@@ -218,7 +218,7 @@ async def _load(
     relay: RelayChild,
     plan: Plan,
     mix: Mix,
-    site: Site,
+    engines: Engines,
     visits: dict[str, tuple[Asked, Seen]],
     looks: list[vitals.Vitals],
 ) -> None:
@@ -231,10 +231,10 @@ async def _load(
         for number in range(plan.clients):
             rng = random.Random(f"{plan.seed} {number}")
             nursery.start_soon(_visit_again, Visitor(relay.address, mix), rng, mix, plan.pause_s, numbers, visits, end)
-        nursery.start_soon(site.kill_in_turn, plan.kill_every_s, plan.down_s, end)
+        nursery.start_soon(engines.kill_in_turn, plan.kill_every_s, plan.down_s, end)
         async with trio.open_nursery() as watching:
             watching.start_soon(vitals.watch, relay.process.pid, look_every_s, looks)
-            await _show_progress(seconds, visits, looks, site)
+            await _show_progress(seconds, visits, looks, engines)
             watching.cancel_scope.cancel()
         end.set()
 
@@ -259,7 +259,9 @@ async def _visit_again(
     visitor.close()
 
 
-async def _show_progress(seconds: float, visits: Mapping[str, object], looks: list[vitals.Vitals], site: Site) -> None:
+async def _show_progress(
+    seconds: float, visits: Mapping[str, object], looks: list[vitals.Vitals], engines: Engines
+) -> None:
     """Waits for the end, and shows how far it is where somebody looks on."""
     console = Console(stderr=True)
     columns = BarColumn(), TimeRemainingColumn(), TextColumn("{task.description}")
@@ -268,7 +270,7 @@ async def _show_progress(seconds: float, visits: Mapping[str, object], looks: li
         task = progress.add_task("", total=seconds)
         while (elapsed_s := time.monotonic() - began) < seconds:
             pss = f"{looks[-1].pss / 1024:,.1f} MiB" if looks else ""
-            text = f"{len(visits):,} requests, {site.kills} engines killed, {pss}"
+            text = f"{len(visits):,} requests, {engines.kills} engines killed, {pss}"
             progress.update(task, completed=elapsed_s, description=text)
             await trio.sleep(min(0.5, seconds - elapsed_s))
 
