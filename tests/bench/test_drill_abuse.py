@@ -52,6 +52,7 @@ def in_memory(nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch) -> Callabl
         async def connect(*_: object) -> trio.abc.Stream:
             client, server = trio.testing.memory_stream_pair()
             nursery.start_soon(handler, server)
+            await trio.lowlevel.checkpoint()
             return client
 
         monkeypatch.setattr(trio, "open_tcp_stream", connect)
@@ -114,6 +115,7 @@ async def _tell_503(stream: trio.SocketStream) -> None:
 
 async def _reset(stream: trio.SocketStream) -> None:
     stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+    await trio.lowlevel.checkpoint()
 
 
 async def _close(stream: trio.SocketStream) -> None:
